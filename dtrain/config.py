@@ -1,0 +1,299 @@
+"""The run's configuration: one pydantic tree, read from a YAML file and `key.sub=value` overrides.
+
+    config = load("configs/digits-dit.yaml", ["optim.lr=1e-3"])
+
+Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dtrain.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+
+
+class Run(Section):
+    name: str | None = Field(None, pattern=r"^[\w.\-]+$")  # default: the config file's stem
+    dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class Data(Section):
+    shards: str  # the folder that holds the shards
+    manifest: str | None = None  # default: manifest.json beside the shards
+    holdout: str | None = None  # the manifest of the reference split, its shards beside it
+    image_size: Positive
+    channels: Literal[1, 3] = 3
+    batch_size: Positive  # global: images per optimizer step over all ranks
+    streams: Positive | None = None  # V; default min(64, one per 1,024 samples); stays for the life of the run
+    shuffle_window: Positive = 4096  # W, in samples of one stream
+    workers: NonNegative = 1  # loader processes a rank
+    flip: bool = False  # mirror each image with probability 1/2
+
+    @property
+    def manifest_path(self) -> Path:
+        return Path(self.manifest) if self.manifest else Path(self.shards) / "manifest.json"
+
+
+class DiT(Section):
+    name: Literal["dit"]
+    size: str | None = Field(None, pattern=r"^(S|B|L|XL)/[248]$")  # a row of the paper's table; keys below override it
+    depth: Positive | None = None
+    width: Positive | None = None
+    heads: Positive | None = None
+    patch: Positive | None = None
+    num_classes: NonNegative = 0  # 0: unconditional
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.size is None:
+            missing = [k for k in ("depth", "width", "heads", "patch") if getattr(self, k) is None]
+            if missing:
+                raise ValueError(f"needs `{missing[0]}`, or a `size` such as S/2")
+        if self.width and self.heads and (self.width % self.heads or (self.width // self.heads) % 2):
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.width and self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for 2-D positions")
+        return self
+
+
+class Diffusion(Section):
+    process: Literal["gaussian"] = "gaussian"
+    schedule: Literal["linear"] = "linear"
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    prediction: Literal["eps"] = "eps"
+    label_dropout: Probability = 0.1
+
+
+class Optim(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: NonNegative = 0  # linear from 0; constant afterwards
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0  # global L2 norm; 0: none
+
+
+class EMAProfile(Section):
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+
+
+class DeepSpeed(Section):
+    zero_stage: Literal[0, 1, 2] = 2
+    extra: dict[str, Any] = {}  # raw DeepSpeed options, merged last
+
+
+class Train(Section):
+    steps: Positive
+    micro_batch: Positive | None = None  # rows of one rank per forward; default: all of the rank's rows at once
+    log_every: Positive = 10
+    checkpoint_every: Positive = 1000
+    keep_last: Positive = 3  # complete checkpoints kept
+
+
+class Eval(Section):
+    every: NonNegative = 0  # steps between evaluations; 0: never during training
+    num_samples: Positive = 2000
+    batch_size: Positive = 250  # block of sample ids drawn together; part of the result's identity
+    metrics: list[Literal["fd"]] = ["fd"]
+    features: Literal["pixels"] = "pixels"
+    sampler: Literal["ddim"] = "ddim"
+    steps: Positive = 50
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    spacing: Literal["trailing", "leading"] = "trailing"
+    guidance: Annotated[float, Field(ge=0)] = 1.0  # s in uncond + s·(cond − uncond); 1: none
+    ema: NonNegative | None = 0  # which profile; null: the raw weights
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Tracking(Section):
+    uri: str | None = None  # default: SQLite beside the runs
+    experiment: str = "dtrain"
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data
+    model: DiT
+    diffusion: Diffusion = Diffusion()
+    optim: Optim = Optim()
+    ema: list[EMAProfile] = [EMAProfile()]
+    deepspeed: DeepSpeed = DeepSpeed()
+    train: Train
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.eval.ema is not None and self.eval.ema >= len(self.ema):
+            raise ValueError(
+                f"eval.ema is {self.eval.ema}, but there are {len(self.ema)} EMA profiles (counted from 0)"
+            )
+        if self.eval.every and not self.data.holdout:
+            raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
+        if self.eval.steps > self.diffusion.timesteps:
+            raise ValueError(f"eval.steps {self.eval.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} does not divide into patches of {self.model.patch} (model.patch)"
+            )
+        return self
+
+    def dump(self) -> str:
+        """The whole tree as YAML, defaults filled in; `load` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
+IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.flip")
+IDENTITY_SECTIONS = ("model", "diffusion")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Dotted key → value of everything that makes this run the run it is."""
+    tree = config.model_dump(mode="json")
+    keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
+    return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), validate.
+
+    Raises UserError, one line, for a missing file, bad YAML, an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(f"cannot read the config {path}: {e.strerror}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where} is not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
+    overridden = [_override(tree, item) for item in overrides]
+    tree = _expand(tree, str(path))
+    run = tree.get("run") or {}
+    if isinstance(run, dict) and run.get("name") is None:
+        tree["run"] = run | {"name": path.stem}
+    return validate(tree, str(path), overridden)
+
+
+def validate(tree: dict, source: str, overridden: list[str] = ()) -> Config:
+    """A Config from plain data; errors name `source`, or the command line for keys in `overridden`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise UserError(_explain(e, source, overridden)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; everybody who writes a learning rate means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(tree: dict, item: str) -> str:
+    key, eq, value = item.partition("=")
+    if not eq or not all(key.split(".")):
+        hint = " (options come before the config)" if item.startswith("-") else ""
+        raise UserError(f"override {item!r} is not of the form key.sub=value{hint}")
+    try:
+        value = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {item!r}: the value is not valid YAML") from None
+    *path, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate([*path, last]):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                where = ".".join(key.split(".")[:depth])
+                raise UserError(f"override {item!r}: `{where}` is a list of {len(node)}; use an index below that")
+            part = int(part)
+        elif not isinstance(node, dict):
+            raise UserError(f"override {item!r}: `{'.'.join(key.split('.')[:depth])}` has no keys below it")
+        if depth == len(path):
+            node[part] = value
+        else:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+    return key
+
+
+def _expand(node: Any, source: str) -> Any:
+    if isinstance(node, dict):
+        return {k: _expand(v, source) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_expand(v, source) for v in node]
+    if not isinstance(node, str):
+        return node
+
+    def value(match: re.Match) -> str:
+        if match[1] not in os.environ:
+            raise UserError(f"{source} uses ${{{match[1]}}}, but the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, node)
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys allowed at a location of the tree; empty where there is no section."""
+    section: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a discriminator's tag
+        candidates = [field.annotation, *get_args(field.annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
+    """The first problem as one sentence: the key, where it came from, what is wrong, the nearest fix."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo also makes its key missing
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    given = any(o == key or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden)
+    origin = "on the command line" if given else f"in {source}"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        if near:
+            return f"unknown key `{key}` {origin}; did you mean `{'.'.join([*location[:-1], near[0]])}`?"
+        known = ", ".join(_known_keys(location[:-1]))
+        return f"unknown key `{key}` {origin}" + (f"; known here: {known}" if known else "")
+    if first["type"] == "missing":
+        return f"`{key}` is missing {origin}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{source}: {message}"
+    if first["type"] == "value_error":
+        return f"`{key}` {origin}: {message}"
+    message = message[0].lower() + message[1:]
+    return f"`{key}` {origin} is {first['input']!r}: {message}"

@@ -1,0 +1,115 @@
+"""Rank, world size, device, thread counts, and the few collectives others use.
+
+Everything reads the environment that launchers set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), so the same code
+runs alone, under `deepspeed` and under srun.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many ranks share this machine (DeepSpeed's launcher calls it LOCAL_SIZE)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
+def set_thread_counts() -> None:
+    """Give each local rank its share of the cores, unless the user has set OMP_NUM_THREADS (design, decision 10).
+
+    The launcher sets OMP_NUM_THREADS=1 itself where it was unset; that counts as not set when a rank has more cores.
+    """
+    import torch
+
+    share = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    asked = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    torch.set_num_threads(asked if asked > 1 else share)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def device():
+    """The torch device this rank computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group; alone, form a group of one. Idempotent.
+
+    The time-out is long because ranks wait for each other's evaluation; a hang is found by other means.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout)
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(thing) -> list:
+    """Every rank's `thing`, in rank order, on every rank. For small control data, not tensors."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [thing]
+    everything = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, thing)
+    return everything
+
+
+def on_rank_0(function, *args):
+    """Call on rank 0 only; every rank gets its result, or raises its UserError."""
+    from dtrain.errors import UserError
+
+    result = None
+    if rank() == 0:
+        try:
+            result = (function(*args), None)
+        except UserError as e:
+            result = (None, str(e))
+    value, error = gather_objects(result)[0]
+    if error is not None:
+        raise UserError(error)
+    return value
+
+
+def finalize() -> None:
+    """Leave the process group, so that no rank sees another vanish."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()

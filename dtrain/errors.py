@@ -1,0 +1,14 @@
+"""What a process tells its caller: the error a user can mend, and the exit codes."""
+
+DONE = 0
+DAMAGED = 1  # a check found damage
+USER_ERROR = 2
+STOPPED = 75  # stopped on request with a checkpoint: run me again
+HANG = 76
+
+
+class UserError(ValueError):
+    """Something the user can put right. Its message is one line: what is wrong, where, and what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """

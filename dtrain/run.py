@@ -1,0 +1,110 @@
+"""The run directory: where everything a run leaves behind lies, and whether a config may go on in it.
+
+runs/<name>/  config.yaml  journal.jsonl  outcome.json  checkpoints/step-00001000/  samples/  logs/rank-0.log
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from dtrain import config as configuration
+from dtrain.config import Config
+from dtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: optimizer steps done and images seen (design, decision 1)."""
+
+    step: int = 0
+    images: int = 0
+
+
+Outcome = Literal["finished", "stopped", "user_error", "hang"]
+
+
+class RunDirectory:
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.journal_file = self.path / "journal.jsonl"
+        self.outcome_file = self.path / "outcome.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.logs = self.path / "logs"
+
+    @classmethod
+    def find(cls, run: str | Path) -> "RunDirectory":
+        """An existing run: a directory, or a bare name under runs/. Raises UserError."""
+        tried = [Path(run), Path("runs") / run]
+        for path in tried:
+            if (path / "config.yaml").is_file():
+                return cls(path)
+        raise UserError(f"no run at {tried[0]} or {tried[1]}: a run directory holds a config.yaml")
+
+    def config(self) -> Config:
+        """The resolved config the run was last started with."""
+        return configuration.load(self.config_file)
+
+    def reconcile(self, wanted: Config) -> dict[str, tuple]:
+        """What differs from the config of the last start: key → (was, is). Empty for a new run.
+
+        Raises UserError when an identity key differs: the run would no longer be the same run.
+        """
+        if not self.config_file.exists():
+            return {}
+        was, now = self.config(), wanted
+        old, new = configuration.identity(was), configuration.identity(now)
+        changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another identity: {'; '.join(changed)}. "
+                f"Give this run a new run.name, or take the old values"
+            )
+        flat_old, flat_new = _flat(was.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+        return {
+            k: (flat_old.get(k), flat_new.get(k)) for k in flat_old | flat_new if flat_old.get(k) != flat_new.get(k)
+        }
+
+    def create(self, config: Config) -> None:
+        """Make the folders and save the resolved config. Raises UserError where the place cannot be written."""
+        try:
+            for folder in (self.checkpoints, self.samples, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            replace(self.config_file, config.dump())
+        except OSError as e:
+            raise UserError(f"cannot write the run directory {self.path}: {e.strerror}") from None
+
+    def write_outcome(
+        self, outcome: Outcome, step: int, attempt: int | None = None, message: str | None = None
+    ) -> None:
+        body = {"outcome": outcome, "step": step, "attempt": attempt, "message": message}
+        replace(self.outcome_file, json.dumps({k: v for k, v in body.items() if v is not None}) + "\n")
+
+    def outcome(self) -> dict | None:
+        """How the last attempt ended; None while it runs or after a crash."""
+        try:
+            return json.loads(self.outcome_file.read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = yaml.safe_dump(value) if isinstance(value, list) else value
+    return out

@@ -1,0 +1,93 @@
+"""Run a function on several real ranks, cheaply: one parent imports everything once, ranks are forked from it.
+
+A two-rank DeepSpeed training costs a fraction of a second this way instead of the launcher's 25 s.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import wait
+
+from dtrain.distributed import free_port
+
+PRELOAD = [
+    "torch",
+    "torchmetrics",
+    "dtrain.training.deepspeed_import",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.ranks",
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+def start_ranks(function, world_size: int, *args, environment: dict[str, str] | None = None):
+    """Processes and their result pipes. `function` is a module-level function, called as function(*args) on each rank."""
+    port = str(free_port())
+    started = []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | (environment or {})
+        process = _context.Process(
+            target=_rank_main, args=(sender, {k: str(v) for k, v in env.items()}, os.getcwd(), function, args)
+        )
+        process.start()
+        sender.close()
+        started.append((process, receiver))
+    return started
+
+
+def run_ranks(
+    function, world_size: int, *args, timeout: float = 120, environment: dict[str, str] | None = None
+) -> list:
+    """Each rank's result, in rank order. A rank that raises, dies or outlasts the time-out fails the caller."""
+    started = start_ranks(function, world_size, *args, environment=environment)
+    results: dict[int, object] = {}
+    end = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            open_pipes = {receiver: rank for rank, (_, receiver) in enumerate(started) if rank not in results}
+            ready = wait(list(open_pipes), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(open_pipes.values())} did not finish within {timeout} s")
+            for receiver in ready:
+                rank = open_pipes[receiver]
+                try:
+                    ok, value = receiver.recv()
+                except EOFError:
+                    started[rank][0].join(5)
+                    raise RuntimeError(f"rank {rank} died with exit code {started[rank][0].exitcode}") from None
+                if not ok:
+                    raise RuntimeError(f"rank {rank} raised\n{value}")
+                results[rank] = value
+    finally:
+        for process, _ in started:
+            if len(results) < world_size:
+                process.kill()
+            process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank_main(sender, environment, directory, function, args):
+    os.environ.update(environment)
+    os.chdir(directory)
+    import torch
+
+    from dtrain import distributed
+
+    torch.set_num_threads(1)
+    try:
+        distributed.initialize()
+        value = (True, function(*args))
+    except BaseException:
+        value = (False, traceback.format_exc())
+    try:
+        sender.send(value)
+    except Exception:
+        sender.send((False, traceback.format_exc()))
+    if value[0] and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
