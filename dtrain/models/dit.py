@@ -1,0 +1,139 @@
+"""DiT: a transformer over image patches, conditioned through adaptive layer norm (Peebles & Xie 2023).
+
+Parameter names are those of the published checkpoints. Shapes: N rows, T tokens, D width, C channels in,
+O channels out, p patch side.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.models.layers import (
+    MLP,
+    Attention,
+    LabelEmbedder,
+    Linear,
+    PatchEmbedder,
+    TimestepEmbedder,
+    modulate,
+    normal,
+    positions,
+    xavier_uniform,
+)
+
+
+class DiTBlock(nn.Module):
+    """Attention and a perceptron, each normalised, modulated and gated by the condition (adaLN-Zero, figure 3)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        return x
+
+
+class FinalLayer(nn.Module):
+    """From a token to the pixels of its patch."""
+
+    def __init__(self, width: int, pixels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = Linear(width, pixels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # (N, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p·p·O)
+
+
+class DiT(nn.Module):
+    """ε_θ(x_t, t, y) for square images of any size that `patch` divides.
+
+    The constructor only allocates; `layers.initialize` gives the weights (`models.build.build` does both). With
+    num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
+    the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half speaks of
+    the variance.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        mlp_ratio: float = 4,
+        learn_sigma: bool = False,
+    ):
+        super().__init__()
+        assert image_size % patch == width % heads == width % 4 == 0
+        self.image_size = image_size
+        self.channels = channels
+        self.out_channels = 2 * channels if learn_sigma else channels
+        self.patch = patch
+        self.num_classes = num_classes
+        self.x_embedder = PatchEmbedder(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
+
+        x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
+        """
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t)  # (N, D)
+        if self.num_classes:
+            c = c + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c)  # (N, T, D)
+        x = self.final_layer(x, c)  # (N, T, p·p·O)
+        return self.unpatchify(x)  # (N, O, image_size, image_size)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        side = self.image_size // self.patch
+        x = x.unflatten(2, (self.patch, self.patch, self.out_channels))  # (N, T, p, p, O)
+        x = x.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)  # (N, O, side, p, side, p)
+        return x.reshape(-1, self.out_channels, self.image_size, self.image_size)  # (N, O, image_size, image_size)
+
+    @staticmethod
+    def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """What the parameter called `name` begins as, float32 of the given shape: no other parameter matters.
+
+        Zero on every adaLN and the output layer, so each block begins as the identity and the output as 0.
+        """
+        if name == "pos_embed":
+            return positions(math.isqrt(shape[1]), shape[2])
+        if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            return torch.zeros(shape)
+        if name.startswith(("t_embedder.", "y_embedder.")):
+            return normal(name, shape, seed, std=0.02)
+        return xavier_uniform(name, shape, seed)
+
+
+# The paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
+SIZES: dict[str, dict[str, int]] = {
+    f"{letter}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
+    for letter, depth, width, heads in [
+        ("S", 12, 384, 6),
+        ("B", 12, 768, 12),
+        ("L", 24, 1024, 16),
+        ("XL", 28, 1152, 16),
+    ]
+    for patch in (2, 4, 8)
+}

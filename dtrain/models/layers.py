@@ -1,0 +1,148 @@
+"""The parts backbones are made of, and how their weights begin.
+
+Shapes: N rows, T tokens, D width, H heads, C channels.
+
+Weights begin as a pure function of (seed, parameter name), never of construction order or of a global generator, so a
+model that is built partitioned starts equal to one built whole. The layers here therefore only allocate; a backbone's
+`initial_value(name, shape, seed)` says what each parameter begins as, and `initialize` writes them all.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtrain.randomness import Draws, Purpose, key_of
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing: `initialize` gives the values."""
+
+
+class Conv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        """Nothing: `initialize` gives the values."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: `initialize` gives the values."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Write every parameter's initial value; parameters on the meta device, which hold none, stay as they are."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            parameter.copy_(model.initial_value(name, tuple(parameter.shape), seed))
+
+
+def xavier_uniform(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32, uniform in ±√(6/(fan_in + fan_out)), the fans those of the weight flattened to (out, rest)."""
+    bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+    uniform = Draws(seed).at(Purpose.INITIAL_WEIGHT, key_of(name)).random(shape, dtype=np.float32)
+    return torch.from_numpy(uniform).mul_(2 * bound).sub_(bound)
+
+
+def normal(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """float32, normal with mean 0 and the given standard deviation."""
+    return torch.from_numpy(Draws(seed).normal(Purpose.INITIAL_WEIGHT, key_of(name), shape)).mul_(std)
+
+
+def timestep_embedding(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """cos(t ω_i), then sin(t ω_i), with ω_i = 10000^(−i/(size/2)), of t (N,): (N, size).
+
+    Computed in at least float32 and only then rounded to `dtype`: as bfloat16, t = 999 is 1000.
+    """
+    exact = torch.promote_types(torch.float32, dtype)
+    i = torch.arange(size // 2, dtype=exact, device=t.device)  # (size/2,)
+    phase = t.to(exact)[:, None] * torch.exp(-math.log(10000) / (size // 2) * i)  # (N, size/2)
+    return torch.cat([phase.cos(), phase.sin()], dim=1).to(dtype)  # (N, size)
+
+
+class TimestepEmbedder(nn.Module):
+    """A timestep as a vector: 256 sines and cosines through a two-layer perceptron."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(self.FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = timestep_embedding(t, self.FREQUENCIES, self.mlp[0].weight.dtype)  # (N, 256)
+        return self.mlp(waves)  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """A class as a vector; the row after the classes is the null label, which stands for "no class"."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)  # (N, D)
+
+
+class PatchEmbedder(nn.Module):
+    """Each patch × patch square of the image as a token, row by row."""
+
+    def __init__(self, channels: int, patch: int, width: int):
+        super().__init__()
+        self.proj = Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x.to(self.proj.weight.dtype))  # (N, D, rows, columns)
+        return x.flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class MLP(nn.Module):
+    """Two layers with a tanh-approximated GELU between, as published DiT weights were trained with."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x), approximate="tanh")  # (N, T, hidden)
+        return self.fc2(x)  # (N, T, D)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) scaled by 1 + scale and shifted, both (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]  # (N, T, D)
+
+
+def positions(side: int, width: int) -> Tensor:
+    """2-D sine-cosine positions of a side × side grid of tokens, row by row: float32 (1, side², width).
+
+    The first half of the width encodes the column and the second the row; each half is sin, then cos, of the
+    coordinate times 10000^(−i/(width/4)). Computed in float64.
+    """
+    i = torch.arange(width // 4, dtype=torch.float64, device="cpu")
+    phase = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * 10000 ** (-i / (width // 4))
+    axis = torch.cat([phase.sin(), phase.cos()], dim=1)  # (side, D/2)
+    column = axis[None].expand(side, -1, -1)  # (row, column, D/2)
+    row = axis[:, None].expand(-1, side, -1)  # (row, column, D/2)
+    return torch.cat([column, row], dim=2).reshape(1, side**2, width).float()  # (1, T, D)
