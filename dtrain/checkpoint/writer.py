@@ -1,0 +1,107 @@
+"""Save while training goes on: copy the pieces, let a thread write them, commit when every rank has written.
+
+    writer.begin(step, pieces, meta)        copies (this is all the loop waits for)
+    writer.written / writer.failure         reported through the loop's own reduction; the thread never communicates
+    writer.commit()                         on every rank once all have written: rank 0 makes the name complete
+
+A checkpoint's name ends in `.partial` until everything below it is durable, so a name without it is complete.
+"""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.checkpoint import format
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(p for p in directory.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
+
+
+def remove_partial(directory: Path) -> None:
+    """Drop what an interrupted save left. Only while no writer is at work."""
+    for path in directory.glob("step-*.partial"):
+        shutil.rmtree(path)
+
+
+class Writer:
+    """Writes one rank's part of each checkpoint; one save in flight."""
+
+    def __init__(self, directory: Path, rank: int, world_size: int, keep_last: int):
+        self.directory, self.rank, self.world_size, self.keep_last = directory, rank, world_size, keep_last
+        self.step: int | None = None  # of the save in flight
+        self.failure: str | None = None
+        self._thread: threading.Thread | None = None
+        self._layout: format.Layout | None = None
+        self._image: torch.Tensor | None = None  # the file's bytes; kept, so that a later save pays no page faults
+        self._tensors: dict[str, int] = {}
+        self._meta: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def begin(self, step: int, pieces: list, tensors: dict[str, int], meta: dict[str, Any]) -> None:
+        """Copy `pieces` (objects with name, start, values) and start writing. Returns when the copy is done."""
+        assert self.step is None, "a save is in flight"
+        self.step, self.failure, self._tensors, self._meta = step, None, tensors, meta
+        wanted = format.layout((p.name, p.start, p.values.numel()) for p in pieces)
+        if wanted != self._layout:
+            self._layout = wanted
+            self._image = torch.empty(wanted.size, dtype=torch.uint8)
+            self._image[: len(wanted.header)] = torch.frombuffer(bytearray(wanted.header), dtype=torch.uint8)
+        for slot, piece in zip(wanted.slots, pieces, strict=True):
+            target = self._image[slot.offset : slot.offset + 4 * slot.length].view(torch.float32)
+            target.copy_(piece.values, non_blocking=False)
+        self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def partial(self) -> Path:
+        return step_path(self.directory, self.step).with_suffix(".partial")
+
+    def _write(self) -> None:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            format.write_file(self.partial, self.rank, self._layout, memoryview(self._image.numpy()))
+        except OSError as e:
+            self.failure = f"cannot write {e.filename or self.partial}: {e.strerror}"
+
+    @property
+    def written(self) -> bool:
+        """This rank's part is durable."""
+        return self.step is not None and not self._thread.is_alive() and self.failure is None
+
+    def wait(self) -> None:
+        """Until this rank's thread has finished, well or not."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def commit(self) -> Path:
+        """Every rank has written: rank 0 makes the checkpoint complete. Raises OSError when it cannot."""
+        step, partial, final = self.step, self.partial, step_path(self.directory, self.step)
+        self.step = None
+        if self.rank == 0:
+            format.write_manifest(partial, self.world_size, self._tensors, self._meta)
+            if final.exists():  # of an earlier attempt, and damaged, or it would have been resumed from
+                os.rename(final, final.with_suffix(".replaced.partial"))
+            os.rename(partial, final)
+            format.fsync_folder(self.directory)
+            shutil.rmtree(final.with_suffix(".replaced.partial"), ignore_errors=True)
+            for old in complete(self.directory)[: -self.keep_last]:
+                if old.name < step_path(self.directory, step).name:
+                    shutil.rmtree(old)
+        return final
+
+    def abandon(self) -> None:
+        """A rank could not write: forget this save; rank 0 removes what there is."""
+        self.wait()
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.step = None
