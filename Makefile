@@ -1,0 +1,27 @@
+# make demo    set up, pack digits, train on 2 CPU ranks (all GPUs where there are any), evaluate, say what to open
+# make test    set up, lint, run the whole test suite
+PYTHON ?= python3
+BIN := .venv/bin
+ACCELERATORS := $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	dtrain pack sklearn:digits data/digits --holdout 360
+	deepspeed --num_accelerators $(ACCELERATORS) launch/train.py configs/digits-dit.yaml
+
+test: .venv/ready lint
+	python -m pytest tests
+
+lint: .venv/ready
+	ruff check .
+	ruff format --check .
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv data runs

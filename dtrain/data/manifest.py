@@ -1,0 +1,267 @@
+"""What a data set consists of: `manifest.json` beside its shards, and a memory-mapped side file of member positions.
+
+    {"format": 1, "fields": ["cls", "jpg"],
+     "shards": [{"name": "train-000000.tar", "samples": 2000, "bytes": 5140480, "sha256": "…"}, …],
+     "classes": ["airplane", …] or null,
+     "members": {"file": "manifest.members", "sha256": "…"}}
+
+The side file is a (samples, fields) table in the manifest's order of one 16-byte little-endian record a member: offset
+uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
+from dtrain.errors import UserError
+
+FORMAT = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Record):
+    name: str  # relative to the folder of the shards
+    samples: Positive
+    bytes: Positive
+    sha256: Sha256
+
+
+class _SideFile(_Record):
+    file: str
+    sha256: Sha256
+
+
+class _Document(_Record):
+    """manifest.json as it is written."""
+
+    format: int
+    fields: Annotated[list[str], Field(min_length=1)]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    classes: list[str] | None
+    members: _SideFile
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A data set: samples are numbered through its shards in this order.
+
+    members: (N, F) records `offset`, `size`, `crc32`, read-only and memory-mapped; `size` is ABSENT where a sample
+    lacks the field.
+    """
+
+    path: Path
+    fields: list[str]
+    shards: list[Shard]
+    classes: list[str] | None
+    members: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples of each shard (S,) int64."""
+        return np.array([s.samples for s in self.shards], dtype=np.int64)
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the data: what the shards hold and in which order, not their names nor where they lie."""
+        shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
+        content = json.dumps([self.fields, self.classes, shards], separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load(path: str | Path) -> Manifest:
+    """Read a manifest and map its side file.
+
+    Raises UserError where either is missing, damaged, of another format, or does not belong to the other.
+    """
+    path = Path(path)
+    again = "run `dtrain index` on the shards again"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no manifest {path}; `dtrain index SHARDS` makes it") from None
+    except OSError as e:
+        raise UserError(f"cannot read the manifest {path}: {e.strerror}") from None
+    try:
+        tree = json.loads(text)
+        if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{path} has format {tree['format']!r}, this version reads {FORMAT}; {again}")
+        document = _Document.model_validate(tree)
+    except ValidationError as e:
+        where = ".".join(map(str, e.errors()[0]["loc"])) or "the whole file"
+        raise UserError(f"{path} is not a manifest ({where}: {e.errors()[0]['msg']}); {again}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}); {again}") from None
+
+    side = path.parent / document.members.file
+    shape = (sum(s.samples for s in document.shards), len(document.fields))
+    try:
+        with open(side, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            expected = shape[0] * shape[1] * MEMBER.itemsize
+            if size != expected:
+                raise UserError(f"{side} has {size:,} bytes, {path} asks for {expected:,}; {again}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != document.members.sha256:
+                raise UserError(f"{side} is damaged or does not belong to {path} (other sha256); {again}")
+    except OSError as e:
+        raise UserError(f"cannot read {side}, which {path} needs: {e.strerror}; {again}") from None
+    members = np.memmap(side, dtype=MEMBER, mode="r", shape=shape)
+    return Manifest(path, document.fields, document.shards, document.classes, members)
+
+
+def index_shards(
+    shards: Sequence[Path],
+    destination: Path,
+    progress: Callable[[int], None] | None = None,
+    classes: list[str] | None = None,
+) -> Manifest:
+    """Scan local tar shards and write their manifest to `destination`, its side file beside it.
+
+    Shards keep the given order and are named relative to the folder they share. `progress` is called with the bytes of
+    each shard done. Both files appear whole or not at all.
+    """
+    shards = [Path(os.path.abspath(s)) for s in shards]
+    twice = next((s for s in shards if shards.count(s) > 1), None) if len(set(shards)) < len(shards) else None
+    if twice:
+        raise UserError(f"{twice} is named twice; name every shard once")
+    root = Path(os.path.commonpath([s.parent for s in shards]))
+    side = destination.with_suffix(".members")
+    with _replacing(side) as file:
+        scans: list[Scan] = []
+        for path in shards:
+            scans.append(scan(path))
+            if progress:
+                progress(scans[-1].bytes)
+        fields = sorted({field for s in scans for field in s.fields})
+        if len(fields) > MAX_FIELDS:
+            raise UserError(
+                f"the shards of {root} have {len(fields)} different extensions, more than {MAX_FIELDS}; all that "
+                "follows the first dot of a file name is its extension, so rename files with dots in their names"
+            )
+        digest = hashlib.sha256()
+        for s in scans:
+            table = np.zeros((len(s.members), len(fields)), dtype=MEMBER)
+            table["size"] = ABSENT
+            for column, field in enumerate(s.fields):
+                table[:, fields.index(field)] = s.members[:, column]
+            file.write(table.tobytes())
+            digest.update(table.tobytes())
+    document = _Document(
+        format=FORMAT,
+        fields=fields,
+        shards=[
+            Shard(name=str(path.relative_to(root)), samples=len(s.members), bytes=s.bytes, sha256=s.sha256)
+            for path, s in zip(shards, scans, strict=True)
+        ],
+        classes=classes,
+        members=_SideFile(file=side.name, sha256=digest.hexdigest()),
+    )
+    with _replacing(destination) as file:
+        file.write(json.dumps(document.model_dump(), indent=1).encode() + b"\n")
+    return load(destination)
+
+
+def check_shards(manifest: Manifest, directory: Path) -> None:
+    """Every shard is in `directory` with exactly the manifest's bytes, or UserError names the first that is not."""
+    for shard in manifest.shards:
+        path = Path(directory) / shard.name
+        try:
+            size = path.stat().st_size
+        except OSError as e:
+            raise UserError(
+                f"cannot find the shard {path} of {manifest.path}: {e.strerror}; restore it or run `dtrain index` again"
+            ) from None
+        if size != shard.bytes:
+            difference = f"{abs(size - shard.bytes):,} bytes {'shorter' if size < shard.bytes else 'longer'}"
+            raise UserError(f"{path} is {difference} than its manifest says; restore it or run `dtrain index` again")
+
+
+def index(source: str, destination: Path | None = None) -> Manifest:
+    """Index local shards: `source` is a folder of *.tar, a glob, or a brace pattern such as `x-{000..099}.tar`.
+
+    destination: the manifest's path, or an existing folder for it; by default manifest.json beside the shards.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    shards = find_shards(source)
+    if destination is None:
+        destination = Path(os.path.commonpath([s.parent for s in shards])) / "manifest.json"
+    elif Path(destination).is_dir():
+        destination = Path(destination) / "manifest.json"
+    console = Console(stderr=True)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"indexing {len(shards)} shards", total=sum(s.stat().st_size for s in shards if s.exists()))
+        return index_shards(shards, Path(destination), lambda done: bar.advance(task, done))
+
+
+def find_shards(source: str) -> list[Path]:
+    """The shards a folder (sorted), glob (sorted) or brace pattern (as it expands) stands for; all of them exist."""
+    if Path(source).is_dir():
+        shards = sorted(Path(source).glob("*.tar"))
+        if not shards:
+            raise UserError(f"there are no *.tar files in {source}; name the folder of the shards, or a pattern")
+        return shards
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        patterns = list(braceexpand(source))
+    except UnbalancedBracesError:
+        raise UserError(f"the braces of {source!r} do not balance; write x-{{000..099}}.tar") from None
+    shards = []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"there is no shard {pattern}; name a folder of *.tar files, a glob or a brace pattern")
+        shards += map(Path, found)
+    return shards
+
+
+@contextmanager
+def _replacing(path: Path):
+    """A file to write that takes the place of `path` when the block ends without an error, and never in part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; name a writable place with `--out`") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

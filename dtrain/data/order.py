@@ -1,0 +1,119 @@
+"""The order of samples: a pure function of (seed, place in the run), with no state and no I/O (design, decision 1).
+
+The data set is cut into `streams` parts of equal length that are read side by side; within a stream samples are
+shuffled inside windows, so that a reader touches few shards at a time. The whole position of a run is one integer, the
+images seen; world size, batch size and worker count do not enter.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from dtrain.randomness import Draws, Purpose, permutation
+
+
+def default_streams(samples: int) -> int:
+    """One stream per 1,024 samples, at most 64."""
+    return min(64, max(1, samples // 1024))
+
+
+class Order:
+    """Which sample is the k-th of the run.
+
+    Image k belongs to stream v = k mod V as its q-th, q = k div V. An epoch takes L = N // V samples of every stream;
+    within it, place i = q mod L lies in window w = i div W, and the places of a window are permuted.
+
+    seed: the run's seed. shard_sizes: samples of each shard, in the manifest's order (N is their sum).
+    streams: V, from 1 to N. window: W in samples of one stream; W ≥ L shuffles each stream as a whole.
+    Raises ValueError for values outside these ranges.
+
+    Memory: at most V windows of 4·min(W, L) bytes, whatever N is.
+    """
+
+    def __init__(self, seed: int, shard_sizes: Sequence[int] | np.ndarray, streams: int, window: int):
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if sizes.ndim != 1 or not sizes.size or sizes.min() < 1:
+            raise ValueError("every shard must have a sample, and there must be a shard")
+        self.samples = int(sizes.sum())
+        if not 1 <= streams <= self.samples:
+            raise ValueError(f"streams must lie between 1 and the {self.samples} samples, got {streams}")
+        if window < 1:
+            raise ValueError(f"a window holds at least 1 sample, got {window}")
+        if self.samples > 2**32:
+            raise ValueError(f"{self.samples} samples exceed 2^32, the most that windows and streams are numbered for")
+        self.streams = int(streams)
+        self.stream_length = self.samples // self.streams
+        self.window = min(int(window), self.stream_length)
+        self._sizes = sizes
+        self._starts = np.cumsum(sizes) - sizes  # first sample id of each shard, manifest order
+        self._draws = Draws(seed)
+        # A reader that goes forward needs one window of each stream and never an older one: see `sample`.
+        self._places = lru_cache(maxsize=self.streams)(self._permute_window)
+        self._epoch = lru_cache(maxsize=2)(self._permute_shards)
+
+    def sample(self, k: np.ndarray) -> np.ndarray:
+        """Sample ids (n,) int64 of the k-th images of the run, k (n,) int64 ≥ 0, in any order.
+
+        An id is a position in the concatenation of the shards in the manifest's order. The cost does not depend on k.
+        """
+        k = np.asarray(k, dtype=np.int64)
+        if k.size and k.min() < 0:
+            raise ValueError(f"images are counted from 0, got {k.min()}")
+        q, v = np.divmod(k, self.streams)
+        epoch, i = np.divmod(q, self.stream_length)
+        w, place = np.divmod(i, self.window)
+
+        # In this order (epoch, window, stream) a batch that crosses a window's end is done with every old window before
+        # it asks for the first new one, so a cache of V windows never computes one twice.
+        by_window = np.lexsort((v, w, epoch))
+        shuffled = np.empty_like(k)
+        for rows in _runs(by_window, epoch, w, v):
+            first = rows[0]
+            shuffled[rows] = self._places(int(epoch[first]), int(v[first]), int(w[first]))[place[rows]]
+        position = v * self.stream_length + w * self.window + shuffled
+
+        sample = np.empty_like(k)
+        for rows in _runs(by_window, epoch):
+            rotation, shards, ends = self._epoch(int(epoch[rows[0]]))
+            p = (position[rows] + rotation) % self.samples  # in the concatenation of the permuted shards
+            j = np.searchsorted(ends, p, side="right")
+            sample[rows] = p - ends[j] + (self._starts + self._sizes)[shards[j]]
+        return sample
+
+    def rows(self, first: int, batch: int, rank: int, world_size: int) -> np.ndarray:
+        """The k's (batch / world_size,) int64 of this rank's rows of the global batch that begins at image `first`.
+
+        The batch is sorted by (stream, place) and cut into one run a rank, so that a rank reads few streams.
+        """
+        if batch % world_size:
+            raise ValueError(f"a batch of {batch} does not divide by {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size}")
+        k = np.arange(first, first + batch, dtype=np.int64)
+        k = k[np.argsort(k % self.streams, kind="stable")]
+        n = batch // world_size
+        return k[rank * n : (rank + 1) * n]
+
+    def _permute_window(self, epoch: int, stream: int, window: int) -> np.ndarray:
+        """Permutation (places,) uint32 of one window; the last window of a stream may be shorter."""
+        places = min(self.window, self.stream_length - window * self.window)
+        # Streams and windows stay below 2^32, so each (stream, window) has a `sub` of its own.
+        words = self._draws.words(Purpose.WINDOW_ORDER, epoch, stream << 32 | window, places)
+        return permutation(words).astype(np.uint32)
+
+    def _permute_shards(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Of one epoch: rotation r_e, shard at each place (S,), samples up to the end of each place (S,) int64."""
+        rotation = int(self._draws.words(Purpose.ROTATION, epoch)[0] % np.uint64(self.samples))
+        shards = permutation(self._draws.words(Purpose.SHARD_ORDER, epoch, size=self._sizes.size))
+        return rotation, shards, np.cumsum(self._sizes[shards])
+
+
+def _runs(order: np.ndarray, *keys: np.ndarray) -> list[np.ndarray]:
+    """Cut `order`, which sorts `keys`, where any key changes; no runs of nothing."""
+    if not order.size:
+        return []
+    changed = np.zeros(order.size - 1, dtype=bool)
+    for key in keys:
+        changed |= np.diff(key[order]) != 0
+    return np.split(order, np.flatnonzero(changed) + 1)

@@ -1,0 +1,190 @@
+"""Reads the headers of one tar shard: where each member's bytes lie, grouped into samples by WebDataset's naming rule.
+
+`tarfile` parses the headers (ustar, GNU and PAX). It raises nothing when a file is cut at a member's boundary, or when
+a header's checksum is wrong after the first member: it stops as if the archive had ended. So the end is checked here.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dtrain.errors import UserError
+
+MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
+ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
+MAX_FIELDS = 64
+
+_META = re.compile(r"__[^/]*__($|/)")
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_CHUNK = 1 << 20
+# What tarfile lets through for bytes that are no tar, beside its own errors.
+_UNREADABLE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One shard: its field extensions, its members (samples, fields) as MEMBER records, its size and sha256."""
+
+    fields: list[str]
+    members: np.ndarray
+    bytes: int
+    sha256: str
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's (key, field): the name up to the first dot of its last component, and the rest in lower case.
+
+    None for what WebDataset skips: names without an extension, dot files, `__meta__/` entries.
+    """
+    match = _NAME.fullmatch(name)
+    if not match or _META.match(name):
+        return None
+    return match[1], match[2].lower()
+
+
+def scan(path: Path) -> Scan:
+    """Index one shard, reading it once from end to end.
+
+    Raises UserError, naming the shard, for anything that is not a whole, uncompressed tar file of contiguous samples.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _scan(path, file)
+    except OSError as e:
+        raise UserError(f"cannot read the shard {path}: {e.strerror or e}") from None
+
+
+def _scan(path: Path, file) -> Scan:
+    fields: dict[str, int] = {}
+    samples: list[dict[int, tuple[int, int, int]]] = []
+    keys: set[str] = set()
+    current = None
+    checksums = _Checksums(path, file.fileno())
+    for member in _regular_members(path, file):
+        named = split_name(member.name)
+        if named is None:
+            continue
+        key, field = named
+        column = fields.setdefault(field, len(fields))
+        if len(fields) > MAX_FIELDS:
+            raise UserError(
+                f"{path} has more than {MAX_FIELDS} different extensions, the latest {field!r} of {member.name}; "
+                "all that follows the first dot of a file name is its extension, so rename files with dots in them"
+            )
+        if key != current:
+            if key in keys:
+                raise UserError(
+                    f"{path} has members of sample {key!r} in two places, the second at {member.name}; "
+                    "the members of a sample must follow each other, so pack the shard again"
+                )
+            keys.add(key)
+            current = key
+            samples.append({})
+        if column in samples[-1]:
+            raise UserError(f"{path} has two members {key}.{field}; pack the shard again with names used once")
+        if member.size >= ABSENT:
+            raise UserError(f"{path}: {member.name} has {member.size:,} bytes; a member must be smaller than 4 GiB")
+        crc = checksums.crc32(member.offset_data, member.size)
+        samples[-1][column] = (member.offset_data, member.size, crc)
+    if not samples:
+        raise UserError(f"{path} has no samples; leave it out or restore it")
+    size = os.fstat(file.fileno()).st_size
+    sha256 = checksums.sha256(size)
+
+    members = np.zeros((len(samples), len(fields)), dtype=MEMBER)
+    members["size"] = ABSENT
+    for row, sample in zip(members, samples, strict=True):
+        for column, record in sample.items():
+            row[column] = record
+    return Scan(list(fields), members, size, sha256)
+
+
+def member_name(path: Path, offset: int) -> str:
+    """The name of the member whose bytes begin at `offset`; where the headers do not tell, its place. For messages."""
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.offset_data >= offset:
+                    if member.offset_data == offset:
+                        return member.name
+                    break
+                tar.members = []
+    except (OSError, *_UNREADABLE):
+        pass
+    return f"the member at byte {offset:,}"
+
+
+class _Checksums:
+    """sha256 of a whole file and crc32 of ranges in it, each byte read once and in order."""
+
+    def __init__(self, path: Path, descriptor: int):
+        self._path = path
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+        self._position = 0
+
+    def crc32(self, offset: int, size: int) -> int:
+        self._advance(offset)
+        return self._advance(offset + size)
+
+    def sha256(self, size: int) -> str:
+        self._advance(size)
+        return self._digest.hexdigest()
+
+    def _advance(self, end: int) -> int:
+        crc = 0
+        while self._position < end:
+            chunk = os.pread(self._descriptor, min(_CHUNK, end - self._position), self._position)
+            if not chunk:
+                raise UserError(f"{self._path} became shorter while it was read; index it when it is complete")
+            self._digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
+            self._position += len(chunk)
+        return crc
+
+
+def _regular_members(path: Path, file) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar in order, after which the archive is known to end where it should."""
+    bytes_in_file = os.fstat(file.fileno()).st_size
+    again = "restore it or pack it again"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            end = -1
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile keeps every header it has seen
+                if member.size < 0 or tar.offset <= end:
+                    raise UserError(f"{path} has a header of impossible size at {member.name!r}; {again}")
+                end = tar.offset
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{path}: {member.name} is a link, a sparse or a special file; "
+                        "pack the shard again with plain files (GNU tar: --hard-dereference --dereference)"
+                    )
+                if member.offset_data + member.size > bytes_in_file:
+                    raise UserError(f"{path} is cut off within {member.name}; {again}")
+                yield member
+            _check_end(path, file.fileno(), tar.offset, bytes_in_file, again)
+    except UserError:
+        raise
+    except _UNREADABLE as e:
+        raise UserError(f"{path} is not a whole uncompressed tar file ({e}); {again}") from None
+
+
+def _check_end(path: Path, descriptor: int, offset: int, bytes_in_file: int, again: str) -> None:
+    """A tar ends in two blocks of 512 zeros, and nothing but zeros may follow them."""
+    if bytes_in_file - offset < 1024:
+        raise UserError(f"{path} is cut off at byte {bytes_in_file:,}, before its end-of-archive mark; {again}")
+    while offset < bytes_in_file:
+        chunk = os.pread(descriptor, _CHUNK, offset)
+        if not chunk or chunk.count(0) != len(chunk):
+            raise UserError(f"{path} is damaged, or two tar files in one, at byte {offset:,} or soon after; {again}")
+        offset += len(chunk)

@@ -1,0 +1,207 @@
+"""Packing: nothing lost, nothing changed, the same bytes every time, and nothing of the user's overwritten."""
+
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dtrain.data import pack as packing
+from dtrain.data.manifest import index, load
+from dtrain.data.pack import pack
+from dtrain.data.shards import ShardReader
+from dtrain.errors import UserError
+from tests.data.shard_files import picture
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def samples_of(folder) -> list[dict[str, bytes]]:
+    manifest = load(folder / "manifest.json")
+    reader = ShardReader(manifest, folder)
+    return [reader.read(i) for i in range(manifest.samples)]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pack") / "digits"
+    packed = pack("sklearn:digits", folder, holdout=360, seed=1)
+    assert str(packed) == f"{folder}: packed 1,437 samples for training and 360 held out"
+    return folder
+
+
+def test_the_two_splits_hold_every_digit_once(digits):
+    """Back from the PNG files to scikit-learn's own numbers."""
+    source = load_digits()
+    labelled = zip(source.images, source.target, strict=True)
+    expected = Counter((image.astype(int).tobytes(), int(label)) for image, label in labelled)
+    found = Counter()
+    for split, count in (("train", 1437), ("holdout", 360)):
+        samples = samples_of(digits / split)
+        assert len(samples) == count
+        for sample in samples:
+            image = Image.open(io.BytesIO(sample["png"]))
+            assert (image.mode, image.size) == ("L", (8, 8))
+            levels = np.asarray(image, dtype=float) * 16 / 255
+            assert np.abs(levels - levels.round()).max() < 0.04  # 0..255 in 16 equal steps
+            found[levels.round().astype(int).tobytes(), int(sample["cls"])] += 1
+    assert found == expected
+
+
+def test_splits_are_shuffled_and_lie_in_several_shards(digits):
+    labels = [int(s["cls"]) for s in samples_of(digits / "train")]
+    assert min(Counter(labels[:500]).values()) > 25  # about 50 of each digit
+    assert min(Counter(int(s["cls"]) for s in samples_of(digits / "holdout")).values()) > 15  # about 36
+    for split in ("train", "holdout"):
+        manifest = load(digits / split / "manifest.json")
+        assert len(manifest.shards) == 8
+        assert manifest.classes == list("0123456789")
+        assert [s.name for s in manifest.shards] == [f"{split}-{i:06d}.tar" for i in range(8)]
+
+
+def test_packed_shards_are_webdatasets(digits):
+    url = f"{digits}/holdout/holdout-{{000000..000007}}.tar"
+    read = [(s["png"], s["cls"]) for s in webdataset.WebDataset(url, shardshuffle=False, nodesplitter=None)]
+    assert read == [(s["png"], s["cls"]) for s in samples_of(digits / "holdout")]
+    again = index(str(digits / "holdout"), digits.parent / "again.json")
+    assert np.array_equal(again.members, load(digits / "holdout" / "manifest.json").members)
+
+
+def test_packing_again_gives_the_same_bytes_and_another_seed_others(digits, tmp_path):
+    pack("sklearn:digits", tmp_path / "same", holdout=360, seed=1)
+    assert tree(tmp_path / "same") == tree(digits)
+    pack("sklearn:digits", tmp_path / "other", holdout=360, seed=2)
+    mine, other = (load(f / "holdout" / "manifest.json") for f in (digits, tmp_path / "other"))
+    assert mine.hash != other.hash
+
+
+def test_what_the_same_request_packed_is_kept(digits):
+    before = {f: f.stat().st_mtime_ns for f in digits.rglob("*")}
+    packed = pack("sklearn:digits", digits, holdout=360, seed=1)
+    assert str(packed) == f"{digits}: keeping what is there: 1,437 samples for training and 360 held out"
+    assert {f: f.stat().st_mtime_ns for f in digits.rglob("*")} == before
+
+
+def test_other_requests_and_other_folders_are_refused_untouched(digits, tmp_path):
+    before = tree(digits)
+    with pytest.raises(UserError, match=r"was packed with holdout 360, not 100; name another destination"):
+        pack("sklearn:digits", digits, holdout=100, seed=1)
+    with pytest.raises(UserError, match=r"was packed with seed 1, not 0"):
+        pack("sklearn:digits", digits, holdout=360)
+    assert tree(digits) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists and was not made by `dtrain pack`"):
+        pack("sklearn:digits", tmp_path)
+    assert tree(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_a_packed_folder_that_lost_a_shard_is_not_kept_silently(tmp_path):
+    pack("sklearn:digits", tmp_path / "digits")
+    (tmp_path / "digits" / "train" / "train-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"cannot find the shard .*train-000003.tar"):
+        pack("sklearn:digits", tmp_path / "digits")
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    files = {
+        "cats/1.jpg": picture(1, 9, 3, "JPEG"),
+        "cats/deeper/a.b.JPEG": picture(2, 12, 3, "JPEG"),
+        "cats/notes.txt": b"not an image",
+        "big dogs/1.png": picture(3, 8, 1),
+        "big dogs/2.png": picture(4, 8),
+        ".cache/1.png": picture(5),
+    }
+    for name, data in files.items():
+        path = tmp_path / "photographs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "photographs"
+
+
+def test_class_folders_are_copied_byte_for_byte(photographs, tmp_path):
+    pack(str(photographs), tmp_path / "packed")
+    found = samples_of(tmp_path / "packed" / "train")
+    assert load(tmp_path / "packed" / "train" / "manifest.json").classes == ["big dogs", "cats"]
+    assert not (tmp_path / "packed" / "holdout").exists()
+    expected = [("png", "big dogs/1.png", b"0"), ("png", "big dogs/2.png", b"0")]
+    expected += [("jpg", "cats/1.jpg", b"1"), ("jpg", "cats/deeper/a.b.JPEG", b"1")]
+    expected = [{field: (photographs / name).read_bytes(), "cls": label} for field, name, label in expected]
+    by_items = [sorted(sorted(sample.items()) for sample in samples) for samples in (found, expected)]
+    assert by_items[0] == by_items[1]
+
+
+def test_a_source_that_has_changed_is_noticed(photographs, tmp_path):
+    pack(str(photographs), tmp_path / "packed", holdout=1)
+    pack(os.path.relpath(photographs), tmp_path / "packed", holdout=1)  # the same folder by another name
+    shutil.copy(photographs / "cats" / "1.jpg", photographs / "cats" / "2.jpg")
+    with pytest.raises(UserError, match=r"was packed from .*/photographs when that held other files"):
+        pack(str(photographs), tmp_path / "packed", holdout=1)
+
+
+def test_shards_hold_as_many_samples_as_asked(photographs, tmp_path):
+    pack(str(photographs), tmp_path / "packed", shard_samples=3)
+    assert load(tmp_path / "packed" / "train" / "manifest.json").shard_sizes.tolist() == [3, 1]
+
+
+def test_sources_that_cannot_be_packed_are_refused(photographs, tmp_path):
+    destination = tmp_path / "packed"
+    for source, options, message in [
+        (str(tmp_path / "nothing"), {}, "there is no folder .*nothing to pack"),
+        (str(photographs / "big dogs"), {}, "has no class folders"),
+        (str(photographs), {"holdout": 4}, "--holdout 4 must leave a sample to train on: .* has 4"),
+        (str(photographs), {"holdout": -1}, "--holdout -1 must leave"),
+        (str(photographs), {"shard_samples": 0}, "a shard holds at least 1 sample, got 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pack(source, destination, **options)
+    (photographs / "empty").mkdir()
+    with pytest.raises(UserError, match=r"the class folder .*empty has no .jpg, .jpeg or .png files"):
+        pack(str(photographs), destination)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot pack sklearn:digits into .*file/packed: Not a directory"):
+        pack("sklearn:digits", tmp_path / "file" / "packed")
+    assert not destination.exists()
+
+
+def _pack_where_files_are_limited(destination, sender) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk, in the middle of the first shard
+    try:
+        pack("sklearn:digits", destination)
+    except UserError as e:
+        sender.send(str(e))
+
+
+def test_packing_that_fails_leaves_nothing(tmp_path):
+    receiver, sender = multiprocessing.Pipe()
+    target = (tmp_path / "packed", sender)
+    process = multiprocessing.get_context("fork").Process(target=_pack_where_files_are_limited, args=target)
+    process.start()
+    process.join()
+    assert receiver.poll()
+    assert receiver.recv().startswith(f"cannot pack sklearn:digits into {tmp_path}/packed: File too large; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_that_is_killed_leaves_no_destination(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=pack, args=("sklearn:digits", tmp_path / "killed"))
+    process.start()
+    while not list(tmp_path.glob(".killed.*.partial")) and process.is_alive():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed").exists()
+    assert str(pack("sklearn:digits", tmp_path / "killed")).endswith("packed 1,797 samples for training")
+    assert json.loads((tmp_path / "killed" / packing.REQUEST).read_text())["source"] == "sklearn:digits"
