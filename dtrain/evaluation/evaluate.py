@@ -1,0 +1,124 @@
+"""Evaluate a model: draw samples on all ranks, compare them with the held-out split.
+
+Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communicated until the moments are merged, so
+ranks may be unequally fast.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dtrain import distributed
+from dtrain.config import Config
+from dtrain.data import manifest as manifests
+from dtrain.data.manifest import Manifest
+from dtrain.data.stream import read_split
+from dtrain.errors import UserError
+from dtrain.evaluation.features import extractor, metric_name
+from dtrain.evaluation.generate import Sampler, Sampling
+from dtrain.evaluation.metrics import frechet_distance
+from dtrain.evaluation.statistics import Moments, Statistics
+
+READ_BLOCK = 512  # images of the reference split read and embedded at a time
+
+
+class Reference:
+    """The held-out split: its labels and the statistics of its features, computed once by all ranks together."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.manifest: Manifest = manifests.load(Path(config.data.holdout))
+        self.extractor = extractor(config.eval.features, config)
+        directory = Path(config.data.holdout).parent
+        distributed.on_rank_0(manifests.check_shards, self.manifest, directory)
+        moments = Moments(self.extractor.dimensions).to(device)
+        size, channels, total = config.data.image_size, config.data.channels, self.manifest.samples
+        labels = []
+        rank, world_size = distributed.rank(), distributed.world_size()
+        for number, start in enumerate(range(0, total, READ_BLOCK)):
+            images, block_labels = read_split(
+                self.manifest, directory, size, channels, start, min(start + READ_BLOCK, total)
+            )
+            labels.append(block_labels)  # every rank needs all labels
+            if number % world_size == rank:
+                moments.update(self.extractor(images.to(device)))
+        self.labels = torch.cat(labels)
+        self.statistics: Statistics = moments.compute()
+
+
+def sampling(config: Config) -> Sampling:
+    e = config.eval
+    return Sampling(steps=e.steps, eta=e.eta, spacing=e.spacing, guidance=e.guidance, seed=e.seed)
+
+
+def weights_name(config: Config) -> str:
+    """Which weights are evaluated, as it is written in the journal and MLflow."""
+    return "raw" if config.eval.ema is None else f"ema_{config.eval.ema}"
+
+
+def evaluate(
+    sampler: Sampler, config: Config, reference: Reference, on_block: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[dict[str, float], dict]:
+    """(metrics, context) of `eval.num_samples` samples; every rank calls it and gets the same answer.
+
+    Sample id i has the label of held-out sample i mod M, so that the labels are distributed as in that split.
+    """
+    e, how = config.eval, sampling(config)
+    moments = Moments(reference.extractor.dimensions).to(sampler.device)
+    starts = range(0, e.num_samples, e.batch_size)[distributed.rank() :: distributed.world_size()]
+    for done, start in enumerate(starts):
+        ids = list(range(start, min(start + e.batch_size, e.num_samples)))
+        labels = reference.labels[torch.tensor(ids) % len(reference.labels)]
+        images = sampler.draw(ids, labels, how)
+        moments.update(reference.extractor(images.to(sampler.device)))
+        on_block(done + 1, len(starts))
+    statistics = moments.compute()
+    metrics = {
+        metric_name(metric, reference.extractor.name): {"fd": frechet_distance}[metric](
+            statistics, reference.statistics
+        )
+        for metric in e.metrics
+    }
+    context = {
+        "ema": weights_name(config),
+        "n": e.num_samples,
+        "sampler": e.sampler,
+        "steps": e.steps,
+        "eta": e.eta,
+        "spacing": e.spacing,
+        "guidance": e.guidance,
+        "seed": e.seed,
+        "features": reference.extractor.name,
+        "extractor": reference.extractor.fingerprint,
+        "reference": reference.manifest.hash,
+    }
+    return metrics, context
+
+
+def open_sampler(run, config: Config, weights: str, device: torch.device, step: int | None = None):
+    """(sampler, step, images) from a run's newest complete checkpoint, or the one of `step`. Raises UserError."""
+    from dtrain.checkpoint.export import load_weights
+    from dtrain.checkpoint.format import Checkpoint, Damaged
+    from dtrain.checkpoint.writer import complete, step_path
+    from dtrain.diffusion.process import build as build_process
+    from dtrain.models.build import build as build_model
+
+    found = complete(run.checkpoints)
+    if not found:
+        raise UserError(f"{run.path} has no complete checkpoint yet")
+    path = found[-1] if step is None else step_path(run.checkpoints, step)
+    if path not in found:
+        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found)
+        raise UserError(f"{run.path} has no checkpoint of step {step}; there are: {steps}")
+    try:
+        checkpoint = Checkpoint.open(path)
+        key = "fp32" if weights == "raw" else weights
+        model = load_weights(checkpoint, build_model(config), key).to(device)
+    except Damaged as e:
+        raise UserError(f"the checkpoint is damaged: {e}") from None
+    except KeyError:
+        raise UserError(
+            f"{path} holds no weights `{weights}`; it was trained with {len(config.ema)} EMA profiles"
+        ) from None
+    sampler = Sampler.of(model, build_process(config.diffusion), config, device)
+    return sampler, checkpoint.meta["step"], checkpoint.meta["images"]

@@ -1,0 +1,81 @@
+"""Images from a model, each a pure function of (seed, id): the same on any rank, in any order of blocks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dtrain.config import Config
+from dtrain.data.transforms import quantize
+from dtrain.diffusion.guidance import guided
+from dtrain.diffusion.samplers import ddim
+from dtrain.diffusion.schedule import subsequence
+from dtrain.randomness import Draws, Purpose
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn; all of it is part of a metric's context."""
+
+    steps: int
+    eta: float
+    spacing: str
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A plain model (no DeepSpeed, no collective) with its process, ready to draw images."""
+
+    model: torch.nn.Module
+    process: object
+    shape: tuple[int, int, int]  # (C, H, W)
+    num_classes: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, process, config: Config, device: torch.device) -> "Sampler":
+        shape = (config.data.channels, config.data.image_size, config.data.image_size)
+        return cls(model, process, shape, config.model.num_classes, device)
+
+    @torch.inference_mode()
+    def draw(self, ids: list[int], labels: torch.Tensor, how: Sampling) -> torch.Tensor:
+        """uint8 (n, C, H, W) for sample ids (n) and int64 labels (n,).
+
+        Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
+        """
+        draws = Draws(how.seed)
+        x = np.stack([draws.normal(Purpose.SAMPLE_NOISE, i, self.shape) for i in ids])
+        timesteps = subsequence(self.process.schedule.timesteps, how.steps, how.spacing)
+
+        def step_noise(step: int) -> torch.Tensor:
+            noise = [draws.normal(Purpose.SAMPLE_STEP_NOISE, i, self.shape, sub=step) for i in ids]
+            return torch.from_numpy(np.stack(noise)).to(self.device)
+
+        self.model.eval()
+        model = guided(self.model, how.guidance, self.num_classes) if self.num_classes else self.model
+        labels = labels.to(self.device)
+        x_0 = ddim(
+            lambda x_t, t: model(x_t, t, labels),
+            self.process,
+            torch.from_numpy(x).to(self.device),
+            timesteps,
+            how.eta,
+            step_noise if how.eta > 0 else None,
+        )
+        return quantize(x_0).cpu()
+
+
+def grid(images: torch.Tensor, columns: int, scale: int = 1):
+    """A PIL picture of uint8 images (n, C, H, W) in rows of `columns`, a dark pixel between them."""
+    from PIL import Image
+
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 24, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)

@@ -1,0 +1,160 @@
+"""First and second moments of features: streamed in float64, joined over batches and ranks, kept in .npz files.
+
+Moments are held as count n, mean μ and scatter S = Σ(x−μ)(x−μ)ᵀ and joined after Chan, Golub & LeVeque (1979),
+"Updating formulae and a pairwise algorithm for computing sample variances". Sums of x and xxᵀ would cancel when means
+are large.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from dtrain.errors import UserError
+
+Triple = tuple[Tensor, Tensor, Tensor]  # count int64 (), mean float64 (D,), scatter float64 (D, D)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the Fréchet distance needs to know of a set of features."""
+
+    count: int
+    mean: np.ndarray  # float64 (D,)
+    cov: np.ndarray  # float64 (D, D), divisor N − 1 as in numpy.cov
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.mean)
+
+
+class Moments(Metric):
+    """Streaming moments of features, of this rank while updating and of all ranks in `compute`.
+
+    States stay float64 whatever the module is cast to. A rank without samples needs no update. `compute` is collective.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, dimensions: int, **kwargs: Any):
+        # No cache: a rank with an empty share would answer from it while the others wait for it in the collective.
+        super().__init__(compute_with_cache=False, **kwargs)
+        self.add_state("count", torch.zeros((), dtype=torch.int64))
+        self.add_state("mean", torch.zeros(dimensions, dtype=torch.float64))
+        self.add_state("scatter", torch.zeros(dimensions, dimensions, dtype=torch.float64))
+
+    def update(self, features: Tensor) -> None:
+        """Take in features (N, D) of any dtype and device, N ≥ 0."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features of shape (N, {len(self.mean)}) expected, got {tuple(features.shape)}")
+        self._set(merge(self._triple(), moments(features.to(self.mean))))
+
+    def compute(self) -> Statistics:
+        """The joint Statistics of all ranks. Raises UserError below two samples, of which there is no covariance."""
+        count = int(self.count)
+        if count < 2:
+            raise UserError(f"a covariance needs at least 2 images, and there are {count}; raise eval.num_samples")
+        return Statistics(count, self.mean.cpu().numpy(), (self.scatter / (count - 1)).cpu().numpy())
+
+    def _triple(self) -> Triple:
+        return self.count, self.mean, self.scatter
+
+    def _set(self, triple: Triple) -> None:
+        self.count, self.mean, self.scatter = triple
+
+    # What torchmetrics does with the states. Each has to be joined knowing the others, which a `dist_reduce_fx` for one
+    # state cannot; and gathering every rank's scatter would take R·D² numbers where sums over ranks take D².
+
+    def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any = None) -> None:
+        self._set(merge_over_ranks(self._triple(), process_group or self.process_group))
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        self._set(merge((incoming_state["count"], incoming_state["mean"], incoming_state["scatter"]), self._triple()))
+
+    def _apply(self, fn: Callable, exclude_state: Any = "") -> "Moments":
+        device = fn(torch.empty(0, device=self.mean.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
+
+    def _wrap_compute(self, compute: Callable) -> Callable:
+        # torchmetrics searches the result for tensors and cannot rebuild a frozen dataclass: hide it in a function.
+        def hidden() -> Callable[[], Statistics]:
+            statistics = compute()
+            return lambda: statistics
+
+        wrapped = super()._wrap_compute(hidden)
+        return lambda: wrapped()()
+
+    @property
+    def update_called(self) -> bool:
+        """Always: an empty share is no mistake, and torchmetrics would warn of it."""
+        return True
+
+
+def moments(features: Tensor) -> Triple:
+    """Count, mean and scatter of float64 features (N, D) in two passes; zeros for N = 0."""
+    mean = features.mean(0) if len(features) else features.new_zeros(features.shape[1])
+    centred = features - mean
+    return torch.tensor(len(features), device=features.device), mean, centred.T @ centred
+
+
+def merge(a: Triple, b: Triple) -> Triple:
+    """The moments of two sets together (Chan et al. 1979); either may be empty."""
+    (n_a, mean_a, scatter_a), (n_b, mean_b, scatter_b) = a, b
+    n = n_a + n_b
+    share = n_b / n.clamp(min=1).double()
+    delta = mean_b - mean_a
+    return n, mean_a + share * delta, scatter_a + scatter_b + n_a * share * torch.outer(delta, delta)
+
+
+def merge_over_ranks(own: Triple, group: Any = None) -> Triple:
+    """The moments of all ranks' sets together, the same on every rank. Collective: two sums over ranks."""
+    n_r, mean_r, scatter_r = own
+    sums = torch.cat([n_r.double().reshape(1), n_r * mean_r])
+    dist.all_reduce(sums, group=group)
+    n, mean = sums[0], sums[1:] / sums[0].clamp(min=1)
+    delta = mean_r - mean
+    scatter = scatter_r + n_r * torch.outer(delta, delta)
+    dist.all_reduce(scatter, group=group)
+    return n.long(), mean, scatter
+
+
+def save(statistics: Statistics, path: str | Path, fingerprint: str) -> None:
+    """Write an .npz, whole or not at all: `mu`, `sigma` (clean-fid's and pytorch-fid's names), `count`, `fingerprint`.
+
+    The fingerprint stands for the images and the features that these are the statistics of.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as f:
+        np.savez(f, mu=statistics.mean, sigma=statistics.cov, count=statistics.count, fingerprint=fingerprint)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def load(path: str | Path, fingerprint: str | None = None) -> Statistics:
+    """Read what `save` wrote. Raises UserError for no such file, a damaged one, or another fingerprint than wanted."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            statistics = Statistics(int(f["count"]), f["mu"], f["sigma"])
+            found = str(f["fingerprint"])
+    except FileNotFoundError:
+        raise UserError(f"no statistics at {path}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged or no statistics file ({e}); delete it to have it made again") from None
+    if fingerprint is not None and found != fingerprint:
+        raise UserError(
+            f"{path} holds the statistics of other images or features "
+            f"(fingerprint {found[:12]}, not {fingerprint[:12]}); delete it to have it made again"
+        )
+    return statistics
