@@ -123,6 +123,7 @@ class Eval(Section):
 
 
 class Tracking(Section):
+    enabled: bool = True  # false: only the journal is written; `dtrain sync` sends it later, from where MLflow is
     uri: str | None = None  # default: SQLite beside the runs
     experiment: str = "dtrain"
 
@@ -150,9 +151,8 @@ class Config(Section):
         if self.eval.steps > self.diffusion.timesteps:
             raise ValueError(f"eval.steps {self.eval.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
         if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
-            raise ValueError(
-                f"data.image_size {self.data.image_size} does not divide into patches of {self.model.patch} (model.patch)"
-            )
+            size, patch = self.data.image_size, self.model.patch
+            raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
         return self
 
     def dump(self) -> str:
@@ -170,6 +170,19 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
     return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of a tree of plain data; lists become one line of YAML."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            out[f"{prefix}{key}"] = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

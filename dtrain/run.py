@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from dtrain import config as configuration
 from dtrain.config import Config
 from dtrain.errors import UserError
@@ -65,7 +63,7 @@ class RunDirectory:
                 f"{self.path} holds a run with another identity: {'; '.join(changed)}. "
                 f"Give this run a new run.name, or take the old values"
             )
-        flat_old, flat_new = _flat(was.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+        flat_old, flat_new = (configuration.flat(c.model_dump(mode="json")) for c in (was, now))
         return {
             k: (flat_old.get(k), flat_new.get(k)) for k in flat_old | flat_new if flat_old.get(k) != flat_new.get(k)
         }
@@ -98,13 +96,3 @@ def replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = yaml.safe_dump(value) if isinstance(value, list) else value
-    return out

@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from dtrain.distributed import free_port
 
@@ -19,12 +20,16 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "tests.ranks",
 ]
+# The parent of all ranks finds `tests` here, wherever a test has gone.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
 def start_ranks(function, world_size: int, *args, environment: dict[str, str] | None = None):
-    """Processes and their result pipes. `function` is a module-level function, called as function(*args) on each rank."""
+    """Processes and their result pipes. `function`, of a module's top level, is called as function(*args)."""
     port = str(free_port())
     started = []
     for rank in range(world_size):

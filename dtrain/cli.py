@@ -1,0 +1,210 @@
+"""The `dtrain` command. Each command imports what it needs when it runs, so that `--help` is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.errors import USER_ERROR, UserError
+from dtrain.training.output import say_error
+
+UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train diffusion models at cluster scale and review their FID curves.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")],
+    overrides: Overrides = None,
+) -> None:
+    """Start a run, or go on with it where its directory exists; alone or on every rank a launcher started."""
+    from dtrain import config as configuration
+
+    settings = configuration.load(config, overrides or [])
+
+    from dtrain import distributed
+    from dtrain.training.summary import summary
+
+    distributed.set_thread_counts()
+    from dtrain.training.loop import train as run_training
+
+    run_training(settings)
+    if distributed.rank() == 0:
+        print(summary(settings.run.path))
+    distributed.finalize()
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a folder of class folders, or sklearn:digits")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST")],
+    holdout: Annotated[int, typer.Option(min=0, help="samples set apart for evaluation")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the shuffle and the split")] = 0,
+) -> None:
+    """Make WebDataset shards with manifests: DEST/train and, with --holdout, DEST/holdout."""
+    from dtrain.data.pack import pack as run
+
+    print(run(source, destination, holdout=holdout, seed=seed))
+
+
+@app.command()
+def index(
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="a folder of .tar shards, a glob, or a brace pattern")
+    ],
+    out: Annotated[Path | None, typer.Option(help="the manifest to write; default: manifest.json beside them")] = None,
+) -> None:
+    """Write the manifest of shards that exist."""
+    from dtrain.data.manifest import index as run
+
+    manifest = run(shards, out)
+    print(
+        f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({', '.join(manifest.fields)})"
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
+    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
+) -> None:
+    """Draw samples from a run's checkpoint and compare them with its held-out split."""
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"num_samples": n, "steps": steps, "eta": eta, "guidance": guidance, "ema": ema}
+    settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    if not settings.data.holdout:
+        raise UserError(f"{directory.config_file} names no data.holdout to compare with")
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation.evaluate import Reference, open_sampler, weights_name
+    from dtrain.evaluation.evaluate import evaluate as run_evaluation
+
+    device = distributed.device()
+    sampler, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
+    with _progress("sampling") as on_block:
+        metrics, context = run_evaluation(sampler, settings, Reference(settings, device), on_block)
+    if distributed.rank() == 0:
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
+        if as_json:
+            print(json.dumps({"step": at_step, "images": images, "metrics": metrics, "context": context}))
+    distributed.finalize()
+
+
+@app.command()
+def sample(
+    run: RunName,
+    n: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
+    label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    out: Annotated[Path, typer.Option(help="a .png grid, or .npz with `images` and `labels`")] = Path("samples.png"),
+) -> None:
+    """Draw images from a run's checkpoint."""
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"steps": steps, "eta": eta, "guidance": guidance, "ema": ema, "seed": seed}
+    settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out} must end in .png or .npz")
+    classes = settings.model.num_classes
+    if label is not None and label >= max(1, classes):
+        raise UserError(f"--label {label}: the model of {directory.path} has {classes} classes, counted from 0")
+    distributed.set_thread_counts()
+    from dtrain.evaluation.sample import draw_to_file
+
+    with _progress("sampling") as on_block:
+        draw_to_file(directory, settings, n, label, step, out, on_block)
+    if distributed.rank() == 0:
+        print(f"{n} images in {out}")
+    distributed.finalize()
+
+
+@app.command()
+def sync(run: RunName) -> None:
+    """Send journal lines that MLflow does not have yet."""
+    from dtrain.run import RunDirectory
+    from dtrain.tracking.tracker import sync as run_sync
+
+    print(f"{run_sync(RunDirectory.find(run))} journal lines sent")
+
+
+def _with_eval(config, chosen: dict, raw: bool):
+    """The config with other `eval` settings, validated like the file's own."""
+    from dtrain import config as configuration
+
+    tree = config.model_dump(mode="json")
+    tree["eval"] |= chosen | ({"ema": None} if raw else {})
+    return configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])
+
+
+def _progress(what: str):
+    """A context manager giving on_block(done, of): a bar on rank 0's terminal."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dtrain import distributed
+
+    @contextmanager
+    def bar():
+        console = Console(stderr=True)
+        hidden = distributed.rank() != 0 or not console.is_terminal
+        with Progress(console=console, disable=hidden, transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, of: progress.update(task, completed=done, total=of)
+
+    return bar()
+
+
+def main(command: str | None = None) -> None:
+    """Entry point. A mistake of the user's ends in one line and exit code 2, on rank 0 only where all ranks make it."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if command is not None:  # launch/train.py is `dtrain train`
+        arguments = [command, *arguments]
+    try:
+        code = app(args=arguments, prog_name="dtrain", standalone_mode=False)
+    except UserError as e:
+        say_error(str(e))
+        code = USER_ERROR
+    except UsageError as e:
+        hint = "; settings are given as key.sub=value" if arguments[:1] == ["train"] else ""
+        say_error(f"{e.format_message().rstrip('.')}{hint}")
+        code = USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The evaluation within training: the EMA gathered once into a plain module, samples on all ranks, a grid on rank 0."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from dtrain import distributed
+from dtrain.config import Config
+from dtrain.evaluation.evaluate import Reference, evaluate, sampling, weights_name
+from dtrain.evaluation.generate import Sampler, grid
+from dtrain.models.build import build as build_model
+from dtrain.run import Position, RunDirectory
+from dtrain.tracking.tracker import Tracker
+from dtrain.training.engine import Engine
+from dtrain.training.progress import TrainingProgress
+
+GRID_IDS = 2**40  # the grid's sample ids begin here, apart from those that metrics are computed on
+GRID_ROWS = 8
+
+
+class Evaluation:
+    def __init__(self, run: RunDirectory, config: Config, process, tracker: Tracker, progress: TrainingProgress):
+        self._run, self._config, self._process = run, config, process
+        self._tracker, self._progress = tracker, progress
+        self._reference = Reference(config, distributed.device())
+
+    def run(self, engine: Engine, position: Position) -> None:
+        """A collective. The gathered module is freed when it returns."""
+        started = time.perf_counter()
+        device, config, weights = distributed.device(), self._config, weights_name(self._config)
+        model = engine.gather("fp32" if weights == "raw" else weights, build_model(config).to(device))
+        sampler = Sampler.of(model, self._process, config, device)
+        metrics, context = evaluate(sampler, config, self._reference)
+        if distributed.rank() != 0:
+            return
+        name = f"samples/step-{position.step:08d}.png"
+        draw_grid(sampler, config, self._run.path / name)
+        seconds = time.perf_counter() - started
+        self._tracker.write("eval", position, metrics | {"seconds": seconds}, context | {"artifact": name})
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
+
+
+def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
+    """The same seeds and labels at every step, so that the pictures show the training; a column a class."""
+    columns = min(config.model.num_classes, 10) or GRID_ROWS
+    ids = [GRID_IDS + i for i in range(GRID_ROWS * columns)]
+    labels = torch.arange(len(ids)) % max(1, min(config.model.num_classes, columns))
+    images = sampler.draw(ids, labels, sampling(config))
+    grid(images, columns, scale=max(1, 32 // config.data.image_size)).save(path)

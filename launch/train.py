@@ -1,0 +1,5 @@
+"""deepspeed [options] launch/train.py CONFIG [key.sub=value ...]"""
+
+from dtrain.cli import main
+
+main("train")

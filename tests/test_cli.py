@@ -1,0 +1,169 @@
+"""Mistakes people make: one clear line, exit code 2, nothing overwritten."""
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.digits import tiny
+from tests.ranks import run_ranks
+
+
+def command(*arguments):
+    """(exit code, what this rank wrote to the terminal) of `dtrain …`, in this rank."""
+    from dtrain.cli import main
+
+    sys.argv = ["dtrain", *map(str, arguments)]
+    log = Path(f"terminal-{os.environ['RANK']}.txt")
+    fd = os.open(log, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), line_buffering=True)
+    try:
+        main()
+    except SystemExit as e:
+        sys.stdout.flush()
+        return e.code, log.read_text()
+
+
+def failing(*arguments, world_size=1):
+    """The one line of a command that must fail with exit code 2 on every rank that says something."""
+    results = run_ranks(command, world_size, *arguments)
+    assert 2 in [code for code, _ in results]
+    lines = [line for code, text in results for line in text.splitlines()]
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix("dtrain: ")
+
+
+@pytest.fixture
+def work(digits, tmp_path, monkeypatch):
+    """A folder to work in, with its own copy of the digits and a config."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits, tmp_path / "digits")
+    (tmp_path / "tiny.yaml").write_text(tiny(tmp_path / "digits", tmp_path / "runs", "train.steps=3").dump())
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file's hash."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny.yaml", "model.dept=3"], "unknown key `model.dept` on the command line; did you mean"),
+        (["train", "tiny.yaml", "train.steps=many"], "`train.steps` on the command line is 'many'"),
+        (["train", "absent.yaml"], "cannot read the config absent.yaml: No such file or directory"),
+        (["train", "tiny.yaml", "--steps", "-1"], "settings are given as key.sub=value"),
+        (["train", "tiny.yaml", "train.steps=-1"], "`train.steps` on the command line is -1"),
+        (["train", "tiny.yaml", "data.batch_size=25", "run.name=new"], "does not divide by 2 ranks; the nearest"),
+        (["train", "tiny.yaml", "data.streams=5000"], "data.streams 5000 exceeds the 1437 samples"),
+        (["train", "tiny.yaml", "data.shards=nowhere"], "nowhere/manifest.json"),
+        (["train", "tiny.yaml", "run.dir=/proc/nowhere"], "cannot write the run directory /proc/nowhere/tiny"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["sample", "nowhere"], "no run at nowhere or runs/nowhere"),
+        (
+            ["evaluate", "nowhere", "--steps", "-1"],
+            "Invalid value for '--steps': Input should be greater than or equal to 1",
+        ),
+        (["frobnicate"], "No such command 'frobnicate'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_on_two_ranks(work, arguments, message):
+    before = contents(work)
+    assert message in failing(*arguments, world_size=2)
+    after = contents(work)
+    assert {k: v for k, v in after.items() if not k.startswith("terminal")} == before
+
+
+def test_missing_and_short_shards_are_named(work):
+    shard = sorted((work / "digits/train").glob("*.tar"))[3]
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    line = failing("train", "tiny.yaml", world_size=2)
+    assert shard.name in line
+    assert "1,024 bytes shorter than its manifest says" in line
+    shard.unlink()
+    assert shard.name in failing("train", "tiny.yaml", world_size=2)
+    assert not (work / "runs").exists()
+
+
+def test_an_image_that_does_not_decode_is_named(work):
+    """A shard with a broken image, indexed as it is: the manifest is right, the picture is not."""
+    folder = work / "broken"
+    folder.mkdir()
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for i in range(48):
+            for suffix, data in (("png", b"not a picture at all"), ("cls", b"3")):
+                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert run_ranks(command, 1, "index", "broken")[0][0] == 0
+    line = failing("train", "tiny.yaml", "data.shards=broken", "data.workers=1")
+    assert "shard.tar" in line
+    assert ".png" in line
+    assert '"user_error"' in (work / "runs/tiny/outcome.json").read_text()
+
+
+def test_another_data_set_or_identity_is_refused_and_nothing_is_overwritten(work):
+    assert run_ranks(command, 1, "train", "tiny.yaml")[0][0] == 0
+    before = contents(work / "runs")
+    assert run_ranks(command, 1, "pack", "sklearn:digits", "other", "--holdout", 360, "--seed", 1)[0][0] == 0
+    line = failing("train", "tiny.yaml", "data.shards=other/train", "train.steps=5", world_size=2)
+    assert "was trained on another data set" in line
+    line = failing("train", "tiny.yaml", "model.depth=2", "run.seed=4", world_size=2)
+    assert "run.seed was 0, is 4; model.depth was 1, is 2" in line
+    assert contents(work / "runs") == before
+
+
+def test_a_run_is_sampled_and_evaluated_by_name(work):
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    assert run_ranks(command, 1, "train", "tiny.yaml")[0][0] == 0
+    code, text = run_ranks(command, 1, "evaluate", "tiny", "--n", 40, "--steps", 3, "--json")[0]
+    assert code == 0
+    result = json.loads(text.splitlines()[-1])
+    assert result["step"] == 3
+    assert result["context"]["n"] == 40
+    assert result["metrics"]["fd_pixels"] > 0
+    assert run_ranks(command, 2, "sample", "tiny", "--n", 30, "--guidance", 2, "--out", "a.npz")[0][0] == 0
+    assert run_ranks(command, 1, "sample", "tiny", "--n", 30, "--guidance", 2, "--out", "b.npz")[0][0] == 0
+    a, b = np.load("a.npz"), np.load("b.npz")
+    assert a["images"].shape == (30, 8, 8, 1)
+    assert a["images"].dtype == np.uint8
+    assert a["labels"].dtype == np.int64
+    assert a["labels"].tolist() == [i % 10 for i in range(30)]
+    difference = np.abs(a["images"].astype(int) - b["images"])
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.999
+    assert run_ranks(command, 1, "sample", "tiny", "--n", 20, "--out", "g.png")[0][0] == 0
+    picture = Image.open("g.png")
+    assert picture.size == (4 * (10 * 9 - 1), 4 * (2 * 9 - 1))
+    assert "must end in .png or .npz" in failing("sample", "tiny", "--out", "x.jpg")
+    assert "has 10 classes" in failing("sample", "tiny", "--label", 10)
+    assert "has no checkpoint of step 9; there are: 3" in failing("sample", "tiny", "--step", 9)
+
+
+def test_help_and_the_library_import_no_torch():
+    code = (
+        "import sys, dtrain, dtrain.cli, dtrain.config, dtrain.data.manifest, dtrain.data.order\n"
+        "import dtrain.run, dtrain.tracking.tracker, dtrain.checkpoint.format\n"
+        "assert not {'torch', 'deepspeed', 'mlflow', 'torchvision'} & set(sys.modules)\n"
+        "sys.argv = ['dtrain', '--help']\n"
+        "try: dtrain.cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in ("train", "pack", "index", "evaluate", "sample", "sync"))

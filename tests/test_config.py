@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from dtrain.config import flat, identity, load
+from dtrain.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+DIGITS = CONFIGS[0].parent / "digits-dit.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid_and_its_dump_reads_back_as_itself(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTRAIN_CIFAR10", "/photographs")
+    config = load(path)
+    assert config.run.name == path.stem
+    (tmp_path / "config.yaml").write_text(config.dump())
+    assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle.depth=3", "unknown key `modle` on the command line; did you mean `model`?"),
+        ("model.dept=3", "unknown key `model.dept` on the command line; did you mean `model.depth`?"),
+        ("ema.0.deca=0.9", "unknown key `ema.0.deca` on the command line; did you mean `ema.0.decay`?"),
+        ("model.depth=four", "`model.depth` on the command line is 'four': input should be a valid integer"),
+        ("train.steps=-1", "`train.steps` on the command line is -1: input should be greater than 0"),
+        ("train.steps=nan", "`train.steps` on the command line is 'nan'"),
+        ("ema.3.decay=0.9", "`ema` is a list of 1"),
+        ("run.name.x=1", "`run.name` has no keys below it"),
+        ("train.steps", "override 'train.steps' is not of the form key.sub=value"),
+        ("run.name=../up", "`run.name` on the command line is '../up'"),
+        ("eval.ema=1", "eval.ema is 1, but there are 1 EMA profiles"),
+        ("eval.steps=1001", "eval.steps 1001 exceeds diffusion.timesteps 1000"),
+        ("data.image_size=9", "data.image_size 9 does not divide into patches of 2"),
+        ("data.holdout=null", "eval.every needs data.holdout"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_its_origin(override, message):
+    tree = ["run.name=x"] if override.startswith("run.name.x") else []
+    with pytest.raises(UserError) as error:
+        load(DIGITS, [*tree, override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_the_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(DIGITS.read_text().replace("depth: 4", "depth: deep"))
+    with pytest.raises(UserError, match=r"`model.depth` in .*mine.yaml is 'deep'"):
+        load(file)
+    with pytest.raises(UserError, match=r"cannot read the config .*absent.yaml: No such file"):
+        load(tmp_path / "absent.yaml")
+    file.write_text("data: [unclosed")
+    with pytest.raises(UserError, match=r"mine.yaml:1 is not valid YAML"):
+        load(file)
+
+
+def test_an_environment_variable_stands_in_for_a_path(tmp_path, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    file.write_text(DIGITS.read_text().replace("data/digits/train", "${SCRATCH}/digits"))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert load(file).data.shards == "/scratch/me/digits"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(UserError, match="SCRATCH is not set"):
+        load(file)
+
+
+def test_numbers_like_1e_minus_4_are_numbers():
+    assert load(DIGITS, ["optim.lr=1e-4"]).optim.lr == 1e-4
+
+
+def test_identity_holds_what_makes_the_run_and_nothing_free():
+    keys = identity(load(DIGITS))
+    assert {"run.seed", "data.streams", "data.image_size", "model.depth", "diffusion.timesteps"} <= keys.keys()
+    free = (
+        "train.",
+        "deepspeed.",
+        "eval.",
+        "tracking.",
+        "optim.",
+        "ema",
+        "data.workers",
+        "data.batch_size",
+        "data.shards",
+    )
+    assert not [k for k in keys if k.startswith(free)]
+    assert identity(load(DIGITS, ["train.steps=5", "optim.lr=1", "data.batch_size=2"])) == keys
+    assert identity(load(DIGITS, ["model.depth=5"])) != keys
+
+
+def test_flat_gives_one_line_a_key():
+    values = flat(load(DIGITS).model_dump(mode="json"))
+    assert values["data.batch_size"] == 128
+    assert values["ema"] == "[{decay: 0.995}]"

@@ -1,0 +1,169 @@
+"""The engine under real DeepSpeed on real ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.errors import UserError
+from tests.digits import tiny
+from tests.ranks import run_ranks
+
+DECAYS = (0.9, 0.5)
+
+
+def build(config):
+    from dtrain import distributed
+    from dtrain.models.build import build as build_model
+    from dtrain.training.engine import Engine, rows_per_rank
+
+    _, micro = rows_per_rank(config, distributed.world_size())
+    return Engine(build_model(config), config, micro)
+
+
+def batch_losses(engine, config, step):
+    """The same loss as the loop's, on noise that depends on the step only."""
+    from dtrain import distributed
+
+    rng = np.random.default_rng(step)
+    size = config.data.batch_size
+    x = torch.from_numpy(rng.standard_normal((size, 1, 8, 8), dtype=np.float32))
+    t, y = torch.from_numpy(rng.integers(0, 1000, size)), torch.from_numpy(rng.integers(0, 10, size))
+    rows = size // distributed.world_size()
+    mine = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    parts = (values[mine].split(engine.micro_batch) for values in (x, t, y))
+    for x_part, t_part, y_part in zip(*parts, strict=True):
+        yield (engine(x_part, t_part, y_part) - x_part).square().flatten(1).mean(1)
+
+
+def run_steps(engine, config, steps):
+    norms = []
+    for step in steps:
+        for losses in batch_losses(engine, config, step):
+            engine.backward(losses.mean())
+        norms.append(float(engine.step(1e-3)))
+    return norms
+
+
+def gathered(engine, config, key):
+    from dtrain.models.build import build as build_model
+
+    module = engine.gather(key, build_model(config))
+    return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def average_by_hand(config):
+    """The largest difference between the engine's averages and those made from gathered weights after each step."""
+    engine = build(config)
+    by_hand = [gathered(engine, config, "fp32") for _ in DECAYS]
+    for step in range(1, 6):
+        run_steps(engine, config, [step])
+        weights = gathered(engine, config, "fp32")
+        for decay, average in zip(DECAYS, by_hand, strict=True):
+            for name, value in average.items():
+                value.lerp_(weights[name], 1 - decay)
+    kept = [gathered(engine, config, f"ema_{i}") for i in range(len(DECAYS))]
+    moved = max((weights[n] - kept[0][n]).abs().max().item() for n in weights)
+    different = [n for i in range(2) for n, v in by_hand[i].items() if not torch.equal(v, kept[i][n])]
+    return different, moved
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_ema_equals_one_kept_by_hand_from_gathered_weights_bit_for_bit(digits, tmp_path, stage, world_size):
+    config = tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}", "ema=[{decay: 0.9}, {decay: 0.5}]")
+    for different, moved in run_ranks(average_by_hand, world_size, config):
+        assert different == []
+        assert moved > 1e-4
+
+
+def pieces_of(config, steps):
+    engine = build(config)
+    norms = run_steps(engine, config, range(1, steps + 1))
+    pieces = [(p.name, p.start, p.values.clone().numpy()) for p in engine.pieces()]
+    return pieces, engine.tensor_sizes(), norms
+
+
+def assembled(config, world_size):
+    """Global tensors put together from all ranks' pieces, and how often each element was given."""
+    results = run_ranks(pieces_of, world_size, config, 3)
+    sizes = results[0][1]
+    tensors = {n: np.zeros(s, np.float32) for n, s in sizes.items()}
+    given = {n: np.zeros(s, int) for n, s in sizes.items()}
+    for pieces, _, _ in results:
+        for name, start, values in pieces:
+            tensors[name][start : start + len(values)] = values
+            given[name][start : start + len(values)] += 1
+    return tensors, given, results[0][2]
+
+
+def test_pieces_of_all_ranks_are_the_whole_state_once_and_equal_at_every_stage_and_world_size(digits, tmp_path):
+    reference, _, norms = assembled(tiny(digits, tmp_path, "deepspeed.zero_stage=0"), 1)
+    assert {n.split(":")[1] for n in reference} == {"fp32", "exp_avg", "exp_avg_sq", "ema_0"}
+    for stage in (0, 1, 2):
+        for world_size in (1, 2, 3):
+            tensors, given, other = assembled(tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}"), world_size)
+            assert all((count == 1).all() for count in given.values()), (stage, world_size)
+            np.testing.assert_allclose(other, norms, rtol=1e-5)
+            for name, values in reference.items():
+                # Adam divides by the root of tiny second moments, so rounding shows up to lr = 1e-3 times 1e-2.
+                np.testing.assert_allclose(tensors[name], values, rtol=1e-4, atol=1e-5, err_msg=f"{name} {stage}")
+
+
+def plain_pytorch(config, steps):
+    """The same steps without DeepSpeed."""
+    from dtrain.models.build import build as build_model
+
+    model = build_model(config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
+    model.micro_batch = config.data.batch_size
+    norms = []
+    for step in range(1, steps + 1):
+        (losses,) = batch_losses(model, config, step)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.gradient_clip)))
+        optimizer.step()
+    return {n: p.detach().numpy().ravel() for n, p in model.named_parameters()}, norms
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.05])
+def test_steps_equal_plain_pytorch_with_clipping_weight_decay_and_accumulation(digits, tmp_path, clip):
+    overrides = [f"optim.gradient_clip={clip}", "optim.weight_decay=0.1"]
+    expected, norms = run_ranks(plain_pytorch, 1, tiny(digits, tmp_path, *overrides), 3)[0]
+    for stage in (0, 2):
+        config = tiny(digits, tmp_path, *overrides, f"deepspeed.zero_stage={stage}", "train.micro_batch=4")
+        tensors, _, measured = assembled(config, 2)
+        np.testing.assert_allclose(measured, norms, rtol=1e-5)
+        for name, values in expected.items():
+            np.testing.assert_allclose(tensors[f"{name}:fp32"], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_without_clipping_the_norm_is_still_measured(digits, tmp_path):
+    clipped = run_ranks(pieces_of, 1, tiny(digits, tmp_path, "optim.gradient_clip=1e9"), 2)[0]
+    free = run_ranks(pieces_of, 1, tiny(digits, tmp_path, "optim.gradient_clip=0"), 2)[0]
+    assert clipped[2] == free[2]
+    assert all(np.array_equal(a[2], b[2]) for a, b in zip(clipped[0], free[0], strict=True))
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does(digits, tmp_path):
+    from dtrain.training.engine import rows_per_rank
+
+    config = tiny(digits, tmp_path, "data.batch_size=128")
+    assert rows_per_rank(config, 4) == (32, 32)
+    with pytest.raises(UserError, match=r"128 does not divide by 3 ranks; the nearest that does is 129"):
+        rows_per_rank(config, 3)
+    with pytest.raises(UserError, match=r"128 does not divide by 200 ranks; the nearest that does is 200"):
+        rows_per_rank(config, 200)
+    with pytest.raises(UserError, match=r"micro_batch 5 does not divide the 32 rows .* the nearest that does is 4"):
+        rows_per_rank(tiny(digits, tmp_path, "data.batch_size=128", "train.micro_batch=5"), 4)
+
+
+def test_raw_deepspeed_options_are_merged_last(digits, tmp_path):
+    from dtrain.training.engine import deepspeed_options
+
+    config = tiny(digits, tmp_path, "deepspeed.extra={zero_optimization: {overlap_comm: true}, steps_per_print: 5}")
+    options = deepspeed_options(config, 1, 24, 1000)
+    assert options["zero_optimization"]["overlap_comm"] is True
+    assert options["zero_optimization"]["stage"] == 2
+    assert options["steps_per_print"] == 5

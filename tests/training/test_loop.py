@@ -1,0 +1,111 @@
+"""The whole loop on real ranks: the same losses at any stage and world size, and after a kill."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from dtrain.run import RunDirectory
+from dtrain.tracking.journal import events, read
+from tests.digits import losses, tiny
+from tests.ranks import run_ranks, start_ranks
+
+
+def train(config):
+    from dtrain.training.loop import train as run_training
+
+    run_training(config)
+
+
+def trained(config, world_size):
+    run_ranks(train, world_size, config)
+    return losses(config)
+
+
+@pytest.fixture(scope="module")
+def reference(digits, tmp_path_factory):
+    """Losses of 20 steps at stage 0 on one rank."""
+    return trained(tiny(digits, tmp_path_factory.mktemp("reference"), "deepspeed.zero_stage=0"), 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_first_20_losses_agree_at_every_stage_and_world_size(digits, tmp_path, reference, stage, world_size):
+    got = trained(tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}"), world_size)
+    assert len(got) == 20
+    assert got == pytest.approx(reference, abs=1e-5)
+    assert reference[0] > 2 * reference[-1] or reference[-1] < 0.9  # it learns
+
+
+def test_micro_batches_and_loader_processes_change_nothing(digits, tmp_path, reference):
+    got = trained(tiny(digits, tmp_path, "train.micro_batch=3", "data.workers=2"), 2)
+    assert got == pytest.approx(reference, abs=1e-5)
+
+
+def kill_when(config, world_size, step):
+    """Start ranks and SIGKILL all of them as soon as the journal holds `step`."""
+    started = start_ranks(train, world_size, config)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if any(e["step"] >= step for e in events(config.run.path / "journal.jsonl") if e["event"] == "train"):
+            break
+        assert all(p.is_alive() for p, _ in started), "a rank ended before it was killed"
+        time.sleep(0.005)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGKILL)
+    for process, _ in started:
+        process.join()
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2), (2, 2)])
+def test_killed_twice_and_started_again_the_losses_are_those_of_a_run_never_killed(digits, tmp_path, stage, world_size):
+    overrides = [f"deepspeed.zero_stage={stage}", "train.checkpoint_every=4", "train.steps=60"]
+    never_killed = trained(tiny(digits, tmp_path / "whole", *overrides), world_size)
+    config = tiny(digits, tmp_path / "killed", *overrides)
+    kill_when(config, world_size, 7)
+    kill_when(config, world_size, 18)
+    assert trained(config, world_size) == never_killed  # bit for bit
+    attempts = [e for e in events(config.run.path / "journal.jsonl") if e["event"] == "attempt"]
+    assert [e["attempt"] for e in attempts] == [1, 2, 3]
+    assert 4 <= attempts[1]["step"] < attempts[2]["step"]
+    assert RunDirectory(config.run.path).outcome() == {"outcome": "finished", "step": 60, "attempt": 3}
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for_and_says_what_changed(digits, tmp_path):
+    whole = trained(tiny(digits, tmp_path / "whole"), 1)
+    short = tiny(digits, tmp_path / "parts", "train.steps=8")
+    trained(short, 1)
+    assert trained(tiny(digits, tmp_path / "parts"), 1) == whole
+    assert trained(tiny(digits, tmp_path / "parts"), 1) == whole  # nothing left to do
+    changes = [e["context"]["changed"] for e in read(short.run.path / "journal.jsonl") if e["event"] == "config"]
+    assert changes[0] == {"train.steps": [8, 20]}
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_next_older(digits, tmp_path):
+    config = tiny(digits, tmp_path, "train.checkpoint_every=5", "train.steps=10")
+    trained(config, 2)
+    newest = config.run.path / "checkpoints" / "step-00000010" / "rank-00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    more = tiny(digits, tmp_path, "train.checkpoint_every=5")
+    assert trained(more, 2) == trained(tiny(digits, tmp_path / "whole", "train.checkpoint_every=5"), 2)
+    assert [e["step"] for e in events(config.run.path / "journal.jsonl") if e["event"] == "attempt"] == [0, 5]
+
+
+def test_evaluations_and_grids_are_the_same_on_one_rank_and_two(digits, tmp_path):
+    results = []
+    for world_size in (1, 2):
+        config = tiny(digits, tmp_path / str(world_size), "train.steps=10", "eval.every=5")
+        trained(config, world_size)
+        lines = [e for e in read(config.run.path / "journal.jsonl") if e["event"] == "eval"]
+        assert [e["step"] for e in lines] == [5, 10]
+        results.append([e["metrics"]["fd_pixels"] for e in lines])
+        for line in lines:
+            assert line["context"]["n"] == 48
+            assert line["context"]["ema"] == "ema_0"
+            assert (config.run.path / line["context"]["artifact"]).stat().st_size > 500
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    assert json.loads((config.run.path / "outcome.json").read_text())["outcome"] == "finished"
