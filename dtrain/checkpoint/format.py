@@ -5,9 +5,9 @@
         rank-00000.safetensors   this rank's pieces
         rank-00000.json          where each piece lies, and a checksum of every block of the file
 
-A tensor is flat and named "<parameter>:<fp32 | exp_avg | exp_avg_sq | ema_i>". A piece is (name, start, length). Nothing
-here knows a world size or a ZeRO stage: a reader asks for any slice and gets it from whichever files hold it. Nothing is
-pickled, so reading runs no code; every byte is checked before it is used.
+A tensor is flat and named "<parameter>:<fp32 | exp_avg | exp_avg_sq | ema_i>". A piece is (name, start, length).
+Nothing here knows a world size or a ZeRO stage: a reader asks for any slice and gets it from whichever files hold it.
+Nothing is pickled, so reading runs no code; every byte is checked before it is used.
 """
 
 import hashlib
