@@ -199,7 +199,8 @@ def check_shards(manifest: Manifest, directory: Path) -> None:
 def index(source: str, destination: Path | None = None) -> Manifest:
     """Index local shards: `source` is a folder of *.tar, a glob, or a brace pattern such as `x-{000..099}.tar`.
 
-    destination: the manifest's path, or an existing folder for it; by default manifest.json beside the shards.
+    destination: the manifest's path, or an existing folder for it; by default manifest.json beside the shards. The
+    class names of a manifest that is there are kept: shards do not hold them.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -219,7 +220,15 @@ def index(source: str, destination: Path | None = None) -> Manifest:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"indexing {len(shards)} shards", total=sum(s.stat().st_size for s in shards if s.exists()))
-        return index_shards(shards, Path(destination), lambda done: bar.advance(task, done))
+        return index_shards(shards, Path(destination), lambda done: bar.advance(task, done), _class_names(destination))
+
+
+def _class_names(path: Path) -> list[str] | None:
+    """Those of an existing manifest, even where its side file or shards are damaged."""
+    try:
+        return _Document.model_validate_json(Path(path).read_bytes()).classes
+    except (OSError, ValidationError):
+        return None
 
 
 def find_shards(source: str) -> list[Path]:

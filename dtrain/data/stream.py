@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
-from dtrain.data.order import Order, default_streams
+from dtrain.data.order import Order, with_streams
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import centre_crop, decode, normalize
 from dtrain.errors import UserError
@@ -28,6 +28,7 @@ from dtrain.randomness import Draws, Purpose
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png")
 LABEL_FIELD = "cls"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StepDataset(Dataset):
@@ -52,9 +53,7 @@ class StepDataset(Dataset):
                 f"data.batch_size {data.batch_size} does not divide by {world_size} ranks; "
                 f"the nearest that does is {nearest}"
             )
-        streams = data.streams or default_streams(manifest.samples)
-        if streams > manifest.samples:
-            raise UserError(f"data.streams {streams} exceeds the {manifest.samples} samples of {manifest.path}")
+        streams = with_streams(config, manifest).data.streams
         if not set(IMAGE_FIELDS) & set(manifest.fields):
             raise UserError(f"{manifest.path} has fields {', '.join(manifest.fields)}, none of them jpg, jpeg or png")
         if config.model.num_classes and LABEL_FIELD not in manifest.fields:
@@ -123,7 +122,11 @@ def _batches(dataset: StepDataset, workers: int) -> Iterator[dict[str, torch.Ten
         pin_memory=torch.cuda.is_available(),
     )
     before = set(multiprocessing.active_children())
-    batches = iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # till `_detach` has run, in the workers
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     started = set(multiprocessing.active_children()) - before
     try:
         for batch in batches:
@@ -151,7 +154,7 @@ def _close_at_exit(batches: Iterator) -> None:
         if left is not None and os.getpid() == owner:
             left.close()
 
-    atexit.register(close)
+    atexit.register(close)  # runs before torch's own, which makes `_shutdown_workers` do nothing
     multiprocessing.util.Finalize(None, close, exitpriority=100)  # processes of multiprocessing leave atexit out
 
 
@@ -172,8 +175,9 @@ def _detach(worker: int) -> None:
     """Leave the signals that ask for a stop to the rank: SLURM and terminals send them to every process of a job, and
     a rank that has lost its workers cannot finish its step. A worker ends when it is told to or its parent is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def read_split(

@@ -49,7 +49,9 @@ class Tracker:
 
 def sync(run: RunDirectory) -> int:
     """Send the journal lines that MLflow does not have; how many. Raises UserError when MLflow cannot be reached."""
-    return sync_journal(**destination(run, run.config()))
+    ended = run.outcome()
+    status = None if ended is None else "FINISHED" if ended["outcome"] == "finished" else "KILLED"
+    return sync_journal(**destination(run, run.config()), status=status)
 
 
 def tracking_uri(run: RunDirectory, config: Config) -> str:

@@ -99,6 +99,14 @@ def test_the_manifest_goes_where_it_is_told(folder, tmp_path):
         check_shards(manifest, folder)
 
 
+def test_indexing_again_keeps_the_class_names(folder):
+    before = index_shards(sorted(folder.glob("*.tar")), folder / "manifest.json", classes=["a", "b", "c"])
+    (folder / "manifest.members").unlink()
+    again = index(str(folder))
+    assert again.classes == ["a", "b", "c"]
+    assert again.hash == before.hash
+
+
 def test_sources_without_shards_are_refused_by_name(tmp_path):
     assert f"there are no *.tar files in {tmp_path}" in refusal(index, str(tmp_path))
     assert "there is no shard nowhere/x-1.tar" in refusal(index, "nowhere/x-{1..3}.tar")

@@ -197,13 +197,13 @@ import sys
 from dtrain.tracking.journal import Journal
 journal = Journal(sys.argv[1])
 journal.begin_attempt(0, 0)
-for step in range(1, 10**9):
+for step in range(1, int(sys.argv[3]) + 1):
     journal.append(sys.argv[2], step, step, {"loss": 0.5, "pad": 1.0})
 """
 
 
-def start_writer(path, event: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), event])
+def start_writer(path, event: str, count: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), event, str(count)])
 
 
 def wait_for(condition) -> None:
@@ -217,11 +217,13 @@ def test_a_writer_killed_at_any_moment_leaves_an_unbroken_sequence(tmp_path):
     path = tmp_path / "journal.jsonl"
     for attempt in range(1, 4):
         size = path.stat().st_size if path.exists() else 0
-        writer = start_writer(path, "train")
-        wait_for(lambda size=size: path.exists() and path.stat().st_size > size + 5000)
-        time.sleep(random.random() * 0.05)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer = start_writer(path, "train", 200_000)
+        try:
+            wait_for(lambda size=size: path.exists() and path.stat().st_size > size + 5000)
+            time.sleep(random.random() * 0.05)
+        finally:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
         assert path.read_bytes().endswith(b"\n")
         steps = [line["step"] for line in events(path) if line["attempt"] == attempt]
         assert steps == list(range(len(steps)))
@@ -229,16 +231,12 @@ def test_a_writer_killed_at_any_moment_leaves_an_unbroken_sequence(tmp_path):
 
 
 def test_lines_of_two_processes_do_not_mix(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    writers = [start_writer(path, event) for event in ("train", "other")]
-    wait_for(lambda: path.exists() and {"train", "other"} <= {line["event"] for line in events(path)[-200:]})
-    for writer in writers:
-        writer.kill()
-        writer.wait()
+    path, count = tmp_path / "journal.jsonl", 4000
+    writers = [start_writer(path, event, count) for event in ("train", "other")]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
     assert len(events(path)) == path.read_bytes().count(b"\n")
     for event in ("train", "other"):
-        steps = [line["step"] for line in events(path) if line["event"] == event]
-        assert steps == list(range(1, len(steps) + 1))
+        assert [line["step"] for line in events(path) if line["event"] == event] == list(range(1, count + 1))
 
 
 def test_tail_gives_each_whole_line_once_however_the_file_grows(tmp_path):
