@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain.errors import USER_ERROR, UserError
+from dtrain.errors import DAMAGED, STOPPED, USER_ERROR, UserError
 from dtrain.training.output import say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
@@ -27,11 +27,21 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")],
     overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="only say whether it could start, in a second")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="with --check: the number of ranks it would run on")] = 1,
 ) -> None:
-    """Start a run, or go on with it where its directory exists; alone or on every rank a launcher started."""
+    """Start a run, or go on with it where its directory exists; alone or on every rank a launcher started.
+
+    Exit codes: 0 finished, 2 a mistake, 75 stopped on request with a checkpoint (run it again).
+    """
     from dtrain import config as configuration
 
     settings = configuration.load(config, overrides or [])
+    if check:
+        from dtrain.training.check import check_start
+
+        print(check_start(settings, ranks))
+        return
 
     from dtrain import distributed
     from dtrain.training.summary import summary
@@ -39,10 +49,12 @@ def train(
     distributed.set_thread_counts()
     from dtrain.training.loop import train as run_training
 
-    run_training(settings)
+    outcome = run_training(settings)
     if distributed.rank() == 0:
         print(summary(settings.run.path))
     distributed.finalize()
+    if outcome == "stopped":
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
@@ -155,6 +167,62 @@ def sync(run: RunName) -> None:
     from dtrain.tracking.tracker import sync as run_sync
 
     print(f"{run_sync(RunDirectory.find(run))} journal lines sent")
+
+
+checkpoints = typer.Typer(help="List, verify, prune and export a run's checkpoints.", no_args_is_help=False)
+app.add_typer(checkpoints, name="checkpoints")
+
+
+@checkpoints.command("list")
+def list_checkpoints(run: RunName) -> None:
+    """Step, images, size and last metric of every checkpoint."""
+    from dtrain.checkpoint.inspect import table
+    from dtrain.run import RunDirectory
+
+    print(table(RunDirectory.find(run)))
+
+
+@checkpoints.command("verify")
+def verify_checkpoints(run: RunName) -> None:
+    """Read every byte of every checkpoint and compare checksums; exit code 1 where one is damaged."""
+    from dtrain.checkpoint.inspect import verify
+    from dtrain.run import RunDirectory
+
+    with _progress("verifying") as on_checkpoint:
+        damaged, report = verify(RunDirectory.find(run), on_checkpoint)
+    print(report)
+    if damaged:
+        raise typer.Exit(DAMAGED)
+
+
+@checkpoints.command("prune")
+def prune_checkpoints(
+    run: RunName,
+    keep_last: Annotated[int, typer.Option(min=1)] = 1,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="also keep multiples of this step")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="also keep the lowest of this metric")] = None,
+) -> None:
+    """Delete old checkpoints; the newest one that is whole always stays."""
+    from dtrain.checkpoint.inspect import prune
+    from dtrain.run import RunDirectory
+
+    print(prune(RunDirectory.find(run), keep_last, keep_every, keep_best))
+
+
+@checkpoints.command("export")
+def export_checkpoint(
+    run: RunName,
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    step: Annotated[int | None, typer.Option(min=0, help="default: the newest")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    format: Annotated[str, typer.Option(help="safetensors")] = "safetensors",
+) -> None:
+    """Write a checkpoint's weights under the model's own parameter names."""
+    from dtrain.checkpoint.export import export
+    from dtrain.run import RunDirectory
+
+    print(export(RunDirectory.find(run), out, step, ema, dtype, format))
 
 
 def _with_eval(config, chosen: dict, raw: bool):

@@ -21,11 +21,25 @@ NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of a tree of plain data; lists become one line of YAML."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            out[f"{prefix}{key}"] = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
 
 class Run(Section):
+    init_from: str | None = None  # begin with the weights of another run: its directory, name, or one checkpoint
     name: str | None = Field(None, pattern=r"^[\w.\-]+$")  # default: the config file's stem
     dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -94,17 +108,56 @@ class EMAProfile(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
 
 
+# Raw DeepSpeed options that would undo what dtrain relies on, and the key that is meant instead.
+OWN_OPTIONS = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.gradient_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_steps",
+    "bf16": "deepspeed.precision",
+    "fp16": "deepspeed.precision",
+    "torch_autocast": "deepspeed.precision",
+    "data_types": "deepspeed.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload",
+    "zero_optimization.offload_param": "deepspeed.offload",
+}
+
+
 class DeepSpeed(Section):
-    zero_stage: Literal[0, 1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "fp32"  # bf16: weights too, with fp32 masters, stages 1–3
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the host's memory; all: the parameters too, stage 3
     extra: dict[str, Any] = {}  # raw DeepSpeed options, merged last
+
+    @model_validator(mode="after")
+    def _combines(self):
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("precision bf16 drifts at stage 0; take bf16_autocast, or stage 1 to 3")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload} needs partitioned state; take stage 1 to 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload all moves parameters, which only stage 3 partitions, not {self.zero_stage}")
+        given = flat(self.extra)
+        for option, key in OWN_OPTIONS.items():
+            if any(g == option or g.startswith(option + ".") for g in given):
+                raise ValueError(f"extra.{option} is dtrain's to set; use `{key}`")
+        return self
 
 
 class Train(Section):
     steps: Positive
     micro_batch: Positive | None = None  # rows of one rank per forward; default: all of the rank's rows at once
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
+    compile: bool = False  # torch.compile: a slow first step, faster ones after
     log_every: Positive = 10
     checkpoint_every: Positive = 1000
     keep_last: Positive = 3  # complete checkpoints kept
+    keep_every: Positive | None = None  # also kept: those of every so many steps
+    keep_best: str | None = None  # also kept: the one with the lowest value of this metric, such as fd_pixels
+    deadline: str | None = None  # [D-]HH:MM:SS from the start, or an ISO 8601 time; default: the SLURM job's end
 
 
 class Eval(Section):
@@ -170,19 +223,6 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
     return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of a tree of plain data; lists become one line of YAML."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            out[f"{prefix}{key}"] = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -31,6 +31,8 @@ class RunDirectory:
         self.config_file = self.path / "config.yaml"
         self.journal_file = self.path / "journal.jsonl"
         self.outcome_file = self.path / "outcome.json"
+        self.stop_file = self.path / "stop"
+        self.lock_file = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.logs = self.path / "logs"
@@ -68,14 +70,16 @@ class RunDirectory:
             k: (flat_old.get(k), flat_new.get(k)) for k in flat_old | flat_new if flat_old.get(k) != flat_new.get(k)
         }
 
-    def create(self, config: Config) -> None:
-        """Make the folders and save the resolved config. Raises UserError where the place cannot be written."""
+    def make_folders(self) -> None:
+        """Raises UserError where the place cannot be written."""
         try:
             for folder in (self.checkpoints, self.samples, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            replace(self.config_file, config.dump())
         except OSError as e:
             raise UserError(f"cannot write the run directory {self.path}: {e.strerror}") from None
+
+    def save_config(self, config: Config) -> None:
+        replace(self.config_file, config.dump())
 
     def write_outcome(
         self, outcome: Outcome, step: int, attempt: int | None = None, message: str | None = None

@@ -242,3 +242,8 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(file.size for file in self._files.values())
+
+    @property
+    def files(self) -> int:
+        """How many ranks wrote it."""
+        return len(self._files)

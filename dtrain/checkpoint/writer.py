@@ -16,28 +16,16 @@ from typing import Any
 import torch
 
 from dtrain.checkpoint import format
+from dtrain.checkpoint.directory import step_path
 
-
-def step_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
-
-
-def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(p for p in directory.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
-
-
-def remove_partial(directory: Path) -> None:
-    """Drop what an interrupted save left. Only while no writer is at work."""
-    for path in directory.glob("step-*.partial"):
-        shutil.rmtree(path)
+SPARE = 1.02  # of the free space a save wants: indexes, and others who write
 
 
 class Writer:
     """Writes one rank's part of each checkpoint; one save in flight."""
 
-    def __init__(self, directory: Path, rank: int, world_size: int, keep_last: int):
-        self.directory, self.rank, self.world_size, self.keep_last = directory, rank, world_size, keep_last
+    def __init__(self, directory: Path, rank: int, world_size: int):
+        self.directory, self.rank, self.world_size = directory, rank, world_size
         self.step: int | None = None  # of the save in flight
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -48,9 +36,16 @@ class Writer:
 
     @torch.no_grad()
     def begin(self, step: int, pieces: list, tensors: dict[str, int], meta: dict[str, Any]) -> None:
-        """Copy `pieces` (objects with name, start, values) and start writing. Returns when the copy is done."""
+        """Copy `pieces` (objects with name, start, values) and start writing. Returns when the copy is done.
+
+        Where the disk has no room for all ranks' parts nothing is copied: `failure` says so.
+        """
         assert self.step is None, "a save is in flight"
         self.step, self.failure, self._tensors, self._meta = step, None, tensors, meta
+        self._thread = None
+        self.failure = self._no_room()
+        if self.failure is not None:
+            return
         wanted = format.layout((p.name, p.start, p.values.numel()) for p in pieces)
         if wanted != self._layout:
             self._layout = wanted
@@ -61,6 +56,16 @@ class Writer:
             target.copy_(piece.values, non_blocking=False)
         self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
         self._thread.start()
+
+    def _no_room(self) -> str | None:
+        needed = int(4 * sum(self._tensors.values()) * SPARE)
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as e:
+            return f"cannot write {self.directory}: {e.strerror}"
+        if free >= needed:
+            return None
+        return f"{self.directory} has {free / 2**20:,.1f} MiB free, and a checkpoint takes {needed / 2**20:,.1f} MiB"
 
     @property
     def partial(self) -> Path:
@@ -76,7 +81,7 @@ class Writer:
     @property
     def written(self) -> bool:
         """This rank's part is durable."""
-        return self.step is not None and not self._thread.is_alive() and self.failure is None
+        return self._thread is not None and not self._thread.is_alive() and self.failure is None
 
     def wait(self) -> None:
         """Until this rank's thread has finished, well or not."""
@@ -84,19 +89,17 @@ class Writer:
             self._thread.join()
 
     def commit(self) -> Path:
-        """Every rank has written: rank 0 makes the checkpoint complete. Raises OSError when it cannot."""
-        step, partial, final = self.step, self.partial, step_path(self.directory, self.step)
-        self.step = None
+        """Every rank has written: rank 0 makes the checkpoint complete. Raises OSError or Damaged when it cannot."""
+        partial, final = self.partial, step_path(self.directory, self.step)
+        self.step = self._thread = None
         if self.rank == 0:
             format.write_manifest(partial, self.world_size, self._tensors, self._meta)
+            replaced = final.with_suffix(".replaced.partial")
             if final.exists():  # of an earlier attempt, and damaged, or it would have been resumed from
-                os.rename(final, final.with_suffix(".replaced.partial"))
+                os.rename(final, replaced)
             os.rename(partial, final)
             format.fsync_folder(self.directory)
-            shutil.rmtree(final.with_suffix(".replaced.partial"), ignore_errors=True)
-            for old in complete(self.directory)[: -self.keep_last]:
-                if old.name < step_path(self.directory, step).name:
-                    shutil.rmtree(old)
+            shutil.rmtree(replaced, ignore_errors=True)
         return final
 
     def abandon(self) -> None:
@@ -104,4 +107,4 @@ class Writer:
         self.wait()
         if self.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self.step = None
+        self.step = self._thread = self.failure = None

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 
 from dtrain import distributed
+from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.manifest import Manifest
 from dtrain.data.stream import read_split
-from dtrain.errors import UserError
+from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.features import extractor, metric_name
 from dtrain.evaluation.generate import Sampler, Sampling
 from dtrain.evaluation.metrics import frechet_distance
 from dtrain.evaluation.statistics import Moments, Statistics
+from dtrain.models.build import allocate
+from dtrain.run import RunDirectory
 
 READ_BLOCK = 512  # images of the reference split read and embedded at a time
 
@@ -95,30 +98,11 @@ def evaluate(
     return metrics, context
 
 
-def open_sampler(run, config: Config, weights: str, device: torch.device, step: int | None = None):
+def open_sampler(
+    run: RunDirectory, config: Config, weights: str, device: torch.device, step: int | None = None
+) -> tuple[Sampler, int, int]:
     """(sampler, step, images) from a run's newest complete checkpoint, or the one of `step`. Raises UserError."""
-    from dtrain.checkpoint.export import load_weights
-    from dtrain.checkpoint.format import Checkpoint, Damaged
-    from dtrain.checkpoint.writer import complete, step_path
-    from dtrain.diffusion.process import build as build_process
-    from dtrain.models.build import build as build_model
-
-    found = complete(run.checkpoints)
-    if not found:
-        raise UserError(f"{run.path} has no complete checkpoint yet")
-    path = found[-1] if step is None else step_path(run.checkpoints, step)
-    if path not in found:
-        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found)
-        raise UserError(f"{run.path} has no checkpoint of step {step}; there are: {steps}")
-    try:
-        checkpoint = Checkpoint.open(path)
-        key = "fp32" if weights == "raw" else weights
-        model = load_weights(checkpoint, build_model(config), key).to(device)
-    except Damaged as e:
-        raise UserError(f"the checkpoint is damaged: {e}") from None
-    except KeyError:
-        raise UserError(
-            f"{path} holds no weights `{weights}`; it was trained with {len(config.ema)} EMA profiles"
-        ) from None
+    checkpoint = open_checkpoint(run, step)
+    model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
     sampler = Sampler.of(model, build_process(config.diffusion), config, device)
     return sampler, checkpoint.meta["step"], checkpoint.meta["images"]

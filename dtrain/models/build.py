@@ -14,6 +14,13 @@ def build(config: Config) -> nn.Module:
     float32 on the current default device; under `torch.device("meta")` it holds no weights.
     Raises UserError for sizes that do not fit each other.
     """
+    backbone = allocate(config)
+    initialize(backbone, config.run.seed)
+    return backbone
+
+
+def allocate(config: Config) -> nn.Module:
+    """The model of `build`, its weights not yet written: for those who write them otherwise."""
     model, image_size = config.model, config.data.image_size
     size = dict(SIZES[model.size]) if model.size else {}
     size |= {k: v for k in ("depth", "width", "heads", "patch") if (v := getattr(model, k)) is not None}
@@ -21,6 +28,4 @@ def build(config: Config) -> nn.Module:
         raise UserError(f"model.width {size['width']} must be a multiple of model.heads {size['heads']}")
     if image_size % size["patch"]:
         raise UserError(f"data.image_size {image_size} does not divide into patches of model.patch {size['patch']}")
-    backbone = DiT(image_size, config.data.channels, num_classes=model.num_classes, **size)
-    initialize(backbone, config.run.seed)
-    return backbone
+    return DiT(image_size, config.data.channels, num_classes=model.num_classes, **size)

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dtrain.models.layers import (
     MLP,
@@ -83,6 +84,7 @@ class DiT(nn.Module):
         self.out_channels = 2 * channels if learn_sigma else channels
         self.patch = patch
         self.num_classes = num_classes
+        self.activation_checkpointing = False  # recompute each block's activations in backward
         self.x_embedder = PatchEmbedder(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         if num_classes:
@@ -101,7 +103,10 @@ class DiT(nn.Module):
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
-            x = block(x, c)  # (N, T, D)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
+            else:
+                x = block(x, c)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p·p·O)
         return self.unpatchify(x)  # (N, O, image_size, image_size)
 

@@ -1,21 +1,26 @@
 """The only door to DeepSpeed: build the engine, take a step, hand out this rank's pieces of the state.
 
-A *piece* is a contiguous run of a flattened global tensor: (tensor's name, start, the local fp32 values). Weights,
-Adam's moments and the EMAs all come as pieces, whatever the ZeRO stage, so nothing else needs to know the stage.
+A *piece* is a contiguous run of a flattened global tensor: (tensor's name, start, the local values). Weights, Adam's
+moments and the EMAs all come as pieces, whatever the ZeRO stage, so nothing else needs to know the stage.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dtrain import distributed
+from dtrain.checkpoint.format import Checkpoint
 from dtrain.config import Config
 from dtrain.errors import UserError
+from dtrain.models.build import allocate
+from dtrain.models.layers import initialize
 from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
+from dtrain.training.options import NO_CLIPPING, deepspeed_options
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NO_CLIPPING = 1e30  # DeepSpeed measures the gradient norm only where it clips
 
 
 @dataclass(frozen=True)
@@ -24,35 +29,51 @@ class Piece:
 
     name: str  # "<parameter>:<fp32 | exp_avg | exp_avg_sq | ema_i>"
     start: int
-    values: torch.Tensor  # (length,) float32
+    values: torch.Tensor  # (length,), float32 but for frozen parameters of a bf16 model
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO with AdamW and EMAs.
+    """The config's model under DeepSpeed ZeRO with AdamW and EMAs, its initial weights those of `run.seed`.
 
-    `forward` runs the wrapped model; `step` takes the micro-batches' losses and makes one optimizer step.
+    Call it for a forward, `backward` each micro-batch's loss, then `step`.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Config, micro_batch: int):
+    def __init__(self, config: Config, micro_batch: int):
         self.stage = config.deepspeed.zero_stage
         self.profiles = config.ema
-        self.world_size = distributed.world_size()
         self.micro_batch = micro_batch
         self.clip = config.optim.gradient_clip or NO_CLIPPING
         self.optimizer_steps = 0
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._config = config
+        with torch.device("meta"):
+            plan = allocate(config)
+        self.shapes = {name: tuple(p.shape) for name, p in plan.named_parameters()}
+        trainable = sum(p.numel() for p in plan.parameters() if p.requires_grad)
+        options = deepspeed_options(config, distributed.world_size(), micro_batch, trainable)
+
+        # At stage 3 every layer is partitioned as soon as it is allocated, so no rank ever holds the whole model.
+        deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+        with deepspeed.zero.Init(config_dict_or_path=options) if self.stage == 3 else nullcontext():
+            model = allocate(config)
+        if self.stage != 3:
+            initialize(model, config.run.seed)
+        model.activation_checkpointing = config.train.activation_checkpointing
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self._initial_value = model.initial_value
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.trainable],
             lr=config.optim.lr,
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        options = deepspeed_options(config, self.world_size, micro_batch, sum(p.numel() for _, p in self.trainable))
         self.module, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options)
         self._allocate_state()
+        if self.stage == 3 or config.deepspeed.precision == "bf16":
+            self._write_initial_weights()
         ema.attach(self.optimizer, self.profiles)
+        if config.train.compile:
+            self.module.compile()
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
@@ -85,14 +106,15 @@ class Engine:
         """The fp32 tensors the optimizer steps on this rank."""
         if self.stage == 0:
             return [p for _, p in self.trainable]
+        if self.stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
         return list(self.zero.single_partition_of_fp32_groups)
 
     @torch.no_grad()
     def _allocate_state(self) -> None:
-        """Make Adam's moments and the EMAs now.
+        """Make Adam's moments and the EMAs now; the EMAs begin as the initial weights.
 
-        DeepSpeed lets them appear at the first real step and links them late, which breaks loading and gathering before
-        it. The EMAs start as the initial weights.
+        DeepSpeed lets state appear at the first real step and links it late, which breaks loading and gathering before.
         """
         for master in self._masters():
             state = self.optimizer.state[master]
@@ -103,6 +125,21 @@ class Engine:
                 state[key] = master.detach().clone()
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def _write_initial_weights(self) -> None:
+        """The exact initial weights into the fp32 masters and EMAs, where building the model could not put them."""
+        for master in self._masters():
+            master.zero_()  # the padding between partitions, allocated and never written
+        values, of = None, None
+        for piece in sorted(self.pieces(whole=True), key=lambda p: p.name.split(":")[0]):
+            name, key = piece.name.split(":")
+            if key in MOMENTS:
+                continue
+            if name != of:
+                values, of = self._initial_value(name, self.shapes[name], self._config.run.seed).flatten(), name
+            piece.values.copy_(values[piece.start : piece.start + piece.values.numel()])
+        self.refresh(optimizer_steps=0)
 
     def state_keys(self) -> list[str]:
         return ["fp32", *MOMENTS, *ema.ema_keys(self.profiles)]
@@ -119,24 +156,78 @@ class Engine:
                 for key in self.state_keys():
                     values = p.data if key == "fp32" else self.optimizer.state[p][key]
                     pieces.append(self._copy(f"{name}:{key}", values, whole))
+            elif self.stage == 3:
+                for key in self.state_keys():
+                    values, _ = self.zero._get_fp32_opt_state_partition(p, False, None if key == "fp32" else key)
+                    pieces.append(self._partition(f"{name}:{key}", p, values))
             elif (mapping := p._hp_mapping) is not None:
-                start = mapping.lp_fragment_address.start
                 for key in self.state_keys():
                     values = mapping.get_hp_fragment(None if key == "fp32" else key)
-                    pieces.append(Piece(f"{name}:{key}", start, values.detach().view(-1)))
-        pieces += [self._copy(f"{name}:fp32", p.data, whole) for name, p in self.frozen]
+                    pieces.append(Piece(f"{name}:{key}", mapping.lp_fragment_address.start, values.detach().view(-1)))
+        for name, p in self.frozen:
+            if self.stage == 3:
+                pieces.append(self._partition(f"{name}:fp32", p, p.ds_tensor.data))
+            else:
+                pieces.append(self._copy(f"{name}:fp32", p.data, whole))
         return [piece for piece in pieces if piece.values.numel()]
 
     def _copy(self, name: str, values: torch.Tensor, whole: bool) -> Piece:
         """All of a tensor that every rank holds, or this rank's share of it."""
-        rank, ranks = (0, 1) if whole else (distributed.rank(), self.world_size)
+        rank, ranks = (0, 1) if whole else (distributed.rank(), distributed.world_size())
         start, stop = values.numel() * rank // ranks, values.numel() * (rank + 1) // ranks
         return Piece(name, start, values.detach().view(-1)[start:stop])
 
+    def _partition(self, name: str, p: torch.nn.Parameter, values: torch.Tensor) -> Piece:
+        """This rank's part of a stage-3 parameter, without the padding behind the last one."""
+        start = distributed.rank() * p.ds_tensor.ds_numel
+        length = max(0, min(p.ds_tensor.ds_numel, p.ds_numel - start))
+        return Piece(name, start, values.detach().view(-1)[:length])
+
     def tensor_sizes(self) -> dict[str, int]:
         """Name → number of elements of every global tensor a checkpoint of this engine holds."""
-        sizes = {f"{n}:{k}": p.numel() for n, p in self.trainable for k in self.state_keys()}
-        return sizes | {f"{n}:fp32": p.numel() for n, p in self.frozen}
+        numel = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+        sizes = {f"{name}:{key}": numel[name] for name, _ in self.trainable for key in self.state_keys()}
+        return sizes | {f"{name}:fp32": numel[name] for name, _ in self.frozen}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill this rank's pieces from a checkpoint of any shape; `refresh` must follow on all ranks.
+
+        An EMA profile that the checkpoint lacks begins as its weights. Raises Damaged, or UserError for another model.
+        """
+        self._fill(
+            checkpoint, lambda name, key: (name, key) if f"{name}:{key}" in checkpoint.tensors else (name, "fp32")
+        )
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Begin with a checkpoint's raw weights, EMAs as these and moments zero; `refresh` must follow on all ranks.
+
+        Raises Damaged, or UserError for another model.
+        """
+        self._fill(checkpoint, lambda name, key: None if key in MOMENTS else (name, "fp32"))
+
+    @torch.no_grad()
+    def _fill(self, checkpoint: Checkpoint, source) -> None:
+        """Every piece (name, key) from the checkpoint's tensor that `source(name, key)` names; None leaves it."""
+        theirs = {n.removesuffix(":fp32"): size for n, size in checkpoint.tensors.items() if n.endswith(":fp32")}
+        ours = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"{checkpoint.path} is of another model: {name} has {theirs.get(name, 'no')} elements there, "
+                    f"{ours.get(name, 'none')} here"
+                )
+        wanted, later = [], []
+        for piece in self.pieces(whole=True):
+            if (found := source(*piece.name.split(":"))) is None:
+                continue
+            values = piece.values
+            if values.dtype != torch.float32 or values.device.type != "cpu":
+                values = torch.empty(values.numel())
+                later.append((piece, values))
+            wanted.append((":".join(found), piece.start, values.numpy()))
+        checkpoint.read_into(wanted)
+        for piece, values in later:
+            piece.values.copy_(values)
 
     @torch.no_grad()
     def refresh(self, optimizer_steps: int) -> None:
@@ -146,6 +237,10 @@ class Engine:
             self.optimizer.state[master]["step"].fill_(float(optimizer_steps))
         if self.stage in (1, 2):
             self.zero.update_lp_params()
+        elif self.stage == 3:
+            self.zero._partition_all_parameters()  # small parameters stay gathered between steps, and stale
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
     @torch.no_grad()
     def gather(self, key: str, into: torch.nn.Module) -> torch.nn.Module:
@@ -153,78 +248,19 @@ class Engine:
 
         A collective: every rank calls it. Frozen parameters and buffers are copied as they are.
         """
-        target = dict(into.named_parameters())
+        target, key = dict(into.named_parameters()), None if key == "fp32" else key
         for name, p in self.trainable:
             if self.stage == 0:
-                value = p.data if key == "fp32" else self.optimizer.state[p][key]
+                value = p.data if key is None else self.optimizer.state[p][key]
+            elif self.stage == 3:
+                value = self.zero.get_full_hp_param(p, key)
             else:
-                value = p.get_full_hp_param(None if key == "fp32" else key)
+                value = p.get_full_hp_param(key)
             target[name].copy_(value.view(target[name].shape))
         for name, p in self.frozen:
-            target[name].copy_(p)
+            with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
+                target[name].copy_(p)
         buffers = dict(into.named_buffers())
         for name, b in self.module.module.named_buffers():
             buffers[name].copy_(b)
         return into
-
-
-def deepspeed_options(config: Config, world_size: int, micro_batch: int, parameters: int) -> dict:
-    """DeepSpeed's configuration from ours, every default it could change under us written out; `extra` merged last."""
-    bucket = max(1, min(parameters, 500_000_000))  # elements; DeepSpeed allocates it whole
-    options = {
-        "train_batch_size": config.data.batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.data.batch_size // world_size // micro_batch,
-        "gradient_clipping": 0.0 if config.deepspeed.zero_stage == 0 else config.optim.gradient_clip or NO_CLIPPING,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "dump_state": False,
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-        "torch_autocast": {"enabled": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": config.deepspeed.zero_stage,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket,
-            "allgather_partitions": True,
-            "allgather_bucket_size": 500_000_000,
-            "overlap_comm": False,
-            "round_robin_gradients": False,
-            "ignore_unused_parameters": True,
-        },
-    }
-    return _merged(options, config.deepspeed.extra)
-
-
-def _merged(base: dict, extra: dict) -> dict:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
-
-
-def rows_per_rank(config: Config, world_size: int) -> tuple[int, int]:
-    """(rows of one rank per step, rows per micro-batch), or a UserError that names the nearest that divides."""
-    batch = config.data.batch_size
-    if batch % world_size:
-        below, above = batch - batch % world_size, batch + world_size - batch % world_size
-        nearest = above if not below or above - batch < batch - below else below
-        raise UserError(
-            f"data.batch_size {batch} does not divide by {world_size} ranks; the nearest that does is {nearest}"
-        )
-    rows = batch // world_size
-    micro = config.train.micro_batch or rows
-    if rows % micro:
-        fitting = [m for m in range(1, rows + 1) if rows % m == 0]
-        nearest = min(fitting, key=lambda m: abs(m - micro))
-        raise UserError(
-            f"train.micro_batch {micro} does not divide the {rows} rows of a rank "
-            f"(data.batch_size {batch} on {world_size} ranks); the nearest that does is {nearest}"
-        )
-    return rows, micro

@@ -14,99 +14,116 @@ import torch
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.order import with_streams
 from dtrain.data.stream import train_batches
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
-from dtrain.models.build import build as build_model
-from dtrain.run import Position, RunDirectory
+from dtrain.lock import RunLock
+from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.engine import Engine, rows_per_rank
+from dtrain.training.division import rows_per_rank
+from dtrain.training.engine import Engine
 from dtrain.training.evaluation import Evaluation
 from dtrain.training.output import redirect_to_log
 from dtrain.training.progress import TrainingProgress
 from dtrain.training.reduction import StepReduction
 from dtrain.training.saving import Saving
-from dtrain.training.start import prepare, resume, with_streams
+from dtrain.training.start import prepare, resume
+from dtrain.training.stopping import StopRequest, deadline
+from dtrain.training.throughput import Meter
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> Outcome:
     """Train, or go on training, the run that `config` describes; called on every rank.
 
-    Raises UserError for what the user can mend; nothing of an existing run is overwritten before the checks are done.
+    Returns "finished", or "stopped" with a checkpoint after a signal, a `stop` file or the deadline. Raises UserError
+    for what the user can mend; nothing of an existing run is overwritten before the checks are done.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load(config.data.manifest_path)
     config = with_streams(config, manifest)
+    ends = deadline(config.train.deadline, started=time.time()) if rank == 0 else None
     distributed.initialize()
     distributed.on_rank_0(manifests.check_shards, manifest, Path(config.data.shards))
     run = RunDirectory(config.run.path)
-    changes = distributed.on_rank_0(prepare, run, config, manifest)
+    lock = RunLock(run.lock_file)
+    changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
     if rank != 0:
         redirect_to_log(run.logs)
 
+    stop = StopRequest(run.stop_file if rank == 0 else None, ends)
+    stop.listen()
     tracker = Tracker(run, rank)
-    position = Position()
-    batches, finished = None, False
+    position, batches, outcome = Position(), None, None
     try:
-        engine = Engine(build_model(config), config, micro_batch)
-        position = resume(engine, run)
+        engine = Engine(config, micro_batch)
+        position = resume(engine, run, config)
         context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
         tracker.begin(config, position, changes, context)
         batches = train_batches(config, manifest, rank, world_size, position.images)
-        position = steps(config, run, engine, position, batches, manifest.hash, tracker)
-        finished = True
+        position, outcome = steps(config, run, manifest, engine, position, batches, tracker, stop)
         if rank == 0:
-            run.write_outcome("finished", position.step, tracker.attempt)
+            run.write_outcome(outcome, position.step, tracker.attempt)
     except UserError as e:
         run.write_outcome("user_error", position.step, message=str(e))
         raise
     finally:
         if batches is not None:
             batches.close()
-        unsent = tracker.close(finished)
+        unsent = tracker.close(outcome == "finished")
+        stop.restore()
+        if rank == 0:
+            lock.release()
     if unsent:
         print(f"{unsent} journal lines are not in MLflow yet; send them with: dtrain sync {run.path}")
+    return outcome
 
 
 def steps(
     config: Config,
     run: RunDirectory,
+    manifest: manifests.Manifest,
     engine: Engine,
     position: Position,
     batches: Iterator[dict[str, torch.Tensor]],
-    data: str,
     tracker: Tracker,
-) -> Position:
-    """From `position` to config.train.steps; returns where it ended."""
-    device, batch_size = distributed.device(), config.data.batch_size
+    stop: StopRequest,
+) -> tuple[Position, Outcome]:
+    """From `position` to config.train.steps, or to where the ranks agree to stop."""
+    device, batch_size, rank = distributed.device(), config.data.batch_size, distributed.rank()
     process = build_process(config.diffusion)
-    progress = TrainingProgress(config.train.steps, position.step, visible=distributed.rank() == 0)
-    saving = Saving(run, config, data, tracker, progress)
+    progress = TrainingProgress(config.train.steps, position.step, visible=rank == 0)
+    saving = Saving(run, config, manifest.hash, position, tracker, progress)
     evaluation = Evaluation(run, config, process, tracker, progress) if config.eval.every else None
-    reduction = StepReduction(distributed.world_size(), batch_size)
-    meter = Meter(batch_size)
+    reduction = StepReduction(rank, distributed.world_size(), batch_size)
+    meter = Meter(config, distributed.world_size(), device)
+    stopping = False
     if position.step:
         progress.say(f"{run.path}: going on after step {position.step}")
 
     def hear() -> None:
         """Act on the reduction of the step before; every rank has the same sums."""
+        nonlocal stopping
         if (sums := reduction.finish()) is None:
             return
         saving.heard(sums)
+        stopping = stopping or sums.stop
+        meter.heard(sums)
         step = sums.position.step
-        meter.steps += 1
         if step % config.train.log_every == 0 or step == config.train.steps:
             metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
-            tracker.write("train", sums.position, metrics | {"images_per_second": meter.images_per_second})
-            progress.update(step, sums.loss, meter.images_per_second, meter.seconds_per_step)
+            tracker.write("train", sums.position, metrics | meter.metrics())
+            progress.update(step, sums.loss, batch_size / meter.seconds_per_step, meter.seconds_per_step)
             meter.restart()
 
     try:
-        while position.step < config.train.steps:
+        while position.step < config.train.steps and not stopping:
+            started = time.perf_counter()
             batch = to_device(next(batches), device)
+            data_seconds = time.perf_counter() - started
             loss_sum = torch.zeros((), device=device)
-            for part in split(batch, micro_batch=engine.micro_batch):
+            for part in split(batch, engine.micro_batch):
                 labels = with_dropped_labels(part, config)
                 losses = process.losses(engine, part["image"], part["noise"], part["time"], labels)  # (n,)
                 engine.backward(losses.mean())
@@ -115,22 +132,42 @@ def steps(
             position = Position(position.step + 1, position.images + batch_size)
 
             hear()
-            reduction.start(position, loss_sum, grad_norm, saving.written, saving.failed)
+            reduction.start(
+                position,
+                loss_sum,
+                grad_norm,
+                stop=stop.wanted(meter.seconds_per_step, saving.seconds),
+                written=saving.written,
+                failed=saving.failed,
+                step_seconds=time.perf_counter() - started,
+                data_seconds=data_seconds,
+            )
             last = position.step == config.train.steps
-            save_due = last or position.step % config.train.checkpoint_every == 0
+            save_due = last or stopping or position.step % config.train.checkpoint_every == 0
             evaluation_due = evaluation is not None and (last or position.step % config.eval.every == 0)
             if save_due or evaluation_due:
                 hear()  # the journal must not lack a step that a checkpoint holds
             if save_due:
                 saving.begin(position, engine)
-            if evaluation_due:
+            if evaluation_due and not stopping:
                 saving.settle()  # a kill during a long evaluation must not cost the checkpoint
                 evaluation.run(engine, position)
                 meter.restart()
         saving.settle()
+        if saving.newest != position and saving.problem is None:
+            saving.begin(position, engine)
+            saving.settle()
+        if saving.newest != position:
+            raise UserError(
+                f"{run.path} ended at step {position.step}, but its newest checkpoint is of step {saving.newest.step}: "
+                f"{saving.problem}; make room and start it again"
+            )
     finally:
         progress.close()
-    return position
+    if position.step < config.train.steps:
+        progress.say(f"stopped after step {position.step}: {stop.reason or 'another rank was asked to'}")
+        return position, "stopped"
+    return position, "finished"
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -153,22 +190,3 @@ def with_dropped_labels(batch: dict[str, torch.Tensor], config: Config) -> torch
 def learning_rate(config: Config, step: int) -> float:
     """Of step 1, 2, …: linear warm-up, then constant."""
     return config.optim.lr * min(1.0, step / max(1, config.optim.warmup_steps))
-
-
-class Meter:
-    """Throughput since the last restart."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self._since, self.steps = time.perf_counter(), 0
-
-    @property
-    def seconds_per_step(self) -> float:
-        return (time.perf_counter() - self._since) / max(1, self.steps)
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch_size / self.seconds_per_step

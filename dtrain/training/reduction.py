@@ -1,7 +1,7 @@
 """One small vector summed over the ranks each step, in the background, read one step later (design, decision 5).
 
-Everything the ranks must agree on travels in it, so a step has no other collective of ours and never
-waits for this one.
+Everything the ranks must agree on travels in it, so a step has no other collective of ours and never waits for this
+one. Behind the sums every rank has places of its own, so that the sum also tells who was slow.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from dtrain.run import Position
 
+SUMS = ("loss", "grad_norm", "stop", "written", "failed")
+OWN = ("step_seconds", "data_seconds")
+
 
 @dataclass(frozen=True)
 class StepSums:
@@ -19,21 +22,38 @@ class StepSums:
     position: Position  # after the step
     loss: float  # mean over the global batch
     grad_norm: float  # of the mean gradient, before clipping
+    stop: bool  # some rank wants the run to stop
     written: bool  # every rank has written its part of the checkpoint in flight
     failed: bool  # some rank could not
+    step_seconds: list[float]  # of each rank, data included
+    data_seconds: list[float]  # of each rank, waiting for its batch
 
 
 class StepReduction:
-    def __init__(self, world_size: int, batch_size: int):
-        self.world_size, self.batch_size = world_size, batch_size
+    def __init__(self, rank: int, world_size: int, batch_size: int):
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._pending = None  # (position, vector, work)
 
-    def start(self, position: Position, loss_sum: torch.Tensor, grad_norm, written: bool, failed: bool) -> None:
-        """Begin the reduction of this step. `loss_sum` is the sum of this rank's per-image losses, a scalar tensor."""
+    def start(
+        self,
+        position: Position,
+        loss_sum: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        *,
+        stop: bool,
+        written: bool,
+        failed: bool,
+        step_seconds: float,
+        data_seconds: float,
+    ) -> None:
+        """Begin the reduction of this step. `loss_sum`: the sum of this rank's per-image losses, a scalar tensor."""
         assert self._pending is None, "read the previous step first"
-        flags = torch.tensor([float(written), float(failed)], dtype=torch.float64, device=loss_sum.device)
-        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=loss_sum.device).reshape(1)
-        vector = torch.cat([loss_sum.detach().double().reshape(1), norm, flags])
+        vector = torch.zeros(len(SUMS) + len(OWN) * self.world_size, dtype=torch.float64)
+        vector[2:5] = torch.tensor([stop, written, failed], dtype=torch.float64)
+        vector[len(SUMS) + self.rank :: self.world_size] = torch.tensor([step_seconds, data_seconds])
+        vector = vector.to(loss_sum.device, non_blocking=True)
+        vector[0] = loss_sum.detach()  # stays on the device: reading it here would wait for the step
+        vector[1] = grad_norm
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
         self._pending = (position, vector, work)
 
@@ -45,11 +65,16 @@ class StepReduction:
         self._pending = None
         if work is not None:
             work.wait()
-        loss, norm, written, failed = vector.tolist()
+        values = vector.tolist()
+        loss, norm, stop, written, failed = values[: len(SUMS)]
+        own = values[len(SUMS) :]
         return StepSums(
             position,
             loss=loss / self.batch_size,
             grad_norm=norm / self.world_size,
+            stop=stop > 0,
             written=round(written) == self.world_size,
             failed=failed > 0,
+            step_seconds=own[: self.world_size],
+            data_seconds=own[self.world_size :],
         )

@@ -1,11 +1,17 @@
-"""When a checkpoint is begun, finished or given up; the bytes are the writer's business."""
+"""When a checkpoint is begun, finished or given up, and which old ones stay; the bytes are the writer's business."""
+
+import threading
+import time
 
 import torch
 
 from dtrain import __version__, distributed
+from dtrain.checkpoint.directory import complete, remove, step_of, step_path, surplus
+from dtrain.checkpoint.format import Damaged
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
 from dtrain.run import Position, RunDirectory
+from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
 from dtrain.training.progress import TrainingProgress
@@ -15,10 +21,23 @@ from dtrain.training.reduction import StepSums
 class Saving:
     """One save in flight. Ranks report through the step's reduction and commit together."""
 
-    def __init__(self, run: RunDirectory, config: Config, data: str, tracker: Tracker, progress: TrainingProgress):
-        self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size(), config.train.keep_last)
-        self._config, self._data, self._tracker, self._progress = config, data, tracker, progress
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        data: str,
+        position: Position,
+        tracker: Tracker,
+        progress: TrainingProgress,
+    ):
+        self._run, self._config, self._data = run, config, data
+        self._tracker, self._progress = tracker, progress
+        self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
         self._position: Position | None = None  # of the save in flight
+        self._begun = 0.0
+        self.newest = position  # of the newest complete checkpoint
+        self.problem: str | None = None  # why the last save came to nothing
+        self.seconds = 0.0  # from copy to commit, of the slowest save so far
 
     @property
     def written(self) -> bool:
@@ -31,7 +50,7 @@ class Saving:
     def begin(self, position: Position, engine: Engine) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight."""
         self.settle()
-        self._position = position
+        self._position, self._begun = position, time.perf_counter()
         meta = {
             "step": position.step,
             "images": position.images,
@@ -56,10 +75,37 @@ class Saving:
     def _finish(self, failed: bool) -> None:
         position, self._position, failure = self._position, None, self._writer.failure
         if not failed:
-            path = self._writer.commit()
-            self._tracker.write("checkpoint", position, context={"path": path.name})
+            try:
+                path = self._writer.commit()
+            except (OSError, Damaged) as e:  # on rank 0, the only one that knows: the next save will tell the others
+                failed, failure = True, str(e)
+        self.problem = (failure or "another rank could not write") if failed else None
+        if failed:
+            self._writer.abandon()
+            message = f"the checkpoint of step {position.step} was not saved: {self.problem}"
+            self._tracker.write("fault", position, context={"message": message})
+            self._progress.say(message)
             return
-        self._writer.abandon()
-        message = f"the checkpoint of step {position.step} was not saved: {failure or 'another rank could not write'}"
-        self._tracker.write("fault", position, context={"message": message})
-        self._progress.say(message)
+        self.newest = position
+        self.seconds = max(self.seconds, time.perf_counter() - self._begun)
+        self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context={"path": path.name})
+        if distributed.rank() == 0:
+            self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Old checkpoints go in a thread: a large one takes a while, and nobody waits for it."""
+        train, directory = self._config.train, self._run.checkpoints
+        steps = [step_of(path) for path in complete(directory)]
+        best = best_step(self._run, train.keep_best, steps) if train.keep_best else None
+        for step in surplus(steps, train.keep_last, train.keep_every, best):
+            threading.Thread(target=remove, args=(step_path(directory, step),), daemon=True).start()
+
+
+def best_step(run: RunDirectory, metric: str, steps: list[int]) -> int | None:
+    """Of the given steps the one with the lowest value of `metric` in the journal; None where none was evaluated."""
+    values = {
+        line["step"]: line["metrics"][metric]
+        for line in read_journal(run.journal_file)
+        if line["event"] == "eval" and metric in line["metrics"] and line["step"] in steps
+    }
+    return min(values, key=values.get) if values else None

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dtrain.checkpoint import format
+from dtrain.checkpoint.directory import complete, remove_partial, surplus
 from dtrain.checkpoint.format import Checkpoint, Damaged
-from dtrain.checkpoint.writer import Writer, complete, remove_partial
+from dtrain.checkpoint.writer import Writer
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Piece:
 
 def save(directory, tensors, cuts, step=1, meta=None):
     """Write `tensors` as a world of len(cuts) ranks, rank r holding elements cuts[r][name] = (start, stop)."""
-    writers = [Writer(directory, rank, len(cuts), keep_last=9) for rank in range(len(cuts))]
+    directory.mkdir(exist_ok=True)
+    writers = [Writer(directory, rank, len(cuts)) for rank in range(len(cuts))]
     for writer, cut in zip(writers, cuts, strict=True):
         pieces = [Piece(n, a, torch.from_numpy(tensors[n][a:b])) for n, (a, b) in cut.items() if b > a]
         writer.begin(step, pieces, {n: len(t) for n, t in tensors.items()}, meta or {"step": step})
@@ -170,7 +172,7 @@ def test_an_index_with_a_matching_hash_but_a_missing_piece_is_damage(tmp_path):
 
 
 def test_a_name_is_complete_only_after_every_rank_has_written(tmp_path):
-    writers = [Writer(tmp_path, rank, 2, keep_last=1) for rank in range(2)]
+    writers = [Writer(tmp_path, rank, 2) for rank in range(2)]
     values = torch.arange(10.0)
     writers[0].begin(5, [Piece("a:fp32", 0, values[:5])], {"a:fp32": 10}, {"step": 5})
     writers[0].wait()
@@ -185,7 +187,7 @@ def test_a_name_is_complete_only_after_every_rank_has_written(tmp_path):
 
 
 def test_what_changes_after_the_copy_does_not_reach_the_checkpoint(tmp_path):
-    writer = Writer(tmp_path, 0, 1, keep_last=3)
+    writer = Writer(tmp_path, 0, 1)
     values = torch.zeros(2_000_000)
     for step in (1, 2):
         values.fill_(step)
@@ -196,20 +198,39 @@ def test_what_changes_after_the_copy_does_not_reach_the_checkpoint(tmp_path):
         assert (Checkpoint.open(path).tensor("a:fp32") == step).all()
 
 
-def test_the_newest_are_kept_and_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
-    writer = Writer(tmp_path, 0, 1, keep_last=2)
-    for step in (1, 2, 3, 3):
-        writer.begin(step, [Piece("a:fp32", 0, torch.full((3,), float(step)))], {"a:fp32": 3}, {"step": step})
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    writer = Writer(tmp_path, 0, 1)
+    for value in (1.0, 2.0):
+        writer.begin(3, [Piece("a:fp32", 0, torch.full((3,), value))], {"a:fp32": 3}, {"step": 3})
         writer.wait()
-        writer.commit()
-    assert [p.name for p in complete(tmp_path)] == ["step-00000002", "step-00000003"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+        path = writer.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+    assert (Checkpoint.open(path).tensor("a:fp32") == 2).all()
+
+
+@given(
+    steps=st.lists(st.integers(1, 60), min_size=1, unique=True),
+    keep_last=st.integers(1, 5),
+    keep_every=st.none() | st.integers(1, 20),
+    best=st.none() | st.integers(1, 60),
+)
+def test_the_newest_the_milestones_and_the_best_stay(steps, keep_last, keep_every, best):
+    gone = surplus(steps, keep_last, keep_every, best)
+    kept = set(steps) - set(gone)
+    assert max(steps) in kept
+    assert len(kept) >= min(keep_last, len(steps))
+    for step in gone:
+        assert step != best
+        assert keep_every is None or step % keep_every
+        assert sum(s > step for s in steps) >= keep_last
+    if keep_every is None and best is None:
+        assert len(kept) == min(keep_last, len(steps))
 
 
 def test_a_place_that_cannot_be_written_is_a_failure_of_that_save_only(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    writer = Writer(blocked, 0, 1, keep_last=1)
+    writer = Writer(blocked, 0, 1)
     writer.begin(1, [Piece("a:fp32", 0, torch.zeros(3))], {"a:fp32": 3}, {"step": 1})
     writer.wait()
     assert not writer.written

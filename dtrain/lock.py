@@ -1,0 +1,99 @@
+"""One job on a run directory at a time: a lock file that names host, process and job."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from dtrain.errors import UserError
+
+HEARTBEAT_SECONDS = 20.0
+DEAD_AFTER_SECONDS = 300.0  # without a heartbeat; for locks of other machines, whose processes cannot be looked at
+
+
+class RunLock:
+    """Held from `acquire` to `release`; a daemon thread keeps the file's time fresh for other machines to see."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Raises UserError when a live job holds it; takes over from a dead one."""
+        mine = json.dumps(_identity(os.getpid()) | {"job": os.environ.get("SLURM_JOB_ID")})
+        while not _create(self.path, mine):
+            holder = _read(self.path)
+            if holder is None:
+                continue  # released, or being written, in this moment
+            if self._alive(holder):
+                job = f", job {holder['job']}" if holder.get("job") else ""
+                raise UserError(
+                    f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']}{job}; "
+                    f"wait for it, stop it with `touch {self.path.parent}/stop`, or give this run another run.name"
+                )
+            # Only one of several that find it dead may remove it, and nobody may remove its successor.
+            claim = self.path.with_name(f".lock-of-{holder['pid']}-{holder['started']}")
+            if _create(claim, mine):
+                if _read(self.path) == holder:
+                    self.path.unlink(missing_ok=True)
+                claim.unlink(missing_ok=True)
+            else:
+                time.sleep(0.1)
+        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
+
+    def release(self) -> None:
+        if not self._released.is_set():
+            self._released.set()
+            self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                return  # the run directory is gone
+
+    def _alive(self, holder: dict) -> bool:
+        if holder.get("boot") == _boot():
+            return _identity(holder["pid"]).get("started") == holder.get("started")
+        if holder.get("host") == socket.gethostname():
+            return False  # this machine, before it was started anew
+        try:
+            return time.time() - self.path.stat().st_mtime < DEAD_AFTER_SECONDS
+        except FileNotFoundError:
+            return False
+
+
+def _create(path: Path, text: str) -> bool:
+    """Write a new file whole; False where there is one. A hard link appears with its contents, or not at all."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_text(text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _identity(pid: int) -> dict:
+    """What tells a process from another that gets its number later; `started` is absent when there is none."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return {}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": started}
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

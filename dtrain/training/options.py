@@ -1,0 +1,63 @@
+"""DeepSpeed's configuration from ours."""
+
+import torch
+
+from dtrain.config import Config
+
+NO_CLIPPING = 1e30  # DeepSpeed measures the gradient norm only where it clips
+
+
+def deepspeed_options(config: Config, world_size: int, micro_batch: int, parameters: int) -> dict:
+    """The dictionary for `deepspeed.initialize`, with `deepspeed.extra` merged last.
+
+    Every default that DeepSpeed has changed, or could change, under its users is written out.
+    """
+    ours = config.deepspeed
+    bucket = max(1, min(parameters, 500_000_000))  # elements; DeepSpeed allocates it whole
+    options = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.data.batch_size // world_size // micro_batch,
+        "gradient_clipping": 0.0 if ours.zero_stage == 0 else config.optim.gradient_clip or NO_CLIPPING,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "dump_state": False,
+        "bf16": {"enabled": ours.precision == "bf16", "check_grad_overflow": True, "immediate_grad_update": True},
+        "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": ours.precision == "bf16_autocast", "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": ours.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 500_000_000,
+            "overlap_comm": ours.zero_stage == 3 and torch.cuda.is_available(),
+            "round_robin_gradients": False,
+            "ignore_unused_parameters": True,
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+    }
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if ours.offload != "none":
+        options["zero_optimization"]["offload_optimizer"] = host
+    if ours.offload == "all":
+        options["zero_optimization"]["offload_param"] = host
+    return _merged(options, ours.extra)
+
+
+def _merged(base: dict, extra: dict) -> dict:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

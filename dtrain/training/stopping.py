@@ -1,0 +1,95 @@
+"""Why a run should stop: a signal, a `stop` file, the job's deadline. All set a flag; the step boundary acts.
+
+A handler does nothing but set the flag, because saving inside one can hang (design, decision 5).
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+
+from dtrain.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
+POLL_SECONDS = 1.0  # between looks at the stop file, which may lie on a slow file system
+LEAST_MARGIN_SECONDS = 10.0
+
+
+class StopRequest:
+    """This rank's wish to stop; ranks agree through the step's reduction. One rank's wish is enough for all.
+
+    deadline: unix seconds by which this process must have saved and ended, or None.
+    """
+
+    def __init__(self, stop_file: Path | None, deadline: float | None):
+        self.stop_file, self.deadline = stop_file, deadline
+        self.reason: str | None = None
+        self._next_look = 0.0
+        self._before: dict = {}
+
+    def listen(self) -> None:
+        """Take over the signals until `restore`."""
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def wanted(self, seconds_per_step: float, seconds_per_save: float) -> bool:
+        """Whether to stop now; the two durations, as measured, are the deadline's margin."""
+        now = time.time()
+        if self.reason is None and self.stop_file is not None and now >= self._next_look:
+            self._next_look = now + POLL_SECONDS
+            if self.stop_file.exists():
+                self.reason = f"the file {self.stop_file}"
+        if self.reason is None and self.deadline is not None:
+            # Twice: a save competes with others for the file system just when a job's time ends.
+            margin = LEAST_MARGIN_SECONDS + 2 * seconds_per_save + 3 * seconds_per_step
+            if now + margin >= self.deadline:
+                self.reason = "the deadline"
+        return self.reason is not None
+
+
+def deadline(configured: str | None, started: float) -> float | None:
+    """Unix seconds by which the job ends: `train.deadline`, else SLURM_JOB_END_TIME, else what squeue says; else None.
+
+    configured: a duration from `started` as [D-]HH:MM:SS, or a time in ISO 8601. Raises UserError for anything else.
+    """
+    if configured:
+        return started + duration(configured) if _DURATION.fullmatch(configured) else _moment(configured)
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(end)
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or not shutil.which("squeue"):
+        return None
+    answer = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, timeout=30)
+    try:
+        return datetime.fromisoformat(answer.stdout.strip()).timestamp()
+    except ValueError:
+        return None  # no limit: squeue prints N/A or NONE
+
+
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+
+
+def duration(text: str) -> float:
+    """Seconds of [D-]HH:MM:SS."""
+    days, hours, minutes, seconds = (int(part or 0) for part in _DURATION.fullmatch(text).groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _moment(text: str) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise UserError(
+            f"train.deadline {text!r} is neither a duration such as 11:45:00 or 2-00:00:00 nor an ISO 8601 time"
+        ) from None
