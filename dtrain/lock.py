@@ -40,6 +40,7 @@ class RunLock:
                     self.path.unlink(missing_ok=True)
                 claim.unlink(missing_ok=True)
             else:
+                _forget_if_left(claim)
                 time.sleep(0.1)
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
@@ -77,6 +78,15 @@ def _create(path: Path, text: str) -> bool:
     finally:
         temporary.unlink()
     return True
+
+
+def _forget_if_left(claim: Path) -> None:
+    """A claim is held for milliseconds: one that is older was left by a process that died with it."""
+    try:
+        if time.time() - claim.stat().st_mtime > HEARTBEAT_SECONDS:
+            claim.unlink()
+    except FileNotFoundError:
+        pass
 
 
 def _read(path: Path) -> dict | None:

@@ -49,7 +49,12 @@ def run_ranks(
     function, world_size: int, *args, timeout: float = 120, environment: dict[str, str] | None = None
 ) -> list:
     """Each rank's result, in rank order. A rank that raises, dies or outlasts the time-out fails the caller."""
-    started = start_ranks(function, world_size, *args, environment=environment)
+    return join_ranks(start_ranks(function, world_size, *args, environment=environment), timeout)
+
+
+def join_ranks(started: list, timeout: float = 120) -> list:
+    """The results of `start_ranks`."""
+    world_size = len(started)
     results: dict[int, object] = {}
     end = time.monotonic() + timeout
     try:

@@ -18,8 +18,6 @@ import torch
 from dtrain.checkpoint import format
 from dtrain.checkpoint.directory import step_path
 
-SPARE = 1.02  # of the free space a save wants: indexes, and others who write
-
 
 class Writer:
     """Writes one rank's part of each checkpoint; one save in flight."""
@@ -36,16 +34,9 @@ class Writer:
 
     @torch.no_grad()
     def begin(self, step: int, pieces: list, tensors: dict[str, int], meta: dict[str, Any]) -> None:
-        """Copy `pieces` (objects with name, start, values) and start writing. Returns when the copy is done.
-
-        Where the disk has no room for all ranks' parts nothing is copied: `failure` says so.
-        """
+        """Copy `pieces` (objects with name, start, values) and start writing. Returns when the copy is done."""
         assert self.step is None, "a save is in flight"
         self.step, self.failure, self._tensors, self._meta = step, None, tensors, meta
-        self._thread = None
-        self.failure = self._no_room()
-        if self.failure is not None:
-            return
         wanted = format.layout((p.name, p.start, p.values.numel()) for p in pieces)
         if wanted != self._layout:
             self._layout = wanted
@@ -56,16 +47,6 @@ class Writer:
             target.copy_(piece.values, non_blocking=False)
         self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
         self._thread.start()
-
-    def _no_room(self) -> str | None:
-        needed = int(4 * sum(self._tensors.values()) * SPARE)
-        try:
-            free = shutil.disk_usage(self.directory).free
-        except OSError as e:
-            return f"cannot write {self.directory}: {e.strerror}"
-        if free >= needed:
-            return None
-        return f"{self.directory} has {free / 2**20:,.1f} MiB free, and a checkpoint takes {needed / 2**20:,.1f} MiB"
 
     @property
     def partial(self) -> Path:

@@ -102,11 +102,11 @@ def steps(
     if position.step:
         progress.say(f"{run.path}: going on after step {position.step}")
 
-    def hear() -> None:
-        """Act on the reduction of the step before; every rank has the same sums."""
+    def hear() -> bool:
+        """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
         nonlocal stopping
         if (sums := reduction.finish()) is None:
-            return
+            return False
         saving.heard(sums)
         stopping = stopping or sums.stop
         meter.heard(sums)
@@ -116,6 +116,7 @@ def steps(
             tracker.write("train", sums.position, metrics | meter.metrics())
             progress.update(step, sums.loss, batch_size / meter.seconds_per_step, meter.seconds_per_step)
             meter.restart()
+        return sums.no_room
 
     try:
         while position.step < config.train.steps and not stopping:
@@ -132,6 +133,9 @@ def steps(
             position = Position(position.step + 1, position.images + batch_size)
 
             hear()
+            last = position.step == config.train.steps
+            save_due = last or stopping or position.step % config.train.checkpoint_every == 0
+            evaluation_due = evaluation is not None and (last or position.step % config.eval.every == 0)
             reduction.start(
                 position,
                 loss_sum,
@@ -139,16 +143,14 @@ def steps(
                 stop=stop.wanted(meter.seconds_per_step, saving.seconds),
                 written=saving.written,
                 failed=saving.failed,
+                no_room=save_due and rank == 0 and saving.lacks_room(engine),
                 step_seconds=time.perf_counter() - started,
                 data_seconds=data_seconds,
             )
-            last = position.step == config.train.steps
-            save_due = last or stopping or position.step % config.train.checkpoint_every == 0
-            evaluation_due = evaluation is not None and (last or position.step % config.eval.every == 0)
             if save_due or evaluation_due:
-                hear()  # the journal must not lack a step that a checkpoint holds
+                no_room = hear()  # the journal must not lack a step that a checkpoint holds
             if save_due:
-                saving.begin(position, engine)
+                saving.skip(position) if no_room else saving.begin(position, engine)
             if evaluation_due and not stopping:
                 saving.settle()  # a kill during a long evaluation must not cost the checkpoint
                 evaluation.run(engine, position)
@@ -158,6 +160,7 @@ def steps(
             saving.begin(position, engine)
             saving.settle()
         if saving.newest != position:
+            distributed.barrier()  # rank 0 has journaled by then; the launcher kills it once another rank has left
             raise UserError(
                 f"{run.path} ended at step {position.step}, but its newest checkpoint is of step {saving.newest.step}: "
                 f"{saving.problem}; make room and start it again"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dtrain.run import Position
 
-SUMS = ("loss", "grad_norm", "stop", "written", "failed")
+SUMS = ("loss", "grad_norm", "stop", "written", "failed", "no_room")
 OWN = ("step_seconds", "data_seconds")
 
 
@@ -25,6 +25,7 @@ class StepSums:
     stop: bool  # some rank wants the run to stop
     written: bool  # every rank has written its part of the checkpoint in flight
     failed: bool  # some rank could not
+    no_room: bool  # rank 0 found the disk too full for a checkpoint
     step_seconds: list[float]  # of each rank, data included
     data_seconds: list[float]  # of each rank, waiting for its batch
 
@@ -43,13 +44,14 @@ class StepReduction:
         stop: bool,
         written: bool,
         failed: bool,
+        no_room: bool,
         step_seconds: float,
         data_seconds: float,
     ) -> None:
         """Begin the reduction of this step. `loss_sum`: the sum of this rank's per-image losses, a scalar tensor."""
         assert self._pending is None, "read the previous step first"
         vector = torch.zeros(len(SUMS) + len(OWN) * self.world_size, dtype=torch.float64)
-        vector[2:5] = torch.tensor([stop, written, failed], dtype=torch.float64)
+        vector[2:6] = torch.tensor([stop, written, failed, no_room], dtype=torch.float64)
         vector[len(SUMS) + self.rank :: self.world_size] = torch.tensor([step_seconds, data_seconds])
         vector = vector.to(loss_sum.device, non_blocking=True)
         vector[0] = loss_sum.detach()  # stays on the device: reading it here would wait for the step
@@ -66,7 +68,7 @@ class StepReduction:
         if work is not None:
             work.wait()
         values = vector.tolist()
-        loss, norm, stop, written, failed = values[: len(SUMS)]
+        loss, norm, stop, written, failed, no_room = values[: len(SUMS)]
         own = values[len(SUMS) :]
         return StepSums(
             position,
@@ -75,6 +77,7 @@ class StepReduction:
             stop=stop > 0,
             written=round(written) == self.world_size,
             failed=failed > 0,
+            no_room=no_room > 0,
             step_seconds=own[: self.world_size],
             data_seconds=own[self.world_size :],
         )

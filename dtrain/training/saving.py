@@ -1,5 +1,6 @@
 """When a checkpoint is begun, finished or given up, and which old ones stay; the bytes are the writer's business."""
 
+import shutil
 import threading
 import time
 
@@ -16,6 +17,9 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
 from dtrain.training.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
+
+
+SPARE = 1.02  # of the free space a save wants: indexes, and others who write
 
 
 class Saving:
@@ -35,6 +39,7 @@ class Saving:
         self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
         self._position: Position | None = None  # of the save in flight
         self._begun = 0.0
+        self._needed = self._free = 0  # bytes, as rank 0 last found them
         self.newest = position  # of the newest complete checkpoint
         self.problem: str | None = None  # why the last save came to nothing
         self.seconds = 0.0  # from copy to commit, of the slowest save so far
@@ -46,6 +51,21 @@ class Saving:
     @property
     def failed(self) -> bool:
         return self._writer.failure is not None
+
+    def lacks_room(self, engine: Engine) -> bool:
+        """Whether the disk is too full for a checkpoint. Asked of rank 0, before any rank writes, for all to hear."""
+        self._needed = int(4 * sum(engine.tensor_sizes().values()) * SPARE)
+        try:
+            self._free = shutil.disk_usage(self._run.checkpoints).free
+        except OSError:
+            return False  # the save itself will say what is wrong
+        return self._free < self._needed
+
+    def skip(self, position: Position) -> None:
+        """Instead of `begin`, on every rank, where rank 0 lacks room."""
+        self.settle()
+        free, needed = f"{self._free / 2**20:,.1f} MiB free", f"{self._needed / 2**20:,.1f} MiB"
+        self._lost(position, f"{self._run.checkpoints} has {free}, and a checkpoint takes {needed}")
 
     def begin(self, position: Position, engine: Engine) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight."""
@@ -79,18 +99,21 @@ class Saving:
                 path = self._writer.commit()
             except (OSError, Damaged) as e:  # on rank 0, the only one that knows: the next save will tell the others
                 failed, failure = True, str(e)
-        self.problem = (failure or "another rank could not write") if failed else None
         if failed:
             self._writer.abandon()
-            message = f"the checkpoint of step {position.step} was not saved: {self.problem}"
-            self._tracker.write("fault", position, context={"message": message})
-            self._progress.say(message)
+            self._lost(position, failure or "another rank could not write")
             return
-        self.newest = position
+        self.newest, self.problem = position, None
         self.seconds = max(self.seconds, time.perf_counter() - self._begun)
         self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context={"path": path.name})
         if distributed.rank() == 0:
             self._remove_surplus()
+
+    def _lost(self, position: Position, problem: str) -> None:
+        self.problem = problem
+        message = f"the checkpoint of step {position.step} was not saved: {problem}"
+        self._tracker.write("fault", position, context={"message": message})
+        self._progress.say(message)
 
     def _remove_surplus(self) -> None:
         """Old checkpoints go in a thread: a large one takes a while, and nobody waits for it."""

@@ -79,7 +79,7 @@ def test_the_ema_equals_one_kept_by_hand_from_gathered_weights_bit_for_bit(digit
 def pieces_of(config, steps):
     engine = build(config)
     norms = run_steps(engine, config, range(1, steps + 1))
-    pieces = [(p.name, p.start, p.values.clone().numpy()) for p in engine.pieces()]
+    pieces = [(p.name, p.start, p.values.float().clone().numpy()) for p in engine.pieces()]
     return pieces, engine.tensor_sizes(), norms
 
 
