@@ -1,11 +1,11 @@
 # make demo    set up, pack digits, train on 2 CPU ranks (all GPUs where there are any), evaluate, say what to open
-# make test    set up, lint, run the whole test suite
+# make test    set up, lint, run the whole test suite;   make campaigns: the long ones
 PYTHON ?= python3
 BIN := .venv/bin
 ACCELERATORS := $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test campaigns lint clean
 
 demo: .venv/ready
 	dtrain pack sklearn:digits data/digits --holdout 360
@@ -13,6 +13,9 @@ demo: .venv/ready
 
 test: .venv/ready lint
 	python -m pytest tests
+
+campaigns: .venv/ready
+	python -m pytest -m campaign tests/campaigns
 
 lint: .venv/ready
 	ruff check .

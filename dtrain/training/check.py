@@ -25,6 +25,6 @@ def check_start(config: Config, ranks: int) -> str:
     verb = "goes on" if run.config_file.exists() else "starts"
     ours = config.deepspeed
     return (
-        f"{run.path} {verb}: {config.train.steps:,} steps of {config.data.batch_size} images from {manifest.samples:,}, "
-        f"{rows} a rank in micro-batches of {micro_batch}, ZeRO stage {ours.zero_stage} in {ours.precision}"
+        f"{run.path} {verb}: {config.train.steps:,} steps of {config.data.batch_size} images "
+        f"from {manifest.samples:,}, {rows} a rank in micro-batches of {micro_batch}, ZeRO stage {ours.zero_stage} in {ours.precision}"
     )
