@@ -23,8 +23,8 @@ def check_start(config: Config, ranks: int) -> str:
     run = RunDirectory(config.run.path)
     run.reconcile(config)
     verb = "goes on" if run.config_file.exists() else "starts"
-    ours = config.deepspeed
+    ours, size = config.deepspeed, config.data.batch_size
     return (
-        f"{run.path} {verb}: {config.train.steps:,} steps of {config.data.batch_size} images "
-        f"from {manifest.samples:,}, {rows} a rank in micro-batches of {micro_batch}, ZeRO stage {ours.zero_stage} in {ours.precision}"
+        f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
+        f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}"
     )

@@ -18,7 +18,6 @@ from dtrain.training.engine import Engine
 from dtrain.training.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
 
-
 SPARE = 1.02  # of the free space a save wants: indexes, and others who write
 
 

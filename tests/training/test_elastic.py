@@ -143,7 +143,7 @@ def test_a_new_run_begins_with_anothers_weights(digits, tmp_path):
 def test_another_model_is_refused_by_name(digits, tmp_path):
     folder = write(digits, tmp_path / "written", shape(2), 1)
     other = tiny(digits, tmp_path, "run.name=wide", f"run.init_from={folder}/tiny", "model.width=64")
-    with pytest.raises(RuntimeError, match="is of another model: blocks.0.adaLN_modulation.1.bias has 192 elements"):
+    with pytest.raises(RuntimeError, match=r"is of another model: blocks.0.adaLN_modulation.1.bias has 192 elements"):
         run_ranks(train, 1, other)
 
 

@@ -36,7 +36,7 @@ def test_the_first_20_losses_agree_at_every_stage_and_world_size(digits, tmp_pat
     got = trained(tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}"), world_size)
     assert len(got) == 20
     assert got == pytest.approx(reference, abs=1e-5)
-    assert reference[0] > 2 * reference[-1] or reference[-1] < 0.9  # it learns
+    assert reference[-1] < 0.9 * reference[0]  # it learns
 
 
 def test_micro_batches_and_loader_processes_change_nothing(digits, tmp_path, reference):

@@ -16,7 +16,7 @@ from dtrain.tracking.journal import events
 from dtrain.training.stopping import StopRequest, deadline, duration
 from tests.digits import losses, tiny
 from tests.ranks import join_ranks, run_ranks, start_ranks
-from tests.training.test_loop import train, trained
+from tests.training.test_loop import trained
 
 
 def train_for_outcome(config):
@@ -80,7 +80,7 @@ def test_deadlines_come_from_the_config_the_environment_or_slurm(tmp_path, monke
     assert duration("11:45:00") == 42300
     assert deadline("1-00:00:10", started=1000.0) == 1000 + 86410
     assert deadline("2030-01-02T03:04:05+00:00", 0) == 1893553445
-    with pytest.raises(UserError, match="train.deadline 'soon' is neither a duration"):
+    with pytest.raises(UserError, match=r"train.deadline 'soon' is neither a duration"):
         deadline("soon", 0)
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\n[ "$*" = "-h -j 77 -o %e" ] && echo 2030-01-02T03:04:05\n')
