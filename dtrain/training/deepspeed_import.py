@@ -27,7 +27,7 @@ finally:
     if _mlflow is _absent:
         del sys.modules["mlflow"]
 
-warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 deepspeed.ops.__compatible_ops__ = {}
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
