@@ -3,6 +3,8 @@
 t counts 0..T−1 and t = 0 is one step of noise; "before 0", written t = −1, is clean data with ᾱ = 1.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +21,7 @@ class Schedule:
     Every table is float64 (T,) on the CPU: float32 would put 1 − ᾱ_0 off by 1.7e-4.
     """
 
-    alpha_bar: Tensor  # ᾱ_t = α_t², strictly falling
+    alpha_bar: Tensor  # ᾱ_t = α_t², strictly falling; 0 at the end for zero terminal SNR
 
     @property
     def timesteps(self) -> int:
@@ -41,9 +43,29 @@ class Schedule:
         """ᾱ_t / (1 − ᾱ_t)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
+    @cached_property
+    def beta(self) -> Tensor:
+        """β_t = 1 − ᾱ_t/ᾱ_{t−1}."""
+        return 1 - self.alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alpha_bar[:-1]])
+
+    @property
+    def snr_ends(self) -> tuple[float, float]:
+        """(SNR_0, SNR_{T−1}). The last should be near 0: sampling starts from noise without any signal."""
+        return float(self.snr[0]), float(self.snr[-1])
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        return float(self.alpha_bar[-1]) == 0
+
     def alpha_bar_at(self, t: int) -> float:
         """ᾱ_t as a Python float; 1 for t = −1."""
         return 1.0 if t == -1 else float(self.alpha_bar[t])
+
+
+def named(name: str, timesteps: int, zero_terminal_snr: bool = False) -> Schedule:
+    """The schedule a configuration names. Raises UserError for one that cannot be."""
+    schedule = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid}[name](timesteps)
+    return with_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
 
 
 def linear(timesteps: int) -> Schedule:
@@ -51,24 +73,89 @@ def linear(timesteps: int) -> Schedule:
 
     Raises UserError where the scaled β would reach 1.
     """
-    if timesteps <= 20:
-        raise UserError(f"a linear schedule of diffusion.timesteps {timesteps} would have β ≥ 1; take at least 21")
     scale = 1000 / timesteps
-    beta = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu")
+    return _from_beta(_ramp(1e-4 * scale, 0.02 * scale, timesteps), "linear", least=21)
+
+
+def scaled_linear(timesteps: int) -> Schedule:
+    """√β from √0.00085 to √0.012 in equal steps at T = 1000, β scaled by 1000/T otherwise (Rombach et al. 2022).
+
+    Raises UserError where the scaled β would reach 1.
+    """
+    root = _ramp(math.sqrt(0.00085), math.sqrt(0.012), timesteps)
+    return _from_beta(root.square() * (1000 / timesteps), "scaled_linear", least=13)
+
+
+def cosine(timesteps: int) -> Schedule:
+    """ᾱ(s) = cos²((s + 0.008)/1.008 · π/2) of the elapsed share s, β at most 0.999 (Nichol & Dhariwal 2021, (17))."""
+    return _from_alpha_bar(lambda s: torch.cos((s + 0.008) / 1.008 * math.pi / 2).square(), timesteps)
+
+
+def sigmoid(timesteps: int) -> Schedule:
+    """ᾱ(s) falls as a logistic curve from −3 to 3, rescaled to run from 1 to 0; β at most 0.999 (Jabri et al. 2022)."""
+    return _from_alpha_bar(lambda s: torch.sigmoid(3 - 6 * s) - torch.sigmoid(torch.tensor(-3.0).double()), timesteps)
+
+
+def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule with √ᾱ shifted and stretched so that it ends at exactly 0 and begins where it did.
+
+    Lin et al. 2023, algorithm 1.
+    """
+    first, last = schedule.alpha[0], schedule.alpha[-1]
+    return Schedule(((schedule.alpha - last) * (first / (first - last))).square())
+
+
+def _ramp(first: float, last: float, timesteps: int) -> Tensor:
+    return torch.linspace(first, last, timesteps, dtype=torch.float64, device="cpu")
+
+
+def _from_beta(beta: Tensor, name: str, least: int) -> Schedule:
+    if float(beta[-1]) >= 1:
+        raise UserError(f"a {name} schedule of diffusion.timesteps {len(beta)} would have β ≥ 1; take at least {least}")
     return Schedule((1 - beta).cumprod(0))
 
 
-def subsequence(timesteps: int, steps: int, spacing: str) -> list[int]:
+def _from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], timesteps: int) -> Schedule:
+    """β_t = 1 − ᾱ((t+1)/T)/ᾱ(t/T), at most 0.999 so that the end keeps a trace of signal."""
+    values = alpha_bar(_ramp(0, 1, timesteps + 1))
+    return Schedule((1 - (1 - values[1:] / values[:-1]).clamp(max=0.999)).cumprod(0))
+
+
+def subsequence(timesteps: int, steps: int, spacing: str | list[int]) -> list[int]:
     """The S timesteps a sampler visits, falling, all different, for every S from 1 to T.
 
     trailing: round(T − i·T/S) − 1, from T − 1 down.  (Stepping by −T/S instead gives S + 1 of them for some S.)
     leading:  ⌊i·T/S⌋, down to 0.  (Multiples of ⌊T/S⌋ would start at 599 for S = 600, T = 1000.)
-    Both agree with the usual definitions when S divides T. Lin et al. 2023, table 2.
+    linspace: round(i·(T − 1)/(S − 1)), both ends; T − 1 alone for S = 1.
+    quad:     ⌊0.8 T (i/(S − 1))²⌋, but at least i, so that none comes twice: dense near the data. It starts at 0.8 T
+              as in DDIM's experiments, until S leaves no other room; 0.8 T alone for S = 1.
+    A list is taken as it is, if it falls strictly within the process and has S members.
+    The first three agree with the usual definitions when S divides T (Lin et al. 2023, table 2).
     """
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps do not fit a process of {timesteps} timesteps; take 1 to {timesteps}")
+    if isinstance(spacing, list):
+        return _listed(timesteps, steps, spacing)
     if spacing == "trailing":
         return [round(timesteps - i * timesteps / steps) - 1 for i in range(steps)]
     if spacing == "leading":
         return [i * timesteps // steps for i in reversed(range(steps))]
-    raise UserError(f"unknown spacing {spacing!r}; known are trailing and leading")
+    gaps = max(1, steps - 1)
+    rising = range(steps) if steps > 1 else [1]
+    if spacing == "linspace":
+        return [round(i * (timesteps - 1) / gaps) for i in reversed(rising)]
+    if spacing == "quad":
+        return [min(max(4 * timesteps * i * i // (5 * gaps * gaps), i), timesteps - 1) for i in reversed(rising)]
+    raise UserError(f"unknown spacing {spacing!r}; known are trailing, leading, linspace, quad and a list of timesteps")
+
+
+def _listed(timesteps: int, steps: int, listed: list[int]) -> list[int]:
+    if len(listed) != steps:
+        raise UserError(f"the spacing lists {len(listed)} timesteps, but {steps} sampling steps are asked for")
+    for i, t in enumerate(listed):
+        if not 0 <= t < (listed[i - 1] if i else timesteps):
+            raise UserError(
+                f"timestep {t} at place {i} of the spacing is out of order; list them falling, from at most "
+                f"{timesteps - 1} to at least 0"
+            )
+    return list(listed)
