@@ -10,11 +10,29 @@ from dtrain.errors import UserError
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def guided(model: Model, guidance: float, null_label: int) -> Model:
+def guided(
+    model: Model,
+    guidance: float,
+    null_label: int,
+    channels: int | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    last_time: float = 1000,
+    rescale: float = 0.0,
+) -> Model:
     """A model(x, t, labels) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
 
     null_label is the model's class count. s = 1 is the model itself, so its outputs are the same bit for bit; the
-    papers' w is s − 1. All channels are guided. Raises UserError for s ≠ 1 on a model without classes.
+    papers' w is s − 1.
+
+    channels: how many output channels, counted from the first, are guided; all by default. The others are the
+    conditional ones: so a learned variance is never extrapolated, as its meaning as an interpolation forbids, when the
+    image's channel count is given. 3 repeats published DiT results on 4-channel latents.
+    interval: the shares of the process (0 is clean data) in which to guide; t/last_time must lie in [low, high).
+    Outside it the conditional model answers alone, at half the cost (Kynkäänniemi et al. 2024).
+    rescale: how far, from 0 to 1, each row's guided channels go back to the conditional ones' standard deviation (Lin
+    et al. 2023, section 3.4).
+
+    Raises UserError for s ≠ 1 on a model without classes.
     """
     if guidance == 1:
         return model
@@ -22,8 +40,33 @@ def guided(model: Model, guidance: float, null_label: int) -> Model:
         raise UserError(f"guidance {guidance} needs a model with classes, but model.num_classes is 0; use guidance 1")
 
     def both(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        labels = torch.cat([labels, torch.full_like(labels, null_label)])  # (2N,)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # (N, C, H, W) each
-        return uncond + guidance * (cond - uncond)
+        inside = _within(t, interval, last_time)
+        if inside is not None and not bool(inside.any()):
+            return model(x, t, labels)
+        all_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # (2N,)
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), all_labels).chunk(2)  # (N, O, H, W) each
+        n = cond.shape[1] if channels is None else channels
+        towards, away, rest = cond[:, :n], uncond[:, :n], cond[:, n:]
+        mixed = away + guidance * (towards - away)
+        if rescale:
+            contrast = _std(towards) / _std(mixed)
+            mixed = mixed * (rescale * contrast + (1 - rescale))
+        if rest.shape[1]:
+            mixed = torch.cat([mixed, rest], dim=1)
+        return mixed if inside is None else torch.where(inside.view(-1, 1, 1, 1), mixed, cond)
 
     return both
+
+
+def _within(t: Tensor, interval: tuple[float, float], last_time: float) -> Tensor | None:
+    """Which rows are to be guided; None where all are."""
+    low, high = interval
+    if (low, high) == (0.0, 1.0):
+        return None
+    share = t.double() / last_time
+    return (share >= low) & ((share < high) | (high >= 1))
+
+
+def _std(x: Tensor) -> Tensor:
+    """Of each row, (N, 1, 1, 1)."""
+    return x.flatten(1).std(1).view(-1, 1, 1, 1)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -39,3 +40,40 @@ def test_guidance_on_a_model_without_classes_is_refused():
     with pytest.raises(UserError, match="num_classes is 0"):
         guided(Model(), 2.0, 0)
     guided(Model(), 1.0, 0)
+
+
+def cond_and_uncond():
+    return Model()(x, t, labels), Model()(x, t, torch.full_like(labels, NULL))
+
+
+def test_channels_that_are_not_guided_are_the_conditional_ones():
+    cond, uncond = cond_and_uncond()
+    found = guided(Model(), 3.0, NULL, channels=1)(x, t, labels)
+    torch.testing.assert_close(found[:, :1], uncond[:, :1] + 3 * (cond - uncond)[:, :1], rtol=0, atol=1e-14)
+    assert torch.equal(found[:, 1:], cond[:, 1:])
+
+
+def test_outside_its_interval_guidance_leaves_the_conditional_model_alone_at_half_the_cost():
+    cond, uncond = cond_and_uncond()
+    full = uncond + 3 * (cond - uncond)
+    found = guided(Model(), 3.0, NULL, interval=(0.1, 0.9))(x, t, labels)  # t = 1, 500, 999 of 1000
+    torch.testing.assert_close(found[1], full[1], rtol=0, atol=1e-14)
+    torch.testing.assert_close(found[[0, 2]], cond[[0, 2]], rtol=0, atol=1e-14)
+    model = Model()
+    assert torch.equal(guided(model, 3.0, NULL, interval=(0.6, 0.9))(x, t, labels), cond)
+    assert model.rows == [3]
+    last = torch.full((3,), 1000.0)  # where a flow begins
+    everywhere = guided(Model(), 3.0, NULL)(x, last, labels)
+    assert torch.equal(guided(Model(), 3.0, NULL, interval=(0.5, 1.0))(x, last, labels), everywhere)
+
+
+@pytest.mark.parametrize("rescale", [0.5, 1.0])
+def test_rescaling_returns_the_contrast_of_the_conditional_model(rescale):
+    cond, uncond = (c.numpy() for c in cond_and_uncond())
+    found = guided(Model(), 7.0, NULL, rescale=rescale)(x, t, labels).numpy()
+    for row in range(3):
+        mixed = uncond[row] + 7 * (cond[row] - uncond[row])
+        expected = rescale * mixed * cond[row].std(ddof=1) / mixed.std(ddof=1) + (1 - rescale) * mixed
+        np.testing.assert_allclose(found[row], expected, rtol=1e-12)
+        if rescale == 1:
+            np.testing.assert_allclose(found[row].std(), cond[row].std(), rtol=1e-12)
