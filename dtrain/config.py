@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from dtrain.errors import UserError
 
@@ -73,6 +73,8 @@ class DiT(Section):
     width: Positive | None = None
     heads: Positive | None = None
     patch: Positive | None = None
+    qk_norm: bool = False  # RMS-normalise queries and keys: steadier at high learning rates, unlike published weights
+    frequency_shift: Literal[0, 1] = 0  # of the time frequencies; 1 as in diffusers' DiT, to be exported to it
     num_classes: NonNegative = 0  # 0: unconditional
 
     @model_validator(mode="after")
@@ -88,12 +90,97 @@ class DiT(Section):
         return self
 
 
-class Diffusion(Section):
-    process: Literal["gaussian"] = "gaussian"
-    schedule: Literal["linear"] = "linear"
-    timesteps: Annotated[int, Field(ge=2)] = 1000
-    prediction: Literal["eps"] = "eps"
+class UNet(Section):
+    name: Literal["unet"]
+    width: Positive  # channels at full resolution
+    multipliers: list[Positive] = Field(
+        [1, 2, 2, 2], min_length=1
+    )  # of the width, level by level; each halves the side
+    res_blocks: Positive = 2  # of each level on the way down; one more on the way up
+    attention: list[Positive] = [16]  # sides of the images that get attention
+    head_width: Positive | None = None  # channels of one attention head; default: a single head
+    scale_shift: bool = False  # the time scales and shifts after the norm (ADM), or is added before it (DDPM)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    num_classes: NonNegative = 0  # 0: unconditional
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for its group norms")
+        for m in self.multipliers:
+            if self.attention and self.head_width and self.width * m % self.head_width:
+                raise ValueError(
+                    f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
+                )
+        return self
+
+
+class _Process(Section):
+    """What all diffusion processes have in common."""
+
     label_dropout: Probability = 0.1
+    stratified: bool = False  # spread the times of a global batch evenly
+    logit_normal_mean: float = 0.0
+    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Gaussian(_Process):
+    process: Literal["gaussian"] = "gaussian"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    zero_terminal_snr: bool = False  # stretch the schedule until the last timestep holds no signal
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"  # of ancestral steps and the bound
+    loss: Literal["simple", "hybrid", "vlb"] = "simple"
+    weighting: Literal["none", "min_snr"] = "none"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    times: Literal["uniform", "logit_normal", "importance"] = "uniform"
+
+    @model_validator(mode="after")
+    def _possible(self):
+        learned, least = self.variance == "learned_range", {"linear": 21, "scaled_linear": 13}.get(self.schedule, 2)
+        problems = [
+            (
+                self.timesteps < least,
+                f"a {self.schedule} schedule of {self.timesteps} timesteps would have β ≥ 1; take at least {least}",
+            ),
+            (
+                self.zero_terminal_snr and self.prediction == "eps",
+                "prediction eps cannot go with zero_terminal_snr: at the last timestep x_t is ε itself and "
+                "x0 = (x_t − σ ε)/0; take prediction v",
+            ),
+            (
+                self.zero_terminal_snr and self.weighting == "min_snr",
+                "weighting min_snr cannot go with zero_terminal_snr: the timestep that sampling starts from would have "
+                "weight 0; take weighting none",
+            ),
+            (
+                self.loss == "simple" and learned,
+                "loss simple does not train the variance that learned_range asks the model for; take loss hybrid",
+            ),
+            (
+                self.loss == "hybrid" and not learned,
+                f"loss hybrid has nothing to train with variance {self.variance}; take variance learned_range",
+            ),
+            (
+                self.loss == "vlb" and self.weighting != "none",
+                "weighting min_snr cannot go with loss vlb: the bound has weights of its own; take weighting none",
+            ),
+            (
+                self.loss == "vlb" and self.times == "logit_normal",
+                "times logit_normal cannot go with loss vlb: the sum would no longer be the bound; "
+                "take times importance, which corrects for what it does",
+            ),
+        ]
+        for wrong, message in problems:
+            if wrong:
+                raise ValueError(message)
+        return self
+
+
+class Flow(_Process):
+    process: Literal["flow"]
+    times: Literal["uniform", "logit_normal"] = "uniform"
 
 
 class Optim(Section):
@@ -166,11 +253,17 @@ class Eval(Section):
     batch_size: Positive = 250  # block of sample ids drawn together; part of the result's identity
     metrics: list[Literal["fd"]] = ["fd"]
     features: Literal["pixels"] = "pixels"
-    sampler: Literal["ddim"] = "ddim"
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"  # default of a flow: euler
     steps: Positive = 50
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    spacing: Literal["trailing", "leading"] = "trailing"
+    eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0  # ddim's noise; sigma_hat: DDPM's larger one
+    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = (
+        "trailing"  # or timesteps, falling
+    )
+    clip: bool = False  # hold every estimate of x_0 within [−1, 1]
     guidance: Annotated[float, Field(ge=0)] = 1.0  # s in uncond + s·(cond − uncond); 1: none
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # shares of the process, 0 is clean data
+    guidance_rescale: Probability = 0.0  # how far the contrast is brought back to the conditional one's
+    guidance_channels: Literal["all", "first_3"] = "all"  # first_3 only to repeat published DiT results
     ema: NonNegative | None = 0  # which profile; null: the raw weights
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -181,17 +274,40 @@ class Tracking(Section):
     experiment: str = "dtrain"
 
 
+def _process_of(diffusion: Any) -> str:
+    """Which section describes the process: gaussian unless it says otherwise."""
+    if isinstance(diffusion, dict):
+        return diffusion.get("process", "gaussian")
+    return getattr(diffusion, "process", "gaussian")
+
+
 class Config(Section):
     run: Run = Run()
     data: Data
-    model: DiT
-    diffusion: Diffusion = Diffusion()
+    model: Annotated[DiT | UNet, Field(discriminator="name")]
+    diffusion: Annotated[
+        Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
+    ] = Gaussian()
     optim: Optim = Optim()
     ema: list[EMAProfile] = [EMAProfile()]
     deepspeed: DeepSpeed = DeepSpeed()
     train: Train
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampler_of_a_flow(cls, tree: Any) -> Any:
+        """The default sampler is the process' own, so that `diffusion.process: flow` alone is a whole choice."""
+        if (
+            isinstance(tree, dict)
+            and isinstance(tree.get("diffusion"), dict)
+            and _process_of(tree["diffusion"]) == "flow"
+        ):
+            sampling = tree.get("eval") or {}
+            if isinstance(sampling, dict):
+                return tree | {"eval": {"sampler": "euler"} | sampling}
+        return tree
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -201,12 +317,37 @@ class Config(Section):
             )
         if self.eval.every and not self.data.holdout:
             raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
-        if self.eval.steps > self.diffusion.timesteps:
-            raise ValueError(f"eval.steps {self.eval.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        self._sampler_fits()
         if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
             size, patch = self.data.image_size, self.model.patch
             raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
         return self
+
+    def _sampler_fits(self) -> None:
+        e, flow = self.eval, self.diffusion.process == "flow"
+        walks = ("euler", "heun") if flow else ("ddim", "ancestral", "dpmpp_2m", "heun")
+        if e.sampler not in walks:
+            raise ValueError(
+                f"eval.sampler {e.sampler} does not walk a {self.diffusion.process} process; take {' or '.join(walks)}"
+            )
+        if e.eta != 0 and e.sampler != "ddim":
+            raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
+        if flow and e.spacing != "trailing":
+            raise ValueError(f"eval.spacing {e.spacing} has no effect on a flow, whose steps are equal; leave it out")
+        if not flow and e.steps > self.diffusion.timesteps:
+            raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        if isinstance(e.spacing, list):
+            if len(e.spacing) != e.steps:
+                raise ValueError(f"eval.spacing lists {len(e.spacing)} timesteps, but eval.steps is {e.steps}")
+            if e.spacing != sorted(set(e.spacing), reverse=True) or e.spacing[0] >= self.diffusion.timesteps:
+                raise ValueError(
+                    "eval.spacing must list timesteps that fall, "
+                    f"from at most {self.diffusion.timesteps - 1} to at least 0"
+                )
+        if e.guidance != 1 and not self.model.num_classes:
+            raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
+        if e.guidance_interval[0] >= e.guidance_interval[1]:
+            raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
 
     def dump(self) -> str:
         """The whole tree as YAML, defaults filled in; `load` reads it back."""
@@ -312,35 +453,59 @@ def _expand(node: Any, source: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", value, node)
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys allowed at a location of the tree; empty where there is no section."""
-    section: Any = Config
+def _sections(annotation: Any) -> dict[str | None, type[BaseModel]]:
+    """The sections a field may hold, by the tag of its union; None where there is but one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tag = next((f for name in ("name", "process") if (f := annotation.model_fields.get(name))), None)
+        literal = get_args(tag.annotation) if tag is not None else ()
+        return {literal[0] if literal and isinstance(literal[0], str) else None: annotation}
+    found: dict[str | None, type[BaseModel]] = {}
+    for part in get_args(annotation):
+        found |= _sections(part)
+    return found
+
+
+def _walk(location: list[str]) -> tuple[list[str], list[str]]:
+    """(the location without the tags of unions, the keys allowed there; none where there is no section)."""
+    key, choices, keys = [], {None: Config}, []
     for part in location:
-        if part.isdigit():
+        section = choices.get(part) if part in choices and len(choices) > 1 else None
+        if section is not None:  # a union's tag, which nobody wrote
+            choices = {None: section}
             continue
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            continue  # a discriminator's tag
-        candidates = [field.annotation, *get_args(field.annotation)]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+        if part.isdigit():
+            key.append(part)
+            continue
+        if not choices:  # inside a value: a branch of its type, which nobody wrote either
+            continue
+        key.append(part)
+        section = next(iter(choices.values()), None)
+        field = section.model_fields.get(part) if section is not None else None
+        choices = _sections(field.annotation) if field is not None else {}
+    if len(choices) == 1:
+        keys = list(next(iter(choices.values())).model_fields)
+    return key, keys
 
 
 def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
     """The first problem as one sentence: the key, where it came from, what is wrong, the nearest fix."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo also makes its key missing
-    location = [str(part) for part in first["loc"]]
+    location, _ = _walk([str(part) for part in first["loc"]])
+    _, known = _walk([str(part) for part in first["loc"][:-1]])
     key = ".".join(location)
     given = any(o == key or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden)
     origin = "on the command line" if given else f"in {source}"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        near = difflib.get_close_matches(location[-1], known, n=1)
         if near:
             return f"unknown key `{key}` {origin}; did you mean `{'.'.join([*location[:-1], near[0]])}`?"
-        known = ", ".join(_known_keys(location[:-1]))
-        return f"unknown key `{key}` {origin}" + (f"; known here: {known}" if known else "")
+        return f"unknown key `{key}` {origin}" + (f"; known here: {', '.join(known)}" if known else "")
+    if first["type"].startswith("union_tag"):
+        kinds = {"model": "dit or unet", "diffusion": "gaussian or flow"}[key]
+        tag = {"model": "name", "diffusion": "process"}[key]
+        if isinstance(first["input"], dict) and tag in first["input"]:
+            return f"`{key}.{tag}` {origin} is {first['input'][tag]!r}: take {kinds}"
+        return f"`{key}.{tag}` is missing {origin}: take {kinds}"
     if first["type"] == "missing":
         return f"`{key}` is missing {origin}"
     message = first["msg"].removeprefix("Value error, ")

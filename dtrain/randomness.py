@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 13
     SPLIT = 14
     SUBSET = 15
+    STRATUM = 16
 
 
 class Draws:

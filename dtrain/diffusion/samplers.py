@@ -1,4 +1,11 @@
-"""From noise to images. Coefficients are float64; the state stays in the dtype it came in."""
+"""From noise to images. Coefficients are float64; the state stays in the dtype it came in.
+
+A sampler visits falling times of a process and ends on clean data (`process.clean`). The predecessor of a time is the
+next one *listed*; taking t − T/S instead goes wrong whenever the spacing is uneven.
+
+denoiser(x_t, t (N,)) is the model's output with labels and guidance already in it. step_noise(i) gives the standard
+normals, shaped as x_T, of the i-th step from 0; it is asked only where noise is drawn, and never for the last step.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,47 +13,112 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion import solvers
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
+from dtrain.diffusion.solvers import Denoiser, checked, predict
+
+StepNoise = Callable[[int], Tensor]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    process: GaussianDiffusion | RectifiedFlow,
+    x_T: Tensor,
+    sampler: str,
+    steps: int,
+    spacing: str | list[int] = "trailing",
+    eta: float | str = 0.0,
+    clip: bool = False,
+    step_noise: StepNoise | None = None,
+) -> Tensor:
+    """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
+
+    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun for a flow. eta is ddim's alone;
+    clip holds every x̂_0 within [−1, 1], for pixels only. Raises UserError for steps that do not fit the process.
+    """
+    timesteps = process.walk(steps, spacing)
+    if isinstance(process, RectifiedFlow):
+        solver = {"euler": solvers.euler_flow, "heun": solvers.heun_flow}[sampler]
+        return solver(denoiser, process, x_T, timesteps, clip)
+    if sampler == "ddim":
+        return ddim(denoiser, process, x_T, timesteps, eta, step_noise, clip)
+    if sampler == "ancestral":
+        return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
+    solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler]
+    return solver(denoiser, process, x_T, timesteps, clip)
 
 
 @torch.no_grad()
 def ddim(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Denoiser,
     process: GaussianDiffusion,
     x_T: Tensor,
     timesteps: list[int],
-    eta: float = 0.0,
-    step_noise: Callable[[int], Tensor] | None = None,
+    eta: float | str = 0.0,
+    step_noise: StepNoise | None = None,
+    clip: bool = False,
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) along falling `timesteps` (Song et al. 2021, equations 12 and 16).
 
-    The predecessor of a timestep is the next one *listed*, and before the last lies clean data with ᾱ = 1; taking
-    t − T/S instead goes wrong whenever the spacing is uneven. η = 0 is deterministic, η = 1 is ancestral with β̃.
+    η = 0 is deterministic, η = 1 is ancestral with β̃. "sigma_hat" keeps η = 1 in the direction but draws noise with
+    σ̂ = √(1 − ᾱ_t/ᾱ_p), the larger variance of DDPM (section 5, table 1).
 
-    denoiser(x_t, t int64 (N,)) is the model's output with labels and guidance already in it. step_noise(i) gives the
-    standard normals, shaped as x_T, of the i-th step from 0; it is asked only for η > 0 and never for the last step.
     Raises ValueError for η > 0 without step_noise, or for an η whose noise exceeds what a step may hold.
     """
+    larger = eta == "sigma_hat"
+    eta = 1.0 if larger else eta
     if eta > 0 and step_noise is None:
         raise ValueError(f"eta = {eta} draws noise, so step_noise must be given")
-    falling = sorted(set(timesteps), reverse=True)
-    assert timesteps == falling
-    assert 0 <= timesteps[-1] <= timesteps[0] < process.schedule.timesteps
     x = x_T
-    for i, t in enumerate(timesteps):
-        last = i + 1 == len(timesteps)
-        alpha_bar_t = process.schedule.alpha_bar_at(t)
-        alpha_bar_p = process.schedule.alpha_bar_at(-1 if last else timesteps[i + 1])
-        variance = eta**2 * (1 - alpha_bar_p) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_p)
-        direction = 1 - alpha_bar_p - variance
+    for i, (t, p) in enumerate(solvers.steps(process, timesteps)):
+        (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
+        beta = 1 - (alpha_t / alpha_p) ** 2
+        variance = eta**2 * (sigma_p / sigma_t) ** 2 * beta
+        direction = sigma_p**2 - variance
         if direction < -1e-12:  # rounding alone may put η = 1 a hair below 0 where ᾱ_t is tiny
-            raise ValueError(
-                f"eta = {eta} asks for more noise than x_{timesteps[i + 1]} holds; take an eta of at most 1"
-            )
+            raise ValueError(f"eta = {eta} asks for more noise than the state at {p} holds; take an eta of at most 1")
 
-        output = denoiser(x, torch.full((len(x),), t, device=x.device))
-        x0, eps = process.x0(output, x, t), process.eps(output, x, t)
-        x = math.sqrt(alpha_bar_p) * x0 + math.sqrt(max(direction, 0.0)) * eps
-        if eta > 0 and not last:
-            x = x + math.sqrt(variance) * step_noise(i)
+        x0, eps, _ = predict(denoiser, process, x, t, clip)
+        x = alpha_p * x0 + math.sqrt(max(direction, 0.0)) * eps
+        if eta > 0 and p != process.clean:
+            x = x + math.sqrt(beta if larger else variance) * step_noise(i)
+    return x
+
+
+@torch.no_grad()
+def encode(denoiser: Denoiser, process: GaussianDiffusion, x_0: Tensor, timesteps: list[int]) -> Tensor:
+    """The x_T that deterministic DDIM along the same falling `timesteps` leads back to x_0 (Song et al. 2021, 4.3).
+
+    Each step asks for ε at the time it goes to, since at clean data there is no noise to speak of. The error of a round
+    trip falls as 1/S.
+    """
+    x, here = x_0, process.clean
+    for t in reversed(checked(process, timesteps)):
+        (alpha_h, sigma_h), (alpha_t, sigma_t) = process.level(here), process.level(t)
+        _, eps, _ = predict(denoiser, process, x, t, clip=False)
+        x = alpha_t * (x - sigma_h * eps) / alpha_h + sigma_t * eps
+        here = t
+    return x
+
+
+@torch.no_grad()
+def ancestral(
+    denoiser: Denoiser,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    timesteps: list[int],
+    step_noise: StepNoise,
+    clip: bool = False,
+) -> Tensor:
+    """x_0 by drawing from p(x_p | x_t) with the process' variance, at any stride (Ho et al. 2020, algorithm 2)."""
+    x = x_T
+    for i, (t, p) in enumerate(solvers.steps(process, timesteps)):
+        reverse = Reverse.between(process.schedule.alpha_bar_at(t), process.schedule.alpha_bar_at(p))
+        x0, _, channels = predict(denoiser, process, x, t, clip)
+        x = reverse.mean_x0 * x0 + reverse.mean_xt * x
+        if p != process.clean:
+            std = variance_between(process.variance, channels, reverse) ** 0.5
+            x = x + std * step_noise(i)
     return x

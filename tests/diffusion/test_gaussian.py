@@ -1,12 +1,16 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.config import Diffusion
+from dtrain.config import Gaussian
+from dtrain.diffusion import likelihood
 from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.prediction import target
 from dtrain.diffusion.process import build
 from dtrain.diffusion.schedule import linear
+from dtrain.diffusion.times import SecondMoment, Uniform
 
 process = GaussianDiffusion(linear(1000))
 
@@ -74,6 +78,135 @@ def test_x0_and_eps_undo_the_noising():
 
 
 def test_the_configured_process():
-    built = build(Diffusion(timesteps=500))
+    built = build(Gaussian(timesteps=500))
     assert built.prediction == "eps"
     assert torch.equal(built.schedule.alpha_bar, linear(500).alpha_bar)
+
+
+def told(x0, noise, t, prediction):
+    """The perfect answer at timestep t, from the definitions."""
+    alpha, sigma = float(process.schedule.alpha[t]), float(process.schedule.sigma[t])
+    return {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0}[prediction]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_every_prediction_says_what_x0_and_eps_are(prediction, variance):
+    p = GaussianDiffusion(linear(1000), prediction, variance)
+    x0, noise, t = numbers(4, 3, 4, 4).double(), numbers(4, 3, 4, 4, seed=1).double(), torch.tensor([0, 10, 500, 999])
+    output = torch.stack([told(x0[r], noise[r], i, prediction) for r, i in enumerate(t.tolist())])
+    if variance == "learned_range":
+        output = torch.cat([output, numbers(4, 3, 4, 4, seed=2).double()], dim=1)
+    x_t = p.noised(x0, noise, t)
+    torch.testing.assert_close(p.x0(output, x_t, t), x0, rtol=0, atol=1e-10)
+    torch.testing.assert_close(p.eps(output, x_t, t), noise, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_simple_loss_is_the_weighted_error_of_the_prediction(prediction, gamma):
+    p = GaussianDiffusion(linear(1000), prediction, min_snr_gamma=gamma)
+    x0, noise, labels = numbers(4, 2, 3, 3), numbers(4, 2, 3, 3, seed=1), torch.zeros(4, dtype=torch.long)
+    u, output = torch.tensor([0.0, 0.2, 0.6, 0.9999], dtype=torch.float64), numbers(4, 2, 3, 3, seed=2)
+    losses = p.losses(lambda x, t, y: output, x0, noise, u, labels)
+    for row, t in enumerate([0, 200, 600, 999]):
+        error = float((told(x0[row], noise[row], t, prediction) - output[row]).square().mean())
+        snr = float(p.schedule.snr[t])
+        weight = {"eps": min(snr, 5) / snr, "x0": min(snr, 5), "v": min(snr, 5) / (snr + 1)}[prediction]
+        assert float(losses[row]) == pytest.approx(error * (weight if gamma else 1), rel=1e-4)
+
+
+def test_min_snr_weighs_every_prediction_as_the_same_error_of_x0():
+    x0, noise = numbers(3, 1, 4, 4).double(), numbers(3, 1, 4, 4, seed=1).double()
+    x0_hat, u = numbers(3, 1, 4, 4, seed=2).double(), torch.tensor([0.01, 0.4, 0.8], dtype=torch.float64)
+    losses = []
+    for prediction in ("eps", "x0", "v"):
+        p = GaussianDiffusion(linear(1000), prediction, min_snr_gamma=5.0)
+
+        def model(x, t, y, p=p):
+            alpha, sigma = p.table(p.schedule.alpha, t, x), p.table(p.schedule.sigma, t, x)
+            return target(p.prediction, x0_hat, (x - alpha * x0_hat) / sigma, alpha, sigma)
+
+        losses.append(p.losses(model, x0, noise, u, torch.zeros(3, dtype=torch.long)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("T", [100, 1000])
+def test_the_vlb_loss_is_the_bound_without_its_prior_on_average_over_times(T):
+    p = GaussianDiffusion(linear(T), "v", "learned_range", "vlb")
+    x0, noise = 0.3 * numbers(1, 1, 4, 4).double(), numbers(1, 1, 4, 4, seed=1).double()
+
+    def model(x, t, y=None):
+        return torch.cat([0.5 * x, torch.sin(x) + t.view(-1, 1, 1, 1) / T], dim=1)
+
+    u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    everywhere = [a.expand(T, -1, -1, -1) for a in (x0, noise)]
+    losses = p.losses(model, *everywhere, u, torch.zeros(T, dtype=torch.long))
+    curve = likelihood.curve(model, p, x0, lambda t: noise)
+    assert float(losses.mean()) == pytest.approx(float(curve.sum()), rel=1e-10)
+
+
+def test_importance_keeps_the_vlb_loss_on_average():
+    times = SecondMoment(50)
+    for _ in range(10):
+        times.observe(torch.arange(50), torch.linspace(5, 0.1, 50))
+    x0, noise = 0.3 * numbers(1, 1, 2, 2).double(), numbers(1, 1, 2, 2, seed=1).double()
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    everywhere = [a.expand(len(u), -1, -1, -1) for a in (x0, noise)]
+    means = [
+        float(GaussianDiffusion(linear(50), loss="vlb", times=each)
+              .losses(lambda x, t, y: 0.5 * x, *everywhere, u, torch.zeros(len(u), dtype=torch.long)).mean())
+        for each in (Uniform(), times)
+    ]  # fmt: skip
+    assert means[1] == pytest.approx(means[0], rel=2e-3)
+
+
+def test_the_hybrid_loss_trains_the_mean_by_the_simple_loss_alone_and_the_variance_by_the_bound():
+    T = 400  # at 1000, 0.001·T is 1 and a forgotten factor would not show
+    hybrid, simple, vlb = (
+        GaussianDiffusion(linear(T), "eps", "learned_range", loss) for loss in ("hybrid", "simple", "vlb")
+    )
+    x0, noise, labels = numbers(6, 1, 3, 3), numbers(6, 1, 3, 3, seed=1), torch.zeros(6, dtype=torch.long)
+    u = torch.tensor([0.0, 0.001, 0.01, 0.3, 0.8, 0.999], dtype=torch.float64)
+    gradients, values = {}, {}
+    for name, p in {"hybrid": hybrid, "simple": simple, "vlb": vlb}.items():
+        output = (0.1 * numbers(6, 2, 3, 3, seed=2)).requires_grad_()
+        values[name] = p.losses(lambda x, t, y, output=output: output, x0, noise, u, labels)
+        (gradients[name],) = torch.autograd.grad(values[name].sum(), output)
+    torch.testing.assert_close(values["hybrid"], values["simple"] + 0.001 * values["vlb"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients["hybrid"][:, :1], gradients["simple"][:, :1])
+    torch.testing.assert_close(gradients["hybrid"][:, 1:], 0.001 * gradients["vlb"][:, 1:])
+    assert torch.count_nonzero(gradients["simple"][:, 1:]) == 0
+    assert float(gradients["vlb"][:, 1:].abs().min()) > 0
+
+
+def test_the_variance_of_each_kind():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.cumprod(1 - beta)
+    small = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # from t = 1
+    x, t = torch.zeros(3, 1, 1, 1).double(), torch.tensor([0, 1, 700])
+    expected = {
+        "fixed_small": [small[0], small[0], small[699]],
+        "fixed_large": [small[0], beta[1], beta[700]],
+        "learned_range": [
+            beta[0] ** 0.75 * small[0] ** 0.25, beta[1] ** 0.75 * small[0] ** 0.25,
+            beta[700] ** 0.75 * small[699] ** 0.25
+        ],
+    }  # fmt: skip
+    for variance, values in expected.items():
+        p = GaussianDiffusion(linear(1000), variance=variance)
+        output = torch.cat([x, x + 0.5], dim=1)
+        np.testing.assert_allclose(p.log_variance(output, x, t).flatten(), np.log(values), rtol=1e-10)
+
+
+def test_the_configured_process_has_every_choice():
+    built = build(
+        Gaussian(schedule="cosine", timesteps=200, zero_terminal_snr=True, prediction="v", variance="learned_range",
+                 loss="hybrid", times="importance")
+    )  # fmt: skip
+    assert (built.prediction, built.variance, built.loss) == ("v", "learned_range", "hybrid")
+    assert built.schedule.has_zero_terminal_snr
+    assert built.times.timesteps == 200
+    assert build(Gaussian(weighting="min_snr", min_snr_gamma=3)).min_snr_gamma == 3
+    assert build(Gaussian()).min_snr_gamma is None

@@ -1,0 +1,91 @@
+"""The variational bound term by term, in bits per dimension (Ho et al. 2020, equation 5).
+
+    −log p(x_0) ≤ L_T + Σ_{t ≥ 1} L_t + L_0,  with  L_T = KL(q(x_T|x_0) ‖ N(0, I)),
+    L_t = KL(q(x_{t−1}|x_t, x_0) ‖ p(x_{t−1}|x_t))  and  L_0 = −log p(x_0|x_0 with one step of noise).
+
+Everything is a pure function of a batch: what to average over rows, ranks and draws of noise is the caller's.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dtrain.diffusion.gaussian import GaussianDiffusion
+
+BITS = 1 / math.log(2)
+HALF_BIN = 1 / 255  # of an 8-bit channel mapped to [−1, 1]
+
+
+def prior(process: "GaussianDiffusion", x0: Tensor) -> Tensor:
+    """L_T of each row (N,) of x0 (N, C, H, W), bits/dim. No network: it is what the schedule leaves of the data."""
+    alpha_bar = float(process.schedule.alpha_bar[-1])
+    kl = 0.5 * (alpha_bar * x0.square() - alpha_bar - math.log1p(-alpha_bar))
+    return BITS * kl.flatten(1).mean(1)
+
+
+def term(
+    process: "GaussianDiffusion", output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
+) -> Tensor:
+    """L_t of each row (N,), bits/dim, from the model's output (N, C or 2C, H, W) at x_t; L_0 where t is 0.
+
+    clip holds x̂_0 within [−1, 1], where pixels live. L_0 is the discretised decoder, or the density of a Gaussian where
+    process.decoder is "continuous": then the bound is one on a density and may be negative.
+    """
+    x0_hat = process.x0(output, x_t, t)
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    log_variance = process.log_variance(output, x_t, t)
+    # Both means hold the same share of x_t, which would only cancel.
+    difference = process.table(process.chain.mean_x0, t, x0) * (x0 - x0_hat)
+    log_posterior = process.table(process.log_beta_tilde, t, x0)
+    ratio = log_posterior - log_variance
+    kl = 0.5 * (ratio.exp() - 1 - ratio + difference.square() * (-log_variance).exp())
+    if process.decoder == "continuous":
+        decoder = 0.5 * (math.log(2 * math.pi) + log_variance + difference.square() * (-log_variance).exp())
+    else:
+        decoder = -log_mass(x0, x0_hat, log_variance)
+    is_decoder = (t == 0).view(-1, *[1] * (x0.dim() - 1))
+    return BITS * torch.where(is_decoder, decoder, kl).flatten(1).mean(1)
+
+
+def log_mass(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """The log of a Gaussian's mass in the bin of each 8-bit channel: x ± 1/255, open-ended at −1 and 1. Nats.
+
+    Far bins are computed in their own tail, so that no floor is needed where a difference of two CDFs would vanish.
+    """
+    inverse_std = (-0.5 * log_variance).exp()
+    lower, upper = (x0 - HALF_BIN - mean) * inverse_std, (x0 + HALF_BIN - mean) * inverse_std
+    mirrored = lower + upper > 0
+    low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    inside = log_high + torch.log(-torch.expm1(log_low - log_high))
+    darkest, brightest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
+    edge = 1 - HALF_BIN / 2
+    return torch.where(x0 < -edge, darkest, torch.where(x0 > edge, brightest, inside))
+
+
+@torch.no_grad()
+def curve(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    process: "GaussianDiffusion",
+    x0: Tensor,
+    noise: Callable[[int], Tensor],
+    timesteps: Iterable[int] | None = None,
+    clip: bool = False,
+) -> Tensor:
+    """L_t of each row at each of `timesteps` (all T by default): (len(timesteps), N), bits/dim.
+
+    noise(t) gives the standard normals of that timestep, shaped as x0. The bound of a row is `prior` plus the sum over
+    all T; from a uniform subset, T times the mean estimates that sum without bias.
+    """
+    every = range(process.schedule.timesteps) if timesteps is None else timesteps
+    rows = []
+    for timestep in every:
+        t = torch.full((len(x0),), timestep, device=x0.device)
+        x_t = process.noised(x0, noise(timestep), t)
+        rows.append(term(process, denoiser(x_t, t), x0, x_t, t, clip))
+    return torch.stack(rows)

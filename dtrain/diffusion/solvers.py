@@ -1,0 +1,114 @@
+"""Deterministic walks along the probability-flow ODE, beyond DDIM, and the parts all samplers share.
+
+A process is anything with level(t) → (α, σ), model_time, split, x0 and eps, and a `clean` time to walk to.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def checked(process, timesteps: list) -> list:
+    """The timesteps, if they fall strictly and end above the clean time."""
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    assert timesteps[-1] > process.clean
+    return timesteps
+
+
+def predict(denoiser: Denoiser, process, x: Tensor, t, clip: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x̂_0, ε̂, variance channels or None) at x = x_t, in x's dtype.
+
+    A clipped x̂_0 brings its own ε = (x − α x̂_0)/σ: keeping the old one would leave the level of noise (guided
+    diffusion does so too, diffusers does not by default).
+    """
+    output = denoiser(x, process.model_time(t, x))
+    _, channels = process.split(output)
+    x0, eps = process.x0(output, x, t), process.eps(output, x, t)
+    if clip:
+        alpha, sigma = process.level(t)
+        x0 = x0.clamp(-1, 1)
+        eps = (x - alpha * x0) / sigma
+    return x0, eps, channels
+
+
+def steps(process, timesteps: list):
+    """(time, where it goes to) of every step."""
+    return zip(checked(process, timesteps), [*timesteps[1:], process.clean], strict=True)
+
+
+@torch.no_grad()
+def dpmpp_2m(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bool = False) -> Tensor:
+    """x_0 from x_T by DPM-Solver++(2M): one evaluation a step, second order (Lu et al. 2022, algorithm 2).
+
+    The first step and the one onto clean data, where log α/σ is infinite, are of first order, i.e. DDIM.
+    """
+    x, last_x0, last_h = x_T, None, None
+    for t, p in steps(process, timesteps):
+        (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
+        h = _log_ratio(alpha_p, sigma_p) - _log_ratio(alpha_t, sigma_t)
+        x0, _, _ = predict(denoiser, process, x, t, clip)
+        guess = x0
+        if last_x0 is not None and math.isfinite(h):
+            guess = x0 + h / (2 * last_h) * (x0 - last_x0)
+        decay = sigma_p * alpha_t / (sigma_t * alpha_p)  # e^(−h), finite at both ends
+        x = sigma_p / sigma_t * x + alpha_p * (1 - decay) * guess
+        last_x0, last_h = x0, h
+    return x
+
+
+def _log_ratio(alpha: float, sigma: float) -> float:
+    """log α/σ, half the log SNR."""
+    if alpha == 0 or sigma == 0:
+        return -math.inf if alpha == 0 else math.inf
+    return math.log(alpha) - math.log(sigma)
+
+
+@torch.no_grad()
+def heun(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bool = False) -> Tensor:
+    """x_0 from x_T by Heun's method on d(x/α)/d(σ/α) = ε: two evaluations a step (Karras et al. 2022, algorithm 1).
+
+    The step onto clean data, and one from pure noise (α = 0, zero terminal SNR), are DDIM steps: σ/α or the model has
+    no value at their other end.
+    """
+    x = x_T
+    for t, p in steps(process, timesteps):
+        (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
+        x0, eps, _ = predict(denoiser, process, x, t, clip)
+        ahead = alpha_p * x0 + sigma_p * eps
+        if sigma_p > 0 and alpha_t > 0:
+            _, eps_p, _ = predict(denoiser, process, ahead, p, clip)
+            ahead = alpha_p / alpha_t * x + (sigma_p - alpha_p * sigma_t / alpha_t) * (eps + eps_p) / 2
+        x = ahead
+    return x
+
+
+@torch.no_grad()
+def euler_flow(denoiser: Denoiser, process, x_T: Tensor, timesteps: list[float], clip: bool = False) -> Tensor:
+    """x_0 from x_T by Euler's method on dx/dt = velocity, t from 1 to 0."""
+    x = x_T
+    for t, p in steps(process, timesteps):
+        x0, eps, _ = predict(denoiser, process, x, t, clip)
+        x = x + (p - t) * (eps - x0)
+    return x
+
+
+@torch.no_grad()
+def heun_flow(denoiser: Denoiser, process, x_T: Tensor, timesteps: list[float], clip: bool = False) -> Tensor:
+    """x_0 from x_T by Heun's method on dx/dt = velocity: two evaluations a step, one for the step onto clean data.
+
+    The model was never shown t = 0, so its velocity there is not asked for.
+    """
+    x = x_T
+    for t, p in steps(process, timesteps):
+        x0, eps, _ = predict(denoiser, process, x, t, clip)
+        velocity = eps - x0
+        ahead = x + (p - t) * velocity
+        if p > 0:
+            x0, eps, _ = predict(denoiser, process, ahead, p, clip)
+            ahead = x + (p - t) * (velocity + eps - x0) / 2
+        x = ahead
+    return x

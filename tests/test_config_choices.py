@@ -1,0 +1,85 @@
+"""Sections that come in kinds, and choices that exclude each other: the errors stay one clear line."""
+
+import pytest
+import yaml
+
+from dtrain.config import Config, DiT, Flow, Gaussian, UNet, validate
+from dtrain.errors import UserError
+
+BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
+KIND = {"model": {"name": "dit", "size": "S/2", "num_classes": 10}}
+
+
+def config(**sections):
+    return validate(BASE | KIND | sections, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name": "dit", "dept": 2}}, "unknown key `model.dept` in x.yaml; did you mean `model.depth`?"),
+        ({"model": {"name": "unet", "widht": 32}}, "unknown key `model.widht` in x.yaml; did you mean `model.width`?"),
+        ({"model": {"name": "unet"}}, "`model.width` is missing in x.yaml"),
+        ({"model": {"name": "unett"}}, "`model.name` in x.yaml is 'unett': take dit or unet"),
+        ({"model": {"depth": 2}}, "`model.name` is missing in x.yaml: take dit or unet"),
+        ({"model": {"name": "unet", "width": 8, "multipliers": [1, 0]}}, "`model.multipliers.1` in x.yaml is 0: "),
+        ({"diffusion": {"shedule": "cosine"}}, "did you mean `diffusion.schedule`?"),
+        ({"diffusion": {"process": "flow", "schedule": "cosine"}}, "unknown key `diffusion.schedule` in x.yaml; known"),
+        ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian or flow"),
+        ({"diffusion": {"prediction": "x"}}, "`diffusion.prediction` in x.yaml is 'x': input should be 'eps'"),
+        ({"diffusion": {"timesteps": 20}}, "take at least 21"),
+        ({"diffusion": {"zero_terminal_snr": True}}, "x0 = (x_t − σ ε)/0; take prediction v"),
+        ({"diffusion": {"zero_terminal_snr": True, "prediction": "v", "weighting": "min_snr"}}, "would have weight 0"),
+        ({"diffusion": {"loss": "hybrid"}}, "nothing to train with variance fixed_small"),
+        ({"diffusion": {"variance": "learned_range"}}, "take loss hybrid"),
+        ({"diffusion": {"loss": "vlb", "weighting": "min_snr"}}, "the bound has weights of its own"),
+        ({"diffusion": {"loss": "vlb", "times": "logit_normal"}}, "no longer be the bound"),
+        ({"eval": {"sampler": "euler"}}, "eval.sampler euler does not walk a gaussian process"),
+        ({"eval": {"sampler": "ddim"}, "diffusion": {"process": "flow"}}, "take euler or heun"),
+        ({"eval": {"sampler": "heun", "eta": 0.5}}, "eval.eta 0.5 has no effect on sampler heun"),
+        ({"eval": {"spacing": "quad"}, "diffusion": {"process": "flow"}}, "eval.spacing quad has no effect on a flow"),
+        ({"eval": {"spacing": "qad"}}, "`eval.spacing` in x.yaml is 'qad'"),
+        ({"eval": {"spacing": [9, 5]}}, "lists 2 timesteps, but eval.steps is 50"),
+        ({"eval": {"spacing": [5, 9], "steps": 2}}, "must list timesteps that fall"),
+        ({"eval": {"spacing": [1000, 9], "steps": 2}}, "from at most 999"),
+        ({"eval": {"guidance_interval": [0.6, 0.2]}}, "low < high"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line_with_the_reason(sections, message):
+    with pytest.raises(UserError) as error:
+        config(**sections)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_without_classes_is_refused():
+    with pytest.raises(UserError, match="num_classes is 0"):
+        config(model={"name": "dit", "size": "S/2"}, eval={"guidance": 2})
+
+
+def test_a_flow_is_walked_by_euler_unless_told_otherwise():
+    assert config(diffusion={"process": "flow"}).eval.sampler == "euler"
+    assert config(diffusion={"process": "flow"}, eval={"sampler": "heun"}).eval.sampler == "heun"
+    assert config().eval.sampler == "ddim"
+
+
+def test_the_defaults_are_plain_ddpm():
+    c = config()
+    assert c.diffusion == Gaussian()
+    assert (c.diffusion.schedule, c.diffusion.prediction, c.diffusion.loss) == ("linear", "eps", "simple")
+    assert (c.eval.eta, c.eval.spacing, c.eval.clip, c.eval.guidance) == (0, "trailing", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("sections", "kinds"),
+    [
+        ({}, (DiT, Gaussian)),
+        ({"model": {"name": "unet", "width": 32}}, (UNet, Gaussian)),
+        ({"diffusion": {"process": "flow", "times": "logit_normal"}}, (DiT, Flow)),
+        ({"eval": {"eta": "sigma_hat", "spacing": [900, 3], "steps": 2}}, (DiT, Gaussian)),
+    ],
+)
+def test_a_dumped_configuration_reads_back_the_same(sections, kinds):
+    c = config(**sections)
+    assert (type(c.model), type(c.diffusion)) == kinds
+    assert Config.model_validate(yaml.safe_load(c.dump())) == c
