@@ -318,10 +318,25 @@ class Config(Section):
         if self.eval.every and not self.data.holdout:
             raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
         self._sampler_fits()
+        if self.model.name == "unet":
+            self._levels_fit()
         if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
             size, patch = self.data.image_size, self.model.patch
             raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
         return self
+
+    def _levels_fit(self) -> None:
+        halvings = len(self.model.multipliers) - 1
+        if self.data.image_size % 2**halvings:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} does not halve {halvings} times (model.multipliers); "
+                f"take a multiple of {2**halvings}"
+            )
+        sides = [self.data.image_size >> i for i in range(halvings + 1)]
+        for side in self.model.attention:
+            if side not in sides:
+                known = ", ".join(str(s) for s in sides)
+                raise ValueError(f"model.attention {side} is the side of no level; the levels have {known}")
 
     def _sampler_fits(self) -> None:
         e, flow = self.eval, self.diffusion.process == "flow"

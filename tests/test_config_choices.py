@@ -23,6 +23,8 @@ def config(**sections):
         ({"model": {"name": "unett"}}, "`model.name` in x.yaml is 'unett': take dit or unet"),
         ({"model": {"depth": 2}}, "`model.name` is missing in x.yaml: take dit or unet"),
         ({"model": {"name": "unet", "width": 8, "multipliers": [1, 0]}}, "`model.multipliers.1` in x.yaml is 0: "),
+        ({"model": {"name": "unet", "width": 8}}, "model.attention 16 is the side of no level"),
+        ({"model": {"name": "unet", "width": 8, "multipliers": [1] * 5}}, "does not halve 4 times"),
         ({"diffusion": {"shedule": "cosine"}}, "did you mean `diffusion.schedule`?"),
         ({"diffusion": {"process": "flow", "schedule": "cosine"}}, "unknown key `diffusion.schedule` in x.yaml; known"),
         ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian or flow"),
@@ -74,7 +76,7 @@ def test_the_defaults_are_plain_ddpm():
     ("sections", "kinds"),
     [
         ({}, (DiT, Gaussian)),
-        ({"model": {"name": "unet", "width": 32}}, (UNet, Gaussian)),
+        ({"model": {"name": "unet", "width": 32, "attention": [4]}}, (UNet, Gaussian)),
         ({"diffusion": {"process": "flow", "times": "logit_normal"}}, (DiT, Flow)),
         ({"eval": {"eta": "sigma_hat", "spacing": [900, 3], "steps": 2}}, (DiT, Gaussian)),
     ],

@@ -61,9 +61,10 @@ UNIFORM = Uniform()
 class SecondMoment:
     """p_t ∝ √E[L_t²] from the last ten losses of each timestep, uniform until all have ten.
 
-    Nichol & Dhariwal 2021, section 3.3. The one time distribution with a memory. It is no function of (seed, k), so `history` and `counts` belong into the
-    checkpoint. Every rank must observe the rows of the whole global batch in the order of k: then the memory is the
-    same on all ranks and at any world size, up to the rounding of the losses themselves.
+    Nichol & Dhariwal 2021, section 3.3. The one time distribution with a memory: it is no function of
+    (seed, k), so `history` and `counts` belong into the checkpoint. Every rank must observe the rows of the whole
+    global batch in the order of k: then the memory is the same on all ranks and at any world size, up to the rounding
+    of the losses themselves.
     """
 
     timesteps: int

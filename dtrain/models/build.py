@@ -6,6 +6,7 @@ from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.models.dit import SIZES, DiT
 from dtrain.models.layers import initialize
+from dtrain.models.unet import UNet
 
 
 def build(config: Config) -> nn.Module:
@@ -19,8 +20,13 @@ def build(config: Config) -> nn.Module:
     return backbone
 
 
-def allocate(config: Config) -> nn.Module:
+def allocate(config: Config) -> DiT | UNet:
     """The model of `build`, its weights not yet written: for those who write them otherwise."""
+    learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
+    return (_unet if config.model.name == "unet" else _dit)(config, learn_sigma)
+
+
+def _dit(config: Config, learn_sigma: bool) -> DiT:
     model, image_size = config.model, config.data.image_size
     size = dict(SIZES[model.size]) if model.size else {}
     size |= {k: v for k in ("depth", "width", "heads", "patch") if (v := getattr(model, k)) is not None}
@@ -28,4 +34,17 @@ def allocate(config: Config) -> nn.Module:
         raise UserError(f"model.width {size['width']} must be a multiple of model.heads {size['heads']}")
     if image_size % size["patch"]:
         raise UserError(f"data.image_size {image_size} does not divide into patches of model.patch {size['patch']}")
-    return DiT(image_size, config.data.channels, num_classes=model.num_classes, **size)
+    return DiT(
+        image_size,
+        config.data.channels,
+        num_classes=model.num_classes,
+        learn_sigma=learn_sigma,
+        qk_norm=model.qk_norm,
+        frequency_shift=model.frequency_shift,
+        **size,
+    )
+
+
+def _unet(config: Config, learn_sigma: bool) -> UNet:
+    sizes = config.model.model_dump(exclude={"name"})
+    return UNet(config.data.image_size, config.data.channels, learn_sigma=learn_sigma, **sizes)

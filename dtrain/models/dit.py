@@ -27,10 +27,10 @@ from dtrain.models.layers import (
 class DiTBlock(nn.Module):
     """Attention and a perceptron, each normalised, modulated and gated by the condition (adaLN-Zero, figure 3)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
@@ -62,7 +62,8 @@ class DiT(nn.Module):
     The constructor only allocates; `layers.initialize` gives the weights (`models.build.build` does both). With
     num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half speaks of
-    the variance.
+    the variance. qk_norm and a frequency_shift of 1 (diffusers' spacing of the time frequencies) leave the published
+    architecture.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class DiT(nn.Module):
         num_classes: int,
         mlp_ratio: float = 4,
         learn_sigma: bool = False,
+        qk_norm: bool = False,
+        frequency_shift: int = 0,
     ):
         super().__init__()
         assert image_size % patch == width % heads == width % 4 == 0
@@ -86,11 +89,11 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.activation_checkpointing = False  # recompute each block's activations in backward
         self.x_embedder = PatchEmbedder(channels, patch, width)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, shift=frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, width)
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -124,6 +127,8 @@ class DiT(nn.Module):
         """
         if name == "pos_embed":
             return positions(math.isqrt(shape[1]), shape[2])
+        if name.endswith((".q_norm.weight", ".k_norm.weight")):
+            return torch.ones(shape)
         if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             return torch.zeros(shape)
         if name.startswith(("t_embedder.", "y_embedder.")):

@@ -40,9 +40,12 @@ def initialize(model: nn.Module, seed: int) -> None:
             parameter.copy_(model.initial_value(name, tuple(parameter.shape), seed))
 
 
-def xavier_uniform(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """float32, uniform in ±√(6/(fan_in + fan_out)), the fans those of the weight flattened to (out, rest)."""
-    bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+def xavier_uniform(name: str, shape: tuple[int, ...], seed: int, fan_out: int | None = None) -> Tensor:
+    """float32, uniform in ±√(6/(fan_in + fan_out)), the fans those of the weight flattened to (out, rest).
+
+    A convolution whose windows overlap has a larger fan_out than that: out times the pixels of its window.
+    """
+    bound = math.sqrt(6 / ((fan_out or shape[0]) + math.prod(shape[1:])))
     uniform = Draws(seed).at(Purpose.INITIAL_WEIGHT, key_of(name)).random(shape, dtype=np.float32)
     return torch.from_numpy(uniform).mul_(2 * bound).sub_(bound)
 
@@ -52,28 +55,29 @@ def normal(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
     return torch.from_numpy(Draws(seed).normal(Purpose.INITIAL_WEIGHT, key_of(name), shape)).mul_(std)
 
 
-def timestep_embedding(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """cos(t ω_i), then sin(t ω_i), with ω_i = 10000^(−i/(size/2)), of t (N,): (N, size).
+def timestep_embedding(t: Tensor, size: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """cos(t ω_i), then sin(t ω_i), with ω_i = 10000^(−i/(size/2 − shift)), of t (N,): (N, size).
+
+    Published DiT weights have a shift of 0, diffusers' DiT one of 1.
 
     Computed in at least float32 and only then rounded to `dtype`: as bfloat16, t = 999 is 1000.
     """
     exact = torch.promote_types(torch.float32, dtype)
     i = torch.arange(size // 2, dtype=exact, device=t.device)  # (size/2,)
-    phase = t.to(exact)[:, None] * torch.exp(-math.log(10000) / (size // 2) * i)  # (N, size/2)
+    phase = t.to(exact)[:, None] * torch.exp(-math.log(10000) / (size // 2 - shift) * i)  # (N, size/2)
     return torch.cat([phase.cos(), phase.sin()], dim=1).to(dtype)  # (N, size)
 
 
 class TimestepEmbedder(nn.Module):
-    """A timestep as a vector: 256 sines and cosines through a two-layer perceptron."""
+    """A timestep as a vector: sines and cosines, `frequencies` of them together, through a two-layer perceptron."""
 
-    FREQUENCIES = 256
-
-    def __init__(self, width: int):
+    def __init__(self, width: int, frequencies: int = 256, shift: int = 0):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(self.FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        self.frequencies, self.shift = frequencies, shift
+        self.mlp = nn.Sequential(Linear(frequencies, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        waves = timestep_embedding(t, self.FREQUENCIES, self.mlp[0].weight.dtype)  # (N, 256)
+        waves = timestep_embedding(t, self.frequencies, self.mlp[0].weight.dtype, self.shift)  # (N, frequencies)
         return self.mlp(waves)  # (N, D)
 
 
@@ -101,18 +105,24 @@ class PatchEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017)."""
+    """Multi-head self-attention (Vaswani et al. 2017).
 
-    def __init__(self, width: int, heads: int):
+    qk_norm: queries and keys of each head are RMS-normalised, so that no logit can grow without bound (Dehghani et al.
+    2023).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 

@@ -92,8 +92,13 @@ def test_parameters_carry_the_published_names_and_shapes():
     assert [k for k, v in model.named_parameters() if not v.requires_grad] == ["pos_embed"]
 
 
-def from_the_equations(w, x, t, y, patch, heads, depth):
+def from_the_equations(w, x, t, y, patch, heads, depth, shift=0):
     """DiT's forward by einsum over NumPy arrays, one parameter dictionary in, pixels out."""
+
+    def rms_normalised(name, v):
+        if f"{name}.weight" not in w:
+            return v
+        return v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-6) * w[f"{name}.weight"]
 
     def linear(name, v):
         return np.einsum("...i,oi->...o", v, w[f"{name}.weight"]) + w[f"{name}.bias"]
@@ -115,7 +120,7 @@ def from_the_equations(w, x, t, y, patch, heads, depth):
     tokens = np.einsum("ncipjq,dcpq->nijd", patches, w["x_embedder.proj.weight"]) + w["x_embedder.proj.bias"]
     h = tokens.reshape(N, side * side, D) + w["pos_embed"]
 
-    waves = np.array([[tt / 10000 ** (k / 128) for k in range(128)] for tt in t])
+    waves = np.array([[tt / 10000 ** (k / (128 - shift)) for k in range(128)] for tt in t])
     c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", np.concatenate([np.cos(waves), np.sin(waves)], 1))))
     if y is not None:
         c = c + w["y_embedder.embedding_table.weight"][y]
@@ -124,7 +129,9 @@ def from_the_equations(w, x, t, y, patch, heads, depth):
         m = linear(f"blocks.{b}.adaLN_modulation.1", silu(c)).reshape(N, 6, 1, D)
         z = normalised(h) * (1 + m[:, 1]) + m[:, 0]
         qkv = linear(f"blocks.{b}.attn.qkv", z).reshape(N, -1, 3, heads, D // heads)
-        scores = np.einsum("nqhd,nkhd->nhqk", qkv[:, :, 0], qkv[:, :, 1]) / math.sqrt(D // heads)
+        q = rms_normalised(f"blocks.{b}.attn.q_norm", qkv[:, :, 0])
+        k = rms_normalised(f"blocks.{b}.attn.k_norm", qkv[:, :, 1])
+        scores = np.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(D // heads)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("nhqk,nkhd->nqhd", weights, qkv[:, :, 2]).reshape(N, -1, D)
@@ -144,6 +151,8 @@ def from_the_equations(w, x, t, y, patch, heads, depth):
         {},
         {"learn_sigma": True},
         {"num_classes": 0},
+        {"qk_norm": True},
+        {"frequency_shift": 1},
         {"image_size": 8, "channels": 1, "patch": 4, "heads": 2, "depth": 3},
     ],
 )
@@ -152,6 +161,7 @@ def test_the_forward_equals_the_papers_equations(changes):
     x, t, y = inputs(model)
     w = {k: v.numpy() for k, v in model.state_dict().items()}
     sizes = {k: (SMALL | changes)[k] for k in ("patch", "heads", "depth")}
+    sizes["shift"] = changes.get("frequency_shift", 0)
     expected = from_the_equations(w, x.numpy(), t.tolist(), y.numpy() if model.num_classes else None, **sizes)
     with torch.no_grad():
         ours = model(x, t, y).numpy()
@@ -303,3 +313,17 @@ def test_an_image_that_does_not_divide_into_patches_is_refused():
     tree["data"]["image_size"] = 12
     with pytest.raises(UserError, match="image_size 12"):
         build(Config.model_validate(tree))
+
+
+def test_normalised_queries_and_keys_begin_as_they_are_and_add_two_vectors_a_block():
+    plain, normed = small(), small(qk_norm=True)
+    added = normed.state_dict().keys() - plain.state_dict().keys()
+    assert added == {f"blocks.{i}.attn.{n}_norm.weight" for i in range(2) for n in "qk"}
+    assert all(bool((normed.state_dict()[name] == torch.ones(8)).all()) for name in added)
+    assert build(config(depth=1, width=32, heads=4, patch=2, qk_norm=True)).blocks[0].attn.q_norm.weight.shape == (8,)
+
+
+def test_a_learned_variance_doubles_the_output_channels():
+    tree = config(depth=1, width=32, heads=4, patch=2).model_dump()
+    tree["diffusion"] |= {"variance": "learned_range", "loss": "hybrid"}
+    assert build(Config.model_validate(tree)).out_channels == 2

@@ -1,0 +1,216 @@
+"""The UNet of DDPM and ADM (Ho et al. 2020; Dhariwal & Nichol 2021).
+
+Shapes: N rows, C channels of a level, E width of the condition, H × W its image; O channels out.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtrain.models.dropout import dropout
+from dtrain.models.layers import (
+    Attention,
+    Conv2d,
+    LabelEmbedder,
+    Linear,
+    TimestepEmbedder,
+    normal,
+    xavier_uniform,
+)
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around the condition, added to the input."""
+
+    def __init__(
+        self, channels: int, out: int, embedding: int, groups: int, scale_shift: bool, dropout: float, layer: int
+    ):
+        super().__init__()
+        self.scale_shift, self.dropout, self.layer = scale_shift, dropout, layer
+        self.norm1 = group_norm(channels, groups)
+        self.conv1 = Conv2d(channels, out, 3, padding=1)
+        self.condition = Linear(embedding, 2 * out if scale_shift else out)
+        self.norm2 = group_norm(out, groups)
+        self.conv2 = Conv2d(out, out, 3, padding=1)
+        self.skip = Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (N, C, H, W)
+        c = self.condition(F.silu(c))[:, :, None, None]  # (N, C or 2C, 1, 1)
+        if self.scale_shift:
+            scale, shift = c.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + c)
+        h = F.silu(h)
+        if keys is not None:
+            h = dropout(h, self.dropout, keys, self.layer)
+        return self.skip(x) + self.conv2(h)  # (N, C, H, W)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all places of the image, added to the input."""
+
+    def __init__(self, channels: int, heads: int, groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.attn = Attention(channels, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (N, H·W, C)
+        return x + self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+
+
+class Upsample(nn.Module):
+    """Twice the side: each pixel becomes four, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (N, C, 2H, 2W)
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, each with its attention or none, and the way to the next resolution or none."""
+
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t, y) for square images whose side halves once a level.
+
+    The constructor only allocates; `layers.initialize` gives the weights (`models.build.build` does both). With
+    num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
+    the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half speaks of
+    the variance.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        width: int,
+        multipliers: list[int],
+        res_blocks: int,
+        attention: list[int],
+        num_classes: int,
+        head_width: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        learn_sigma: bool = False,
+    ):
+        super().__init__()
+        assert image_size % 2 ** (len(multipliers) - 1) == width % 4 == 0
+        self.image_size = image_size
+        self.channels = channels
+        self.out_channels = 2 * channels if learn_sigma else channels
+        self.num_classes = num_classes
+        self.width, self.multipliers, self.res_blocks = width, list(multipliers), res_blocks
+        self.attention, self.head_width, self.scale_shift, self.dropout = (
+            list(attention), head_width, scale_shift, dropout
+        )  # fmt: skip
+        self.groups = math.gcd(32, width)
+        embedding = 4 * width
+        layer = 0
+
+        def block(inputs: int, out: int) -> ResidualBlock:
+            nonlocal layer
+            layer += 1
+            return ResidualBlock(inputs, out, embedding, self.groups, scale_shift, dropout, layer)
+
+        def attend(out: int, side: int) -> nn.Module:
+            if side not in attention:
+                return nn.Identity()
+            return AttentionBlock(out, out // (head_width or out), self.groups)
+
+        self.t_embedder = TimestepEmbedder(embedding, frequencies=width)
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, embedding)
+        self.conv_in = Conv2d(channels, width, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        skips, here = [width], width
+        for i, multiplier in enumerate(multipliers):
+            out, side, last = width * multiplier, image_size >> i, i + 1 == len(multipliers)
+            blocks = [block(here if j == 0 else out, out) for j in range(res_blocks)]
+            attentions = [attend(out, side) for _ in blocks]
+            self.down.append(Level(blocks, attentions, None if last else Conv2d(out, out, 3, stride=2, padding=1)))
+            skips += [out] * (res_blocks if last else res_blocks + 1)
+            here = out
+
+        self.middle1 = block(here, here)
+        self.middle_attention = AttentionBlock(here, here // (head_width or here), self.groups)
+        self.middle2 = block(here, here)
+
+        self.up = nn.ModuleList()
+        for i, multiplier in reversed(list(enumerate(multipliers))):
+            out, side = width * multiplier, image_size >> i
+            blocks, attentions = [], []
+            for _ in range(res_blocks + 1):
+                blocks.append(block(here + skips.pop(), out))
+                attentions.append(attend(out, side))
+                here = out
+            self.up.append(Level(blocks, attentions, Upsample(out) if i else None))
+
+        self.norm_out = group_norm(width, self.groups)
+        self.conv_out = Conv2d(width, self.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
+
+        keys int64 (N,) (`dropout.dropout_keys`) say what to drop while training, where dropout is set; evaluation
+        drops nothing. x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
+        Raises ValueError for training with dropout but without keys.
+        """
+        if not (self.training and self.dropout):
+            keys = None
+        elif keys is None:
+            raise ValueError("a UNet with dropout needs the dropout keys of its rows while it trains")
+        c = self.t_embedder(t)  # (N, E)
+        if self.num_classes:
+            c = c + self.y_embedder(y)  # (N, E)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, c, keys))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        h = self.middle2(self.middle_attention(self.middle1(h, c, keys)), c, keys)
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), c, keys))
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)
+
+    @staticmethod
+    def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """What the parameter called `name` begins as, float32 of the given shape: no other parameter matters.
+
+        Zero on what ends each residual branch and on the output, so each block begins as its skip and the output as 0
+        (Ho et al. 2020, appendix B, and its code); norms begin at 1, labels small, the rest by Glorot's law.
+        """
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        if name.endswith((".conv2.weight", ".attn.proj.weight")) or name == "conv_out.weight":
+            return torch.zeros(shape)
+        if name.startswith("y_embedder."):
+            return normal(name, shape, seed, std=0.02)
+        return xavier_uniform(name, shape, seed, fan_out=shape[0] * math.prod(shape[2:]))
