@@ -108,7 +108,7 @@ class UNet(Section):
         if self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 for its group norms")
         for m in self.multipliers:
-            if self.attention and self.head_width and self.width * m % self.head_width:
+            if self.head_width and self.width * m % self.head_width:
                 raise ValueError(
                     f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
                 )

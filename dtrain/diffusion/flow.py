@@ -23,6 +23,7 @@ class RectifiedFlow:
 
     prediction = "velocity"
     clean = 0.0  # the time that samplers walk to
+    last_time = MODEL_TIME  # the scale of what the model is told: guidance intervals are shares of it
 
     def place(self, u: Tensor) -> Tensor:
         """The times t in [0, 1) at which the rows with these u (N,) train, float64."""
@@ -53,7 +54,18 @@ class RectifiedFlow:
 
         model(x (N, C, H, W), 1000·t float32 (N,), labels int64 (N,)) → (N, C, H, W); u float64 (N,) in [0, 1).
         """
-        t = self.place(u)
+        return self.losses_at(model, x0, noise, self.place(u), labels)
+
+    def losses_at(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        x0: Tensor,
+        noise: Tensor,
+        place: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """`losses` at given times (N,) in [0, 1], float64."""
+        t = place
         output = model(self.noised(x0, noise, t), (MODEL_TIME * t).float(), labels).to(x0.dtype)
         return (output - target("velocity", x0, noise, 1 - t, t)).square().flatten(1).mean(1)
 

@@ -79,6 +79,11 @@ class GaussianDiffusion:
         """What the model is told for every row of x (N, …): int64 (N,)."""
         return torch.full((len(x),), t, device=x.device)
 
+    @property
+    def last_time(self) -> int:
+        """The scale of what the model is told: guidance intervals are shares of it."""
+        return self.schedule.timesteps
+
     def walk(self, steps: int, spacing: str | list[int]) -> list[int]:
         """The timesteps a sampler visits, falling."""
         return subsequence(self.schedule.timesteps, steps, spacing)
@@ -151,6 +156,18 @@ class GaussianDiffusion:
         u float64 (N,) in [0, 1). Returns x0's dtype (N,), whatever the model computes in.
         """
         place = self.place(u)
+        losses, weights = self.losses_at(model, x0, noise, place, labels), self.times.weights(place)
+        return losses if weights is None else losses * weights.to(losses.dtype)
+
+    def losses_at(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        x0: Tensor,
+        noise: Tensor,
+        place: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """`losses` at given places (N,) float64 in [0, 1) of the process, unweighted by how they were chosen."""
         t = self.time(place)
         x_t = self.noised(x0, noise, t)
         output = model(x_t, t, labels).to(x0.dtype)
@@ -163,8 +180,7 @@ class GaussianDiffusion:
             detached = torch.cat([prediction.detach(), channels], dim=1)
             bound = self.schedule.timesteps * likelihood.term(self, detached, x0, x_t, t)
             losses = losses + HYBRID * bound
-        weights = self.times.weights(place)
-        return losses if weights is None else losses * weights.to(losses.dtype)
+        return losses
 
     def _simple(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         prediction, _ = self.split(output)

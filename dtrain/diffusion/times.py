@@ -126,7 +126,7 @@ class SecondMoment:
 
 
 def by_noise_level(losses: Tensor, place: Tensor, bins: int = LEVEL_BINS) -> tuple[Tensor, Tensor]:
-    """(sums, counts), float64 (bins,) each, of losses (N,) whose noise level falls in each eighth of the process.
+    """(sums, counts), float64 (bins,) each, of losses (N,) whose place (N,) falls in each eighth of the process.
 
     Sums, not means, so that ranks and micro-batches add up; the mean of a bin is its sum over its count.
     """
@@ -137,5 +137,5 @@ def by_noise_level(losses: Tensor, place: Tensor, bins: int = LEVEL_BINS) -> tup
 
 
 def middles(bins: int = LEVEL_BINS) -> np.ndarray:
-    """Fixed places for a validation loss: the middle of every bin, float64 (bins,)."""
+    """Fixed places for a validation loss by `losses_at`: the middle of every bin, float64 (bins,)."""
     return (np.arange(bins) + 0.5) / bins

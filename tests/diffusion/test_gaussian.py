@@ -210,3 +210,30 @@ def test_the_configured_process_has_every_choice():
     assert built.times.timesteps == 200
     assert build(Gaussian(weighting="min_snr", min_snr_gamma=3)).min_snr_gamma == 3
     assert build(Gaussian()).min_snr_gamma is None
+
+
+def test_losses_at_a_place_know_nothing_of_how_it_was_chosen():
+    times = SecondMoment(1000)
+    for _ in range(10):
+        times.observe(torch.arange(1000), torch.linspace(9, 1, 1000))
+    place, labels = torch.tensor([0.1, 0.5], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    arguments = (lambda x, t, y: 0.5 * x, numbers(2, 1, 3, 3), numbers(2, 1, 3, 3, seed=1), place, labels)
+    plain = GaussianDiffusion(linear(1000)).losses(*arguments)
+    assert torch.equal(GaussianDiffusion(linear(1000), times=times).losses_at(*arguments), plain)
+    assert not torch.equal(GaussianDiffusion(linear(1000), times=times).losses(*arguments), plain)
+
+
+def test_tables_first_used_in_inference_mode_still_train():
+    p = GaussianDiffusion(linear(1000), "v", "learned_range", "hybrid", min_snr_gamma=5.0)
+    x0, noise, labels = numbers(2, 1, 3, 3), numbers(2, 1, 3, 3, seed=1), torch.zeros(2, dtype=torch.long)
+    u, scale = torch.tensor([0.0, 0.5], dtype=torch.float64), torch.ones(1, requires_grad=True)
+
+    def model(x, t, y):
+        return scale * torch.cat([x, x], dim=1)
+
+    with torch.inference_mode():
+        first = p.losses(model, x0, noise, u, labels)
+    again = p.losses(model, x0, noise, u, labels)
+    again.sum().backward()
+    assert torch.equal(again.detach(), first)
+    assert float(scale.grad.abs()) > 0
