@@ -43,7 +43,7 @@ def term(
     difference = process.table(process.chain.mean_x0, t, x0) * (x0 - x0_hat)
     log_posterior = process.table(process.log_beta_tilde, t, x0)
     ratio = log_posterior - log_variance
-    kl = 0.5 * (ratio.exp() - 1 - ratio + difference.square() * (-log_variance).exp())
+    kl = 0.5 * (ratio.expm1() - ratio + difference.square() * (-log_variance).exp())
     if process.decoder == "continuous":
         decoder = 0.5 * (math.log(2 * math.pi) + log_variance + difference.square() * (-log_variance).exp())
     else:
