@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dtrain.models.dropout import dropout
 from dtrain.models.layers import (
@@ -88,6 +89,15 @@ class Level(nn.Module):
         self.resample = resample
 
 
+def _called(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    return block(*inputs)
+
+
+def _recomputed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Keyed dropout drops the same again, so no generator state need be kept for the second time."""
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class UNet(nn.Module):
     """ε_θ(x_t, t, y) for square images whose side halves once a level.
 
@@ -122,6 +132,7 @@ class UNet(nn.Module):
             list(attention), head_width, scale_shift, dropout
         )  # fmt: skip
         self.groups = math.gcd(32, width)
+        self.activation_checkpointing = False  # recompute each block's activations in backward
         embedding = 4 * width
         layer = 0
 
@@ -181,19 +192,20 @@ class UNet(nn.Module):
         c = self.t_embedder(t)  # (N, E)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, E)
+        run = _recomputed if self.activation_checkpointing and self.training else _called
         h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, c, keys))
+                h = attention(run(block, h, c, keys))
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
-        h = self.middle2(self.middle_attention(self.middle1(h, c, keys)), c, keys)
+        h = run(self.middle2, self.middle_attention(run(self.middle1, h, c, keys)), c, keys)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), c, keys))
+                h = attention(run(block, torch.cat([h, skips.pop()], dim=1), c, keys))
             if level.resample is not None:
                 h = level.resample(h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)

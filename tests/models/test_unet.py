@@ -223,6 +223,18 @@ def test_dropout_acts_by_key_in_training_alone():
     assert small(dropout=0.0).train()(x.float(), t, y).shape == x.shape
 
 
+def test_recomputed_activations_give_the_same_gradients_with_the_same_dropout():
+    gradients = []
+    for recompute in (False, True):
+        model = randomised(small(dropout=0.3)).train()
+        model.activation_checkpointing = recompute
+        x, t, y = inputs(model)
+        model(x, t, y, torch.tensor([1, 2, 3])).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 def test_build_follows_the_configuration():
     tree = {
         "data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8},
