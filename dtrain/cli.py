@@ -91,7 +91,9 @@ def evaluate(
     run: RunName,
     n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
+    metrics: Annotated[str | None, typer.Option(help="fd, bpd, or both with a comma")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
@@ -103,7 +105,8 @@ def evaluate(
     from dtrain.run import RunDirectory
 
     directory = RunDirectory.find(run)
-    chosen = {"num_samples": n, "steps": steps, "eta": eta, "guidance": guidance, "ema": ema}
+    chosen = {"num_samples": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
+    chosen["metrics"] = metrics.split(",") if metrics else None
     settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
     if not settings.data.holdout:
         raise UserError(f"{directory.config_file} names no data.holdout to compare with")
@@ -113,14 +116,14 @@ def evaluate(
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
 
     device = distributed.device()
-    sampler, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
+    drawn, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
     with _progress("sampling") as on_block:
-        metrics, context = run_evaluation(sampler, settings, Reference(settings, device), on_block)
+        values, context = run_evaluation(drawn, settings, Reference(settings, device), on_block)
     if distributed.rank() == 0:
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
         if as_json:
-            print(json.dumps({"step": at_step, "images": images, "metrics": metrics, "context": context}))
+            print(json.dumps({"step": at_step, "images": images, "metrics": values, "context": context}))
     distributed.finalize()
 
 
@@ -129,7 +132,8 @@ def sample(
     run: RunName,
     n: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
@@ -143,7 +147,7 @@ def sample(
     from dtrain.run import RunDirectory
 
     directory = RunDirectory.find(run)
-    chosen = {"steps": steps, "eta": eta, "guidance": guidance, "ema": ema, "seed": seed}
+    chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
     settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out} must end in .png or .npz")
@@ -216,7 +220,7 @@ def export_checkpoint(
     step: Annotated[int | None, typer.Option(min=0, help="default: the newest")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    format: Annotated[str, typer.Option(help="safetensors")] = "safetensors",
+    format: Annotated[str, typer.Option(help="safetensors, or diffusers")] = "safetensors",
 ) -> None:
     """Write a checkpoint's weights under the model's own parameter names."""
     from dtrain.checkpoint.export import export

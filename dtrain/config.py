@@ -93,9 +93,8 @@ class DiT(Section):
 class UNet(Section):
     name: Literal["unet"]
     width: Positive  # channels at full resolution
-    multipliers: list[Positive] = Field(
-        [1, 2, 2, 2], min_length=1
-    )  # of the width, level by level; each halves the side
+    # of the width, level by level; each halves the side
+    multipliers: list[Positive] = Field([1, 2, 2, 2], min_length=1)
     res_blocks: Positive = 2  # of each level on the way down; one more on the way up
     attention: list[Positive] = [16]  # sides of the images that get attention
     head_width: Positive | None = None  # channels of one attention head; default: a single head
@@ -251,14 +250,14 @@ class Eval(Section):
     every: NonNegative = 0  # steps between evaluations; 0: never during training
     num_samples: Positive = 2000
     batch_size: Positive = 250  # block of sample ids drawn together; part of the result's identity
-    metrics: list[Literal["fd"]] = ["fd"]
+    metrics: list[Literal["fd", "bpd"]] = ["fd"]  # bpd: the bound on held-out images, in bits/dim
+    validation_images: Positive = 256  # the first held-out images, for bpd and the loss by noise level
     features: Literal["pixels"] = "pixels"
     sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"  # default of a flow: euler
     steps: Positive = 50
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0  # ddim's noise; sigma_hat: DDPM's larger one
-    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = (
-        "trailing"  # or timesteps, falling
-    )
+    # or the timesteps themselves, falling
+    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
     clip: bool = False  # hold every estimate of x_0 within [−1, 1]
     guidance: Annotated[float, Field(ge=0)] = 1.0  # s in uncond + s·(cond − uncond); 1: none
     guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # shares of the process, 0 is clean data
@@ -359,6 +358,8 @@ class Config(Section):
                     "eval.spacing must list timesteps that fall, "
                     f"from at most {self.diffusion.timesteps - 1} to at least 0"
                 )
+        if "bpd" in e.metrics and flow:
+            raise ValueError("eval.metrics bpd is the bound of a gaussian process, and diffusion.process is flow")
         if e.guidance != 1 and not self.model.num_classes:
             raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
         if e.guidance_interval[0] >= e.guidance_interval[1]:

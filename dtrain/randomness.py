@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     SPLIT = 14
     SUBSET = 15
     STRATUM = 16
+    VALIDATION_NOISE = 17
 
 
 class Draws:

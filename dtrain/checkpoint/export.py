@@ -7,6 +7,7 @@ import torch
 
 from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 
@@ -46,33 +47,60 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module, key: str) -> t
 
 
 def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtype: str, format: str) -> str:
-    """Write `out`/model.safetensors with the model's own parameter names, and `out`/config.json with where from."""
-    from safetensors.torch import save_file
+    """Write a checkpoint's weights to the folder `out`; a line that says what. Raises UserError.
 
+    safetensors: model.safetensors with the model's own parameter names, and config.json with where from.
+    diffusers: transformer or unet, and scheduler, as diffusers' `from_pretrained` reads them.
+    """
     from dtrain.models.build import allocate
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    if format != "safetensors":
-        raise UserError(f"--format {format} is not known; there is: safetensors")
+    if format not in WRITERS:
+        raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config = run.config()
     checkpoint = open_checkpoint(run, step)
     key = "fp32" if ema is None else f"ema_{ema}"
-    module = load_weights(checkpoint, allocate(config), key)
-    source = {
-        "run": config.run.name,
-        "step": checkpoint.meta["step"],
-        "images": checkpoint.meta["images"],
-        "weights": key,
-    }
+    module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
+    source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = out / "model.safetensors"
-        tensors = {name: p.detach().to(DTYPES[dtype]).contiguous() for name, p in module.named_parameters()}
-        save_file(tensors, file, metadata={k: str(v) for k, v in source.items()})
-        tree = config.model_dump(mode="json")
-        kept = {section: tree[section] for section in ("data", "model", "diffusion")}
-        (out / "config.json").write_text(json.dumps(source | kept, indent=1) + "\n")
+        written = WRITERS[format](module, config, source | {"weights": key}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
-    return f"{file}: {key} of step {checkpoint.meta['step']}, {sum(p.numel() for p in tensors.values()):,} parameters"
+    parameters = sum(p.numel() for p in module.parameters())
+    return f"{written}: {key} of step {checkpoint.meta['step']}, {parameters:,} parameters"
+
+
+def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> Path:
+    tree = config.model_dump(mode="json")
+    _save_weights({n: p.detach() for n, p in module.named_parameters()}, source, out / "model.safetensors")
+    _save_json(source | {section: tree[section] for section in ("data", "model", "diffusion")}, out / "config.json")
+    return out / "model.safetensors"
+
+
+def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out: Path) -> Path:
+    from dtrain.diffusion.process import build as build_process
+    from dtrain.models.diffusers import to_diffusers
+
+    exported = to_diffusers(module, build_process(config.diffusion), config.eval.spacing)
+    folder = out / exported.folder
+    for place in (folder, out / "scheduler"):
+        place.mkdir(exist_ok=True)
+    _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
+    _save_json(exported.config, folder / "config.json")
+    _save_json(exported.scheduler, out / "scheduler" / "scheduler_config.json")
+    return folder
+
+
+WRITERS = {"safetensors": _write_safetensors, "diffusers": _write_diffusers}
+
+
+def _save_weights(weights: dict[str, torch.Tensor], source: dict, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({n: w.contiguous() for n, w in weights.items()}, path, {k: str(v) for k, v in source.items()})
+
+
+def _save_json(tree: dict, path: Path) -> None:
+    path.write_text(json.dumps(tree, indent=1) + "\n")

@@ -15,14 +15,29 @@ from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.manifest import Manifest
 from dtrain.data.stream import read_split
+from dtrain.data.transforms import normalize
 from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.features import extractor, metric_name
-from dtrain.evaluation.generate import Sampler, Sampling
+from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.metrics import frechet_distance
 from dtrain.evaluation.statistics import Moments, Statistics
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
 
+SAMPLING_KEYS = (
+    "sampler",
+    "steps",
+    "eta",
+    "spacing",
+    "clip",
+    "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "guidance_channels",
+    "batch_size",
+    "seed",
+)
 READ_BLOCK = 512  # images of the reference split read and embedded at a time
 
 
@@ -46,12 +61,10 @@ class Reference:
             if number % world_size == rank:
                 moments.update(self.extractor(images.to(device)))
         self.labels = torch.cat(labels)
+        first = min(config.eval.validation_images, total)
+        images, _ = read_split(self.manifest, directory, size, channels, 0, first)
+        self.validation = normalize(images), self.labels[:first]
         self.statistics: Statistics = moments.compute()
-
-
-def sampling(config: Config) -> Sampling:
-    e = config.eval
-    return Sampling(steps=e.steps, eta=e.eta, spacing=e.spacing, guidance=e.guidance, seed=e.seed)
 
 
 def weights_name(config: Config) -> str:
@@ -66,31 +79,26 @@ def evaluate(
 
     Sample id i has the label of held-out sample i mod M, so that the labels are distributed as in that split.
     """
-    e, how = config.eval, sampling(config)
+    e = config.eval
     moments = Moments(reference.extractor.dimensions).to(sampler.device)
-    starts = range(0, e.num_samples, e.batch_size)[distributed.rank() :: distributed.world_size()]
+    samples = e.num_samples if "fd" in e.metrics else 0
+    starts = range(0, samples, e.batch_size)[distributed.rank() :: distributed.world_size()]
     for done, start in enumerate(starts):
         ids = list(range(start, min(start + e.batch_size, e.num_samples)))
         labels = reference.labels[torch.tensor(ids) % len(reference.labels)]
-        images = sampler.draw(ids, labels, how)
+        images = sampler.draw(ids, labels, e)
         moments.update(reference.extractor(images.to(sampler.device)))
         on_block(done + 1, len(starts))
-    statistics = moments.compute()
-    metrics = {
-        metric_name(metric, reference.extractor.name): {"fd": frechet_distance}[metric](
-            statistics, reference.statistics
-        )
-        for metric in e.metrics
-    }
+    metrics = {}
+    if "fd" in e.metrics:
+        name = metric_name("fd", reference.extractor.name)
+        metrics[name] = frechet_distance(moments.compute(), reference.statistics)
+    if "bpd" in e.metrics:
+        metrics |= bits_per_dim(sampler, *reference.validation, e.seed)
     context = {
         "ema": weights_name(config),
         "n": e.num_samples,
-        "sampler": e.sampler,
-        "steps": e.steps,
-        "eta": e.eta,
-        "spacing": e.spacing,
-        "guidance": e.guidance,
-        "seed": e.seed,
+        **{key: getattr(e, key) for key in SAMPLING_KEYS},
         "features": reference.extractor.name,
         "extractor": reference.extractor.fingerprint,
         "reference": reference.manifest.hash,

@@ -5,23 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dtrain.config import Config
+from dtrain.config import Config, Eval
 from dtrain.data.transforms import quantize
 from dtrain.diffusion.guidance import guided
-from dtrain.diffusion.samplers import ddim
-from dtrain.diffusion.schedule import subsequence
+from dtrain.diffusion.samplers import sample
 from dtrain.randomness import Draws, Purpose
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn; all of it is part of a metric's context."""
-
-    steps: int
-    eta: float
-    spacing: str
-    guidance: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -40,31 +28,42 @@ class Sampler:
         return cls(model, process, shape, config.model.num_classes, device)
 
     @torch.inference_mode()
-    def draw(self, ids: list[int], labels: torch.Tensor, how: Sampling) -> torch.Tensor:
-        """uint8 (n, C, H, W) for sample ids (n) and int64 labels (n,).
+    def draw(self, ids: list[int], labels: torch.Tensor, how: Eval) -> torch.Tensor:
+        """uint8 (n, C, H, W) for sample ids (n) and int64 labels (n,), as `how` says.
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
         """
         draws = Draws(how.seed)
-        x = np.stack([draws.normal(Purpose.SAMPLE_NOISE, i, self.shape) for i in ids])
-        timesteps = subsequence(self.process.schedule.timesteps, how.steps, how.spacing)
 
-        def step_noise(step: int) -> torch.Tensor:
-            noise = [draws.normal(Purpose.SAMPLE_STEP_NOISE, i, self.shape, sub=step) for i in ids]
-            return torch.from_numpy(np.stack(noise)).to(self.device)
+        def normals(purpose: Purpose, sub: int = 0) -> torch.Tensor:
+            return torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids])).to(self.device)
 
         self.model.eval()
-        model = guided(self.model, how.guidance, self.num_classes) if self.num_classes else self.model
-        labels = labels.to(self.device)
-        x_0 = ddim(
+        model, labels = self._guided(how), labels.to(self.device)
+        x_0 = sample(
             lambda x_t, t: model(x_t, t, labels),
             self.process,
-            torch.from_numpy(x).to(self.device),
-            timesteps,
+            normals(Purpose.SAMPLE_NOISE),
+            how.sampler,
+            how.steps,
+            how.spacing,
             how.eta,
-            step_noise if how.eta > 0 else None,
+            how.clip,
+            lambda step: normals(Purpose.SAMPLE_STEP_NOISE, step),
         )
         return quantize(x_0).cpu()
+
+    def _guided(self, how: Eval):
+        """A learned variance is never guided: the channels behind the image's own stay conditional."""
+        return guided(
+            self.model,
+            how.guidance,
+            self.num_classes,
+            channels=3 if how.guidance_channels == "first_3" else self.shape[0],
+            interval=how.guidance_interval,
+            last_time=self.process.last_time,
+            rescale=how.guidance_rescale,
+        )
 
 
 def grid(images: torch.Tensor, columns: int, scale: int = 1):

@@ -9,7 +9,7 @@ import torch
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.evaluation.evaluate import open_sampler, sampling, weights_name
+from dtrain.evaluation.evaluate import open_sampler, weights_name
 from dtrain.evaluation.generate import grid
 from dtrain.run import RunDirectory
 
@@ -38,7 +38,7 @@ def draw_to_file(
     mine = {}
     for done, start in enumerate(starts):
         ids = list(range(start, min(start + size, n)))
-        mine[start] = sampler.draw(ids, labels[ids], sampling(config)).numpy()
+        mine[start] = sampler.draw(ids, labels[ids], config.eval).numpy()
         on_block(done + 1, len(starts))
     blocks = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}
     if distributed.rank() != 0:

@@ -77,8 +77,8 @@ class Engine:
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args) -> torch.Tensor:
-        return self.module(*args)
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        return self.module(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add one micro-batch's gradient. DeepSpeed divides by the number of micro-batches itself."""
@@ -126,20 +126,30 @@ class Engine:
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    @torch.no_grad()
     def _write_initial_weights(self) -> None:
         """The exact initial weights into the fp32 masters and EMAs, where building the model could not put them."""
-        for master in self._masters():
-            master.zero_()  # the padding between partitions, allocated and never written
+        with torch.no_grad():
+            for master in self._masters():
+                master.zero_()  # the padding between partitions, allocated and never written
+        self._write(lambda name: self._initial_value(name, self.shapes[name], self._config.run.seed))
+        self.refresh(optimizer_steps=0)
+
+    def set_weights(self, model: torch.nn.Module) -> None:
+        """Begin with a whole model's weights, EMAs as these and moments zero; `refresh` must follow on all ranks."""
+        weights = dict(model.named_parameters())
+        self._write(lambda name: weights[name].detach())
+
+    @torch.no_grad()
+    def _write(self, value_of) -> None:
+        """value_of(name), a whole tensor, into every piece of that parameter's weights and EMAs."""
         values, of = None, None
         for piece in sorted(self.pieces(whole=True), key=lambda p: p.name.split(":")[0]):
             name, key = piece.name.split(":")
             if key in MOMENTS:
                 continue
             if name != of:
-                values, of = self._initial_value(name, self.shapes[name], self._config.run.seed).flatten(), name
+                values, of = value_of(name).flatten(), name
             piece.values.copy_(values[piece.start : piece.start + piece.values.numel()])
-        self.refresh(optimizer_steps=0)
 
     def state_keys(self) -> list[str]:
         return ["fp32", *MOMENTS, *ema.ema_keys(self.profiles)]

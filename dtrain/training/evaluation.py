@@ -7,8 +7,9 @@ import torch
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.evaluation.evaluate import Reference, evaluate, sampling, weights_name
+from dtrain.evaluation.evaluate import Reference, evaluate, weights_name
 from dtrain.evaluation.generate import Sampler, grid
+from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.models.build import build as build_model
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
@@ -32,12 +33,14 @@ class Evaluation:
         model = engine.gather("fp32" if weights == "raw" else weights, build_model(config).to(device))
         sampler = Sampler.of(model, self._process, config, device)
         metrics, context = evaluate(sampler, config, self._reference)
+        levels = losses_by_level(sampler, *self._reference.validation, config.eval.seed)
         if distributed.rank() != 0:
             return
         name = f"samples/step-{position.step:08d}.png"
         draw_grid(sampler, config, self._run.path / name)
         seconds = time.perf_counter() - started
         self._tracker.write("eval", position, metrics | {"seconds": seconds}, context | {"artifact": name})
+        self._tracker.write("validation", position, levels, {"ema": weights})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
 
@@ -47,5 +50,5 @@ def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
     columns = min(config.model.num_classes, 10) or GRID_ROWS
     ids = [GRID_IDS + i for i in range(GRID_ROWS * columns)]
     labels = torch.arange(len(ids)) % max(1, min(config.model.num_classes, columns))
-    images = sampler.draw(ids, labels, sampling(config))
+    images = sampler.draw(ids, labels, config.eval)
     grid(images, columns, scale=max(1, 32 // config.data.image_size)).save(path)

@@ -7,6 +7,7 @@ Every random number comes with the batch (design, decision 2), so a step is a fu
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,19 @@ from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.order import with_streams
 from dtrain.data.stream import train_batches
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
+from dtrain.diffusion.times import stratified
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
+from dtrain.models.dropout import dropout_keys
 from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.evaluation import Evaluation
+from dtrain.training.levels import StepLosses, memory
 from dtrain.training.output import redirect_to_log
 from dtrain.training.progress import TrainingProgress
 from dtrain.training.reduction import StepReduction
@@ -58,11 +64,12 @@ def train(config: Config) -> Outcome:
     position, batches, outcome = Position(), None, None
     try:
         engine = Engine(config, micro_batch)
-        position = resume(engine, run, config)
+        process = build_process(config.diffusion)
+        position = resume(engine, process, run, config)
         context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
         tracker.begin(config, position, changes, context)
         batches = train_batches(config, manifest, rank, world_size, position.images)
-        position, outcome = steps(config, run, manifest, engine, position, batches, tracker, stop)
+        position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)
         if rank == 0:
             run.write_outcome(outcome, position.step, tracker.attempt)
     except UserError as e:
@@ -85,6 +92,7 @@ def steps(
     run: RunDirectory,
     manifest: manifests.Manifest,
     engine: Engine,
+    process: GaussianDiffusion | RectifiedFlow,
     position: Position,
     batches: Iterator[dict[str, torch.Tensor]],
     tracker: Tracker,
@@ -92,7 +100,6 @@ def steps(
 ) -> tuple[Position, Outcome]:
     """From `position` to config.train.steps, or to where the ranks agree to stop."""
     device, batch_size, rank = distributed.device(), config.data.batch_size, distributed.rank()
-    process = build_process(config.diffusion)
     progress = TrainingProgress(config.train.steps, position.step, visible=rank == 0)
     saving = Saving(run, config, manifest.hash, position, tracker, progress)
     evaluation = Evaluation(run, config, process, tracker, progress) if config.eval.every else None
@@ -121,15 +128,17 @@ def steps(
     try:
         while position.step < config.train.steps and not stopping:
             started = time.perf_counter()
-            batch = to_device(next(batches), device)
+            batch = to_device(prepared(next(batches), config, position), device)
             data_seconds = time.perf_counter() - started
-            loss_sum = torch.zeros((), device=device)
+            step_losses = StepLosses(process, device)
             for part in split(batch, engine.micro_batch):
                 labels = with_dropped_labels(part, config)
-                losses = process.losses(engine, part["image"], part["noise"], part["time"], labels)  # (n,)
+                model = partial(engine, keys=part["dropout"]) if "dropout" in part else engine
+                losses = process.losses(model, part["image"], part["noise"], part["time"], labels)  # (n,)
                 engine.backward(losses.mean())
-                loss_sum += losses.detach().sum()
+                step_losses.add(part, losses)
             grad_norm = engine.step(learning_rate(config, position.step + 1))
+            step_losses.observe(distributed.world_size())
             position = Position(position.step + 1, position.images + batch_size)
 
             hear()
@@ -138,8 +147,9 @@ def steps(
             evaluation_due = evaluation is not None and (last or position.step % config.eval.every == 0)
             reduction.start(
                 position,
-                loss_sum,
+                step_losses.sum,
                 grad_norm,
+                step_losses.by_level(),
                 stop=stop.wanted(meter.seconds_per_step, saving.seconds),
                 written=saving.written,
                 failed=saving.failed,
@@ -150,14 +160,14 @@ def steps(
             if save_due or evaluation_due:
                 no_room = hear()  # the journal must not lack a step that a checkpoint holds
             if save_due:
-                saving.skip(position) if no_room else saving.begin(position, engine)
+                saving.skip(position) if no_room else saving.begin(position, engine, memory(process))
             if evaluation_due and not stopping:
                 saving.settle()  # a kill during a long evaluation must not cost the checkpoint
                 evaluation.run(engine, position)
                 meter.restart()
         saving.settle()
         if saving.newest != position and saving.problem is None:
-            saving.begin(position, engine)
+            saving.begin(position, engine, memory(process))
             saving.settle()
         if saving.newest != position:
             distributed.barrier()  # rank 0 has journaled by then; the launcher kills it once another rank has left
@@ -171,6 +181,16 @@ def steps(
         progress.say(f"stopped after step {position.step}: {stop.reason or 'another rank was asked to'}")
         return position, "stopped"
     return position, "finished"
+
+
+def prepared(batch: dict[str, torch.Tensor], config: Config, position: Position) -> dict[str, torch.Tensor]:
+    """The batch with what only some configs draw: times spread evenly over the global batch, keys of dropout."""
+    if config.diffusion.stratified:
+        spread = stratified(batch["time"], batch["k"], position.images, config.data.batch_size, config.run.seed)
+        batch = batch | {"time": spread}
+    if getattr(config.model, "dropout", 0.0):
+        batch = batch | {"dropout": dropout_keys(config.run.seed, batch["k"])}
+    return batch
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dtrain.diffusion.times import LEVEL_BINS
 from dtrain.run import Position
 
 SUMS = ("loss", "grad_norm", "stop", "written", "failed", "no_room")
 OWN = ("step_seconds", "data_seconds")
+LEVELS = 2 * LEVEL_BINS  # sums and counts of the loss by noise level
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class StepSums:
     no_room: bool  # rank 0 found the disk too full for a checkpoint
     step_seconds: list[float]  # of each rank, data included
     data_seconds: list[float]  # of each rank, waiting for its batch
+    levels: list[float]  # sums, then counts, of unweighted losses by noise level
 
 
 class StepReduction:
@@ -40,6 +43,7 @@ class StepReduction:
         position: Position,
         loss_sum: torch.Tensor,
         grad_norm: torch.Tensor | float,
+        levels: torch.Tensor,
         *,
         stop: bool,
         written: bool,
@@ -48,14 +52,20 @@ class StepReduction:
         step_seconds: float,
         data_seconds: float,
     ) -> None:
-        """Begin the reduction of this step. `loss_sum`: the sum of this rank's per-image losses, a scalar tensor."""
+        """Begin the reduction of this step.
+
+        loss_sum: the sum of this rank's per-image losses, a scalar tensor.
+        levels: float64 (16,), as `StepLosses.by_level` gives it.
+        """
         assert self._pending is None, "read the previous step first"
-        vector = torch.zeros(len(SUMS) + len(OWN) * self.world_size, dtype=torch.float64)
+        flags = len(SUMS) + len(OWN) * self.world_size
+        vector = torch.zeros(flags + LEVELS, dtype=torch.float64)
         vector[2:6] = torch.tensor([stop, written, failed, no_room], dtype=torch.float64)
-        vector[len(SUMS) + self.rank :: self.world_size] = torch.tensor([step_seconds, data_seconds])
+        vector[len(SUMS) + self.rank : flags : self.world_size] = torch.tensor([step_seconds, data_seconds])
         vector = vector.to(loss_sum.device, non_blocking=True)
         vector[0] = loss_sum.detach()  # stays on the device: reading it here would wait for the step
         vector[1] = grad_norm
+        vector[flags:] = levels
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
         self._pending = (position, vector, work)
 
@@ -79,5 +89,6 @@ class StepReduction:
             failed=failed > 0,
             no_room=no_room > 0,
             step_seconds=own[: self.world_size],
-            data_seconds=own[self.world_size :],
+            data_seconds=own[self.world_size : -LEVELS],
+            levels=own[-LEVELS:],
         )

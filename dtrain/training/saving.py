@@ -14,7 +14,7 @@ from dtrain.config import Config
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.engine import Engine
+from dtrain.training.engine import Engine, Piece
 from dtrain.training.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
 
@@ -66,8 +66,11 @@ class Saving:
         free, needed = f"{self._free / 2**20:,.1f} MiB free", f"{self._needed / 2**20:,.1f} MiB"
         self._lost(position, f"{self._run.checkpoints} has {free}, and a checkpoint takes {needed}")
 
-    def begin(self, position: Position, engine: Engine) -> None:
-        """Copy this rank's pieces and write them in the background; waits first for a save still in flight."""
+    def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor]) -> None:
+        """Copy this rank's pieces and write them in the background; waits first for a save still in flight.
+
+        more: tensors by name that every rank holds alike; rank 0 writes them.
+        """
         self.settle()
         self._position, self._begun = position, time.perf_counter()
         meta = {
@@ -78,7 +81,11 @@ class Saving:
             "data": self._data,
             "versions": {"dtrain": __version__, "torch": torch.__version__},
         }
-        self._writer.begin(position.step, engine.pieces(), engine.tensor_sizes(), meta)
+        pieces = engine.pieces()
+        if distributed.rank() == 0:
+            pieces += [Piece(name, 0, values.flatten()) for name, values in more.items()]
+        sizes = engine.tensor_sizes() | {name: values.numel() for name, values in more.items()}
+        self._writer.begin(position.step, pieces, sizes, meta)
 
     def heard(self, sums: StepSums) -> None:
         """What the reduction says of the save in flight, the same on every rank."""

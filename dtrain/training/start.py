@@ -7,11 +7,16 @@ from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
+from dtrain.models.build import build
+from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.training.engine import Engine
+from dtrain.training.levels import remember
 
 
 def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:
@@ -39,7 +44,7 @@ def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest
     return changes
 
 
-def resume(engine: Engine, run: RunDirectory, config: Config) -> Position:
+def resume(engine: Engine, process: GaussianDiffusion | RectifiedFlow, run: RunDirectory, config: Config) -> Position:
     """Load the newest checkpoint that every rank can read whole; where there is none, begin.
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
@@ -49,6 +54,7 @@ def resume(engine: Engine, run: RunDirectory, config: Config) -> Position:
         checkpoint, problem = _load_on_all_ranks(engine.load, path)
         if checkpoint is not None:
             engine.refresh(checkpoint.meta["optimizer_steps"])
+            remember(process, checkpoint)
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
         if distributed.rank() == 0:
             print(f"skipping a damaged checkpoint: {problem}", flush=True)
@@ -57,11 +63,24 @@ def resume(engine: Engine, run: RunDirectory, config: Config) -> Position:
             f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; move them away to start anew"
         )
     if config.run.init_from:
+        _begin_from(engine, config)
+    return Position()
+
+
+def _begin_from(engine: Engine, config: Config) -> None:
+    """The weights of another run, or of a published state dict, into the engine of a new run."""
+    source = Path(config.run.init_from)
+    if source.suffix in (".pt", ".pth", ".safetensors"):
+        if config.model.name != "dit":
+            raise UserError(
+                f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}"
+            )
+        engine.set_weights(load_published(build(config), source))
+    else:
         checkpoint, problem = _load_on_all_ranks(engine.load_weights, checkpoint_at(config.run.init_from))
         if checkpoint is None:
-            raise UserError(f"run.init_from={config.run.init_from} cannot be loaded: {problem}")
-        engine.refresh(optimizer_steps=0)
-    return Position()
+            raise UserError(f"run.init_from={source} cannot be loaded: {problem}")
+    engine.refresh(optimizer_steps=0)
 
 
 def _load_on_all_ranks(load, path: Path) -> tuple[Checkpoint | None, str | None]:

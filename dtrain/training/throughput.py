@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.config import Config
 from dtrain.models.build import allocate
+from dtrain.training.levels import mean_by_level
 from dtrain.training.reduction import StepSums
 
 BACKWARD = 2  # a backward pass costs twice its forward pass
@@ -33,14 +34,16 @@ class Meter:
         self.seconds_per_step = (time.perf_counter() - self._since) / len(self._heard)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the steps heard of. `mfu` counts the model's own FLOPs, whatever is recomputed.
+        """Means over the steps heard of, the loss by noise level among them.
 
+        mfu: of the model's own FLOPs, whatever is recomputed.
         data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
         """
         images_per_second = self.batch_size / self.seconds_per_step
         spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._heard]
         waits = [max(s.data_seconds) for s in self._heard]
         return {
+            **mean_by_level(self._heard),
             "images_per_second": images_per_second,
             "step_seconds": self.seconds_per_step,
             "step_seconds_spread": sum(spread) / len(spread),
@@ -58,7 +61,7 @@ def training_flops(config: Config) -> int:
         size, channels = config.data.image_size, config.data.channels
         x, t, y = torch.empty(1, channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, y)
+        model.eval()(x, t, y)
     return (1 + BACKWARD) * counter.get_total_flops()
 
 

@@ -41,13 +41,15 @@ def damage(checkpoint, other, rng) -> str:
 def resumed_from(configs):
     """On a rank: the step each run's directory resumes at, or the error."""
     from dtrain import distributed
+    from dtrain.diffusion import process
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
     from dtrain.training.engine import Engine
     from dtrain.training.start import resume
 
     engine = Engine(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
-    return [resume(engine, RunDirectory(config.run.path), config).step for config in configs]
+    built = process.build(configs[0].diffusion)
+    return [resume(engine, built, RunDirectory(config.run.path), config).step for config in configs]
 
 
 def test_every_damage_is_found_and_the_older_checkpoint_taken(digits, tmp_path):

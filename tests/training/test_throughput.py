@@ -51,6 +51,7 @@ def reduced():
         Position(7, 42),
         torch.tensor(1.0 + rank),
         torch.tensor(2.0),
+        torch.arange(16, dtype=torch.float64) * (1 + rank),
         stop=rank == 1,
         written=rank != 2,
         failed=False,
@@ -70,3 +71,4 @@ def test_one_vector_tells_every_rank_the_same():
     assert (a.stop, a.written, a.failed, a.no_room) == (True, False, False, False)
     assert a.step_seconds == pytest.approx([0.1, 0.2, 0.3])
     assert a.data_seconds == pytest.approx([0.0, 0.01, 0.02])
+    assert a.levels == [6.0 * i for i in range(16)]

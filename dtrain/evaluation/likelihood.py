@@ -1,0 +1,68 @@
+"""What the model says of held-out images: bits per dimension, and its loss at fixed noise levels."""
+
+import torch
+
+from dtrain import distributed
+from dtrain.diffusion import likelihood
+from dtrain.diffusion.times import middles
+from dtrain.evaluation.generate import Sampler
+from dtrain.randomness import Draws, Purpose
+
+BLOCK = 128  # held-out images at a time
+
+
+def _blocks(images: torch.Tensor) -> range:
+    """This rank's share of the blocks; dealt in turn, so that every rank count gives the same blocks."""
+    return range(0, len(images), BLOCK)[distributed.rank() :: distributed.world_size()]
+
+
+def _normals(draws: Draws, rows: range, shape: tuple[int, ...], sub: int) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(draws.normal(Purpose.VALIDATION_NOISE, i, shape, sub)) for i in rows])
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in rank order."""
+    return torch.stack(distributed.gather_objects(values.cpu())).sum(0)
+
+
+@torch.inference_mode()
+def bits_per_dim(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, float]:
+    """The bound on held-out images (M, C, H, W) in [−1, 1] with their labels (M,), every timestep with one noise each.
+
+    `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
+    """
+    sampler.model.eval()
+    process, draws = sampler.process, Draws(seed)
+    total = torch.zeros(3, dtype=torch.float64)
+    for start in _blocks(images):
+        rows = range(start, min(start + BLOCK, len(images)))
+        x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+
+        def noise(t: int, rows: range = rows) -> torch.Tensor:
+            return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
+
+        terms = likelihood.curve(lambda x, t, y=y: sampler.model(x, t, y), process, x0, noise).double()  # (T, n)
+        prior = likelihood.prior(process, x0).double().sum()
+        total += torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu()
+    prior, chain, decoder = (_summed(total) / len(images)).tolist()
+    return {"bpd": prior + chain + decoder, "bpd_prior": prior, "bpd_chain": chain, "bpd_decoder": decoder}
+
+
+@torch.inference_mode()
+def losses_by_level(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, float]:
+    """loss_level_0 … loss_level_7: the training loss at the middle of each eighth of the process, one fixed noise each.
+
+    images (M, C, H, W) in [−1, 1], labels (M,). Collective.
+    """
+    sampler.model.eval()
+    draws, places = Draws(seed), middles()
+    total = torch.zeros(len(places), dtype=torch.float64)
+    for start in _blocks(images):
+        rows = range(start, min(start + BLOCK, len(images)))
+        x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+        for level, place in enumerate(places):
+            noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
+            at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
+            total[level] += sampler.process.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
+    means = (_summed(total) / len(images)).tolist()
+    return {f"loss_level_{level}": value for level, value in enumerate(means)}
