@@ -10,7 +10,7 @@ from dtrain.config import Config
 from dtrain.evaluation.evaluate import Reference, evaluate, weights_name
 from dtrain.evaluation.generate import Sampler, grid
 from dtrain.evaluation.likelihood import losses_by_level
-from dtrain.models.build import build as build_model
+from dtrain.models.build import allocate
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
@@ -30,7 +30,7 @@ class Evaluation:
         """A collective. The gathered module is freed when it returns."""
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
-        model = engine.gather("fp32" if weights == "raw" else weights, build_model(config).to(device))
+        model = engine.gather("fp32" if weights == "raw" else weights, allocate(config).to(device))
         sampler = Sampler.of(model, self._process, config, device)
         metrics, context = evaluate(sampler, config, self._reference)
         levels = losses_by_level(sampler, *self._reference.validation, config.eval.seed)

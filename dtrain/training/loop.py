@@ -49,8 +49,8 @@ def train(config: Config) -> Outcome:
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load(config.data.manifest_path)
     config = with_streams(config, manifest)
-    ends = deadline(config.train.deadline, started=time.time()) if rank == 0 else None
     distributed.initialize()
+    ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     distributed.on_rank_0(manifests.check_shards, manifest, Path(config.data.shards))
     run = RunDirectory(config.run.path)
     lock = RunLock(run.lock_file)
