@@ -49,9 +49,33 @@ class Run(Section):
         return Path(self.dir) / self.name
 
 
+class Source(Section):
+    """A further data set to mix in."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$")  # as the journal counts it
+    shards: str
+    manifest: str | None = None
+    weight: Annotated[float, Field(gt=0)]
+
+    @property
+    def manifest_path(self) -> Path:
+        return Path(self.manifest) if self.manifest else Path(self.shards) / "manifest.json"
+
+
+class ArrayField(Section):
+    """A .npy field that comes with every image, such as a latent or a text embedding."""
+
+    field: str = Field(pattern=r"^(.*\.)?npy$")  # the extension in the shards, such as latent.npy
+    shape: list[Positive]
+    dtype: Literal["float16", "float32", "float64", "uint8", "int32", "int64"] = "float32"
+
+
 class Data(Section):
-    shards: str  # the folder that holds the shards
+    shards: str  # the folder that holds the shards, or its URL: s3://, gs://, http(s)://
     manifest: str | None = None  # default: manifest.json beside the shards
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of these shards, where others are mixed in
+    mix: list[Source] = []  # data sets to mix in, by weight
+    arrays: dict[str, ArrayField] = {}  # name in the batch → .npy field
     holdout: str | None = None  # the manifest of the reference split, its shards beside it
     image_size: Positive
     channels: Literal[1, 3] = 3
@@ -59,7 +83,28 @@ class Data(Section):
     streams: Positive | None = None  # V; default min(64, one per 1,024 samples); stays for the life of the run
     shuffle_window: Positive = 4096  # W, in samples of one stream
     workers: NonNegative = 1  # loader processes a rank
+    crop: Literal["centre", "random"] = "centre"  # random: scaled by up to 5/4 and cut anywhere, as ADM does
     flip: bool = False  # mirror each image with probability 1/2
+    on_error: Literal["raise", "replace"] = "raise"  # replace: a damaged sample gives way to another of its stream
+    max_bad_fraction: Probability = 0.001  # of the images since the start, at least an epoch's; more end the run
+    allow_pipe: bool = False  # let `pipe:` shards run their command in a shell
+    cache_dir: str | None = None  # blocks of remote shards, shared by the ranks of a node; default: ~/.cache/dtrain
+    cache_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
+
+    @model_validator(mode="after")
+    def _sources(self):
+        names = [s.name for s in self.mix]
+        if "main" in names or len(set(names)) < len(names):
+            raise ValueError("mix: every source needs a name of its own; `main` is data.shards itself")
+        for source in (self, *self.mix):
+            if source.shards.startswith("pipe:") and not self.allow_pipe:
+                raise ValueError(f"shards {source.shards!r} would run a command; say allow_pipe: true to let it")
+            if ("://" in source.shards or source.shards.startswith("pipe:")) and not source.manifest:
+                raise ValueError(f"shards {source.shards!r} are remote; name their `manifest`, a local file")
+        taken = {"k", "image", "label", "time", "noise", "drop"} & set(self.arrays)
+        if taken:
+            raise ValueError(f"arrays: {min(taken)!r} is what a batch calls something else; choose another name")
+        return self
 
     @property
     def manifest_path(self) -> Path:
@@ -371,7 +416,8 @@ class Config(Section):
 
 
 # What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
-IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.flip")
+IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.crop")
+IDENTITY += ("data.flip", "data.weight", "data.arrays")
 IDENTITY_SECTIONS = ("model", "diffusion")
 
 
@@ -379,6 +425,7 @@ def identity(config: Config) -> dict[str, Any]:
     """Dotted key → value of everything that makes this run the run it is."""
     tree = config.model_dump(mode="json")
     keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
+    keys["data.mix"] = [[s.name, s.weight] for s in config.data.mix]  # where they lie may change
     return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
 
 

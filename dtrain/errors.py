@@ -12,3 +12,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class BadSample(UserError):
+    """A sample that will be as unusable tomorrow: damaged, missing or undecodable. `data.on_error` decides about it.
+
+    Trouble that may pass, such as a disk or a network that fails, is a plain UserError and always ends the run.
+    """

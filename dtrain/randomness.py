@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     SUBSET = 15
     STRATUM = 16
     VALIDATION_NOISE = 17
+    SUBSTITUTE = 18
+    MIXTURE = 19
 
 
 class Draws:

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dtrain.config import Data
+from dtrain.data.remote import is_url
 from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
 from dtrain.errors import UserError
 
@@ -71,6 +73,7 @@ class Manifest:
     shards: list[Shard]
     classes: list[str] | None
     members: np.ndarray
+    mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
 
     @property
     def samples(self) -> int:
@@ -86,7 +89,30 @@ class Manifest:
         """Identifies the data: what the shards hold and in which order, not their names nor where they lie."""
         shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
         content = json.dumps([self.fields, self.classes, shards], separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        own = hashlib.sha256(content.encode()).hexdigest()
+        if not self.mixed:
+            return own
+        return hashlib.sha256(" ".join([own, *(m.hash for m in self.mixed)]).encode()).hexdigest()
+
+
+def load_all(data: Data) -> Manifest:
+    """The manifest of data.shards, with those of data.mix. Raises UserError."""
+    return replace(load(data.manifest_path), mixed=tuple(load(source.manifest_path) for source in data.mix))
+
+
+def check_all(manifest: Manifest, data: Data) -> None:
+    """Every local shard is there with the manifest's bytes, or UserError names the first that is not.
+
+    With data.on_error "replace", up to data.max_bad_fraction of the samples may be in shards that are not. Remote
+    shards are met when they are read.
+    """
+    for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
+        if is_url(source.shards):
+            continue
+        allowed = data.max_bad_fraction * one.samples if data.on_error == "replace" else 0.0
+        problems = [(shard, problem) for shard in one.shards if (problem := shard_problem(one, source.shards, shard))]
+        if sum(shard.samples for shard, _ in problems) > allowed:
+            raise UserError(f"{problems[0][1]}; restore it or run `dtrain index` again")
 
 
 def load(path: str | Path) -> Manifest:
@@ -184,16 +210,21 @@ def index_shards(
 def check_shards(manifest: Manifest, directory: Path) -> None:
     """Every shard is in `directory` with exactly the manifest's bytes, or UserError names the first that is not."""
     for shard in manifest.shards:
-        path = Path(directory) / shard.name
-        try:
-            size = path.stat().st_size
-        except OSError as e:
-            raise UserError(
-                f"cannot find the shard {path} of {manifest.path}: {e.strerror}; restore it or run `dtrain index` again"
-            ) from None
-        if size != shard.bytes:
-            difference = f"{abs(size - shard.bytes):,} bytes {'shorter' if size < shard.bytes else 'longer'}"
-            raise UserError(f"{path} is {difference} than its manifest says; restore it or run `dtrain index` again")
+        if problem := shard_problem(manifest, directory, shard):
+            raise UserError(f"{problem}; restore it or run `dtrain index` again")
+
+
+def shard_problem(manifest: Manifest, directory: str | Path, shard: Shard) -> str | None:
+    """What is wrong with a local shard, as far as its directory entry tells."""
+    path = Path(directory) / shard.name
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        return f"cannot find the shard {path} of {manifest.path}: {e.strerror}"
+    if size != shard.bytes:
+        difference = f"{abs(size - shard.bytes):,} bytes {'shorter' if size < shard.bytes else 'longer'}"
+        return f"{path} is {difference} than its manifest says"
+    return None
 
 
 def index(source: str, destination: Path | None = None) -> Manifest:

@@ -92,6 +92,17 @@ class Order:
             sample[rows] = p - ends[j] + (self._starts + self._sizes)[shards[j]]
         return sample
 
+    def substitute(self, k: int, attempt: int) -> int:
+        """The sample to try instead when image k's cannot be used: another of its stream and epoch, drawn by its key.
+
+        attempt: 0, 1, …, until a sample is whole.
+        """
+        stream, q = k % self.streams, k // self.streams
+        word = self._draws.words(Purpose.SUBSTITUTE, k, attempt)[0]
+        place = int(word % np.uint64(self.stream_length))
+        instead = (q // self.stream_length * self.stream_length + place) * self.streams + stream
+        return int(self.sample(np.array([instead]))[0])
+
     def rows(self, first: int, batch: int, rank: int, world_size: int) -> np.ndarray:
         """The k's (batch / world_size,) int64 of this rank's rows of the global batch that begins at image `first`.
 

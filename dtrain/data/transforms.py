@@ -1,34 +1,96 @@
-"""From a file's bytes to pixels of the model's size and range, and back to bytes."""
+"""From a file's bytes to pixels of the model's size and range, and back to bytes.
+
+One policy for images: a still picture of 8 bits a channel becomes what Pillow's `convert("RGB")`, or `convert("L")`,
+makes of it: palettes are looked up, CMYK is converted, transparency is dropped. All else is refused by name.
+"""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from dtrain.errors import UserError
+from dtrain.errors import BadSample
+
+MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB: a header may promise more than memory holds
 
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+_JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a segment
+_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame
 
 
 def decode(data: bytes, channels: int) -> torch.Tensor:
-    """Decode a JPEG or PNG to uint8 (channels, H, W); 1 channel is grey, 3 are RGB.
+    """Decode a JPEG, PNG or WebP to uint8 (channels, H, W); 1 channel is grey, 3 are RGB.
 
-    Raises UserError that says what is wrong with the image; which image it was is known to the caller.
+    Raises BadSample that says what is wrong with the image; which image it was is known to the caller. The size is
+    read from the header first, so that no image takes more memory than MAX_PIXELS.
     """
-    if not data.startswith(_MAGIC):
-        raise UserError("is neither a JPEG nor a PNG image")
+    size = _size(data)
+    if size is not None and not 0 < size[0] * size[1] <= MAX_PIXELS:
+        raise BadSample(f"has {size[0]} × {size[1]} pixels; between 1 and {MAX_PIXELS:,} can be used")
+    # WebP has no grey of its own.
+    mode = ImageReadMode.RGB if data[:4] == _RIFF else _MODES[channels]
     try:
         # A copy, because torch warns of buffers it may not write to.
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), _MODES[channels])
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except RuntimeError as e:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(e).splitlines()[0]).rstrip(".")
-        raise UserError(f"cannot be decoded ({reason})") from None
+        raise BadSample(f"cannot be decoded ({reason})") from None
     if image.dtype != torch.uint8:
-        raise UserError("has 16 bits a channel, not 8")
+        raise BadSample("has 16 bits a channel, not 8")
+    if len(image) != channels:
+        image = torch.from_numpy(np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")))[None]
     return image
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) as the header says; None where there is no whole header, which its decoder will find out.
+
+    Raises BadSample for what is not a still image in one of the three formats.
+    """
+    if data.startswith(_JPEG):
+        return _jpeg_size(data)
+    if data.startswith(_PNG):
+        if data.find(b"acTL", 33, max(33, data.find(b"IDAT", 33))) >= 0:
+            raise BadSample("is animated; only still images can be used")
+        if len(data) < 24:
+            return None
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if data.startswith(_RIFF) and data[8:12] == b"WEBP":
+        return _webp_size(data)
+    raise BadSample("is not a JPEG, PNG or WebP image")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAME:
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in _STANDALONE:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    if len(data) < 30:
+        return None
+    form = data[12:16]
+    if form == b"VP8X":
+        if data[20] & 2:
+            raise BadSample("is animated; only still images can be used")
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if form == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -39,13 +101,34 @@ def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """
     if image.shape[1:] == (size, size):
         return image
+    picture = _scaled(image, size)
+    return _cut(picture, (picture.width - size) // 2, (picture.height - size) // 2, size)
+
+
+def random_crop(image: torch.Tensor, size: int, draws: Sequence[float]) -> torch.Tensor:
+    """A square of 4/5 to all of the shorter side, from anywhere, scaled to `size`: ADM's random crop.
+
+    draws: three numbers in [0, 1), for scale, left and top, so that the crop is a function of its image's key.
+    """
+    scaled = size + int(draws[0] * (size // 4 + 1))  # the shorter side, from size to size · 5/4
+    picture = _scaled(image, scaled)
+    left, top = (int(u * (side - size + 1)) for u, side in zip(draws[1:], picture.size, strict=True))
+    return _cut(picture, left, top, size)
+
+
+def _scaled(image: torch.Tensor, shorter: int) -> Image.Image:
+    """Halved by averaging while twice too large, then bicubic, until the shorter side is as asked."""
     pixels = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    while min(picture.size) >= 2 * size:
+    while min(picture.size) >= 2 * shorter:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    scale = shorter / min(picture.size)
+    if max(picture.size) * scale * shorter > MAX_PIXELS:
+        raise BadSample(f"has {image.shape[2]} × {image.shape[1]} pixels, too long a strip to scale")
+    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+
+
+def _cut(picture: Image.Image, left: int, top: int, size: int) -> torch.Tensor:
     pixels = np.array(picture.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
 

@@ -1,4 +1,5 @@
-"""Rank 0's record of a run: the journal, and the thread that ships it to MLflow. On other ranks nothing happens."""
+"""A run's record: on rank 0 the journal, and the thread that ships it to MLflow; on other ranks a journal of their own
+for what rank 0 cannot know."""
 
 import uuid
 from typing import Any
@@ -16,6 +17,7 @@ class Tracker:
     def __init__(self, run: RunDirectory, rank: int):
         self._run = run
         self._journal = Journal(run.journal_file) if rank == 0 else None
+        self._own = self._journal or Journal(run.journal_file, rank)
         self._shipper: Shipper | None = None
 
     @property
@@ -38,10 +40,18 @@ class Tracker:
         if self._journal is not None:
             self._journal.append(event, position.step, position.images, metrics, context)
 
+    def write_own(self, event: str, position: Position, context: dict) -> None:
+        """What this rank alone knows, in its own journal; the attempt is the one rank 0 began."""
+        if self._own.attempt is None:
+            # Of rank 0's journal: who calls this has heard of rank 0 since it began.
+            self._own.attempt = max((line["attempt"] for line in events(self._run.journal_file)), default=0)
+        self._own.append(event, position.step, position.images, context=context)
+
     def close(self, finished: bool) -> int:
         """Ship what can be shipped soon; returns the number of journal lines that could not be."""
         if self._journal is not None:
             self._journal.close()
+        self._own.close()
         if self._shipper is None:
             return 0
         return self._shipper.close(CLOSE_SECONDS, status="FINISHED" if finished else "KILLED")

@@ -13,8 +13,8 @@ from dtrain.training.stopping import deadline
 def check_start(config: Config, ranks: int) -> str:
     """A line that says what would run on `ranks` ranks. Raises the UserError that a start would."""
     rows, micro_batch = rows_per_rank(config, ranks)
-    manifest = manifests.load(config.data.manifest_path)
-    manifests.check_shards(manifest, Path(config.data.shards))
+    manifest = manifests.load_all(config.data)
+    manifests.check_all(manifest, config.data)
     if config.data.holdout:
         holdout = Path(config.data.holdout)
         manifests.check_shards(manifests.load(holdout), holdout.parent)

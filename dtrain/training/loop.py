@@ -8,13 +8,13 @@ Every random number comes with the batch (design, decision 2), so a step is a fu
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.loader import Batches
 from dtrain.data.order import with_streams
 from dtrain.data.stream import train_batches
 from dtrain.diffusion.flow import RectifiedFlow
@@ -26,6 +26,7 @@ from dtrain.lock import RunLock
 from dtrain.models.dropout import dropout_keys
 from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
+from dtrain.training.data_health import DataHealth
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.evaluation import Evaluation
@@ -47,11 +48,11 @@ def train(config: Config) -> Outcome:
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
-    manifest = manifests.load(config.data.manifest_path)
+    manifest = manifests.load_all(config.data)
     config = with_streams(config, manifest)
     distributed.initialize()
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
-    distributed.on_rank_0(manifests.check_shards, manifest, Path(config.data.shards))
+    distributed.on_rank_0(manifests.check_all, manifest, config.data)
     run = RunDirectory(config.run.path)
     lock = RunLock(run.lock_file)
     changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
@@ -94,7 +95,7 @@ def steps(
     engine: Engine,
     process: GaussianDiffusion | RectifiedFlow,
     position: Position,
-    batches: Iterator[dict[str, torch.Tensor]],
+    batches: Batches,
     tracker: Tracker,
     stop: StopRequest,
 ) -> tuple[Position, Outcome]:
@@ -105,6 +106,7 @@ def steps(
     evaluation = Evaluation(run, config, process, tracker, progress) if config.eval.every else None
     reduction = StepReduction(rank, distributed.world_size(), batch_size)
     meter = Meter(config, distributed.world_size(), device)
+    health = DataHealth(config, manifest, position, tracker)
     stopping = False
     if position.step:
         progress.say(f"{run.path}: going on after step {position.step}")
@@ -117,10 +119,11 @@ def steps(
         saving.heard(sums)
         stopping = stopping or sums.stop
         meter.heard(sums)
+        health.heard(sums)
         step = sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
             metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
-            tracker.write("train", sums.position, metrics | meter.metrics())
+            tracker.write("train", sums.position, metrics | meter.metrics() | health.metrics(sums.position.images))
             progress.update(step, sums.loss, batch_size / meter.seconds_per_step, meter.seconds_per_step)
             meter.restart()
         return sums.no_room
@@ -130,6 +133,8 @@ def steps(
             started = time.perf_counter()
             batch = to_device(prepared(next(batches), config, position), device)
             data_seconds = time.perf_counter() - started
+            read = batches.report
+            health.journal(read, position)
             step_losses = StepLosses(process, device)
             for part in split(batch, engine.micro_batch):
                 labels = with_dropped_labels(part, config)
@@ -154,6 +159,7 @@ def steps(
                 written=saving.written,
                 failed=saving.failed,
                 no_room=save_due and rank == 0 and saving.lacks_room(engine),
+                read=read,
                 step_seconds=time.perf_counter() - started,
                 data_seconds=data_seconds,
             )

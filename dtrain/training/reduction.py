@@ -9,10 +9,23 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dtrain.data.stream import Report
 from dtrain.diffusion.times import LEVEL_BINS
 from dtrain.run import Position
 
-SUMS = ("loss", "grad_norm", "stop", "written", "failed", "no_room")
+SUMS = (
+    "loss",
+    "grad_norm",
+    "stop",
+    "written",
+    "failed",
+    "no_room",
+    "replaced",
+    "bytes_read",
+    "cache_hits",
+    "cache_misses",
+)
+NOTHING = Report()
 OWN = ("step_seconds", "data_seconds")
 LEVELS = 2 * LEVEL_BINS  # sums and counts of the loss by noise level
 
@@ -28,6 +41,10 @@ class StepSums:
     written: bool  # every rank has written its part of the checkpoint in flight
     failed: bool  # some rank could not
     no_room: bool  # rank 0 found the disk too full for a checkpoint
+    replaced: int  # samples that could not be used
+    bytes_read: int  # from disks and networks
+    cache_hits: int  # blocks of remote shards
+    cache_misses: int
     step_seconds: list[float]  # of each rank, data included
     data_seconds: list[float]  # of each rank, waiting for its batch
     levels: list[float]  # sums, then counts, of unweighted losses by noise level
@@ -49,6 +66,7 @@ class StepReduction:
         written: bool,
         failed: bool,
         no_room: bool,
+        read: Report = NOTHING,
         step_seconds: float,
         data_seconds: float,
     ) -> None:
@@ -60,7 +78,8 @@ class StepReduction:
         assert self._pending is None, "read the previous step first"
         flags = len(SUMS) + len(OWN) * self.world_size
         vector = torch.zeros(flags + LEVELS, dtype=torch.float64)
-        vector[2:6] = torch.tensor([stop, written, failed, no_room], dtype=torch.float64)
+        own = [stop, written, failed, no_room, len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
+        vector[2 : len(SUMS)] = torch.tensor(own, dtype=torch.float64)
         vector[len(SUMS) + self.rank : flags : self.world_size] = torch.tensor([step_seconds, data_seconds])
         vector = vector.to(loss_sum.device, non_blocking=True)
         vector[0] = loss_sum.detach()  # stays on the device: reading it here would wait for the step
@@ -78,7 +97,8 @@ class StepReduction:
         if work is not None:
             work.wait()
         values = vector.tolist()
-        loss, norm, stop, written, failed, no_room = values[: len(SUMS)]
+        loss, norm, stop, written, failed, no_room, *read = values[: len(SUMS)]
+        replaced, bytes_read, hits, misses = (round(value) for value in read)
         own = values[len(SUMS) :]
         return StepSums(
             position,
@@ -88,6 +108,10 @@ class StepReduction:
             written=round(written) == self.world_size,
             failed=failed > 0,
             no_room=no_room > 0,
+            replaced=replaced,
+            bytes_read=bytes_read,
+            cache_hits=hits,
+            cache_misses=misses,
             step_seconds=own[: self.world_size],
             data_seconds=own[self.world_size : -LEVELS],
             levels=own[-LEVELS:],

@@ -37,13 +37,18 @@ class Meter:
         """Means over the steps heard of, the loss by noise level among them.
 
         mfu: of the model's own FLOPs, whatever is recomputed.
+        bytes_read, bad_samples: sums since the last `restart`; cache_hit_rate: of the blocks of remote shards.
         data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
         """
         images_per_second = self.batch_size / self.seconds_per_step
         spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._heard]
         waits = [max(s.data_seconds) for s in self._heard]
-        return {
+        blocks = sum(s.cache_hits + s.cache_misses for s in self._heard)
+        hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._heard) / blocks} if blocks else {}
+        return hit_rate | {
             **mean_by_level(self._heard),
+            "bytes_read": sum(s.bytes_read for s in self._heard),
+            "bad_samples": sum(s.replaced for s in self._heard),
             "images_per_second": images_per_second,
             "step_seconds": self.seconds_per_step,
             "step_seconds_spread": sum(spread) / len(spread),

@@ -131,9 +131,9 @@ def changed(number: int, **fields) -> list[dict]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"png": b"hello"}, "{}.png is neither a JPEG nor a PNG image; restore it"),
+        ({"png": b"hello"}, "{}.png is not a JPEG, PNG or WebP image; restore it"),
         ({"png": picture(0, 64)[:300]}, "{}.png cannot be decoded ("),
-        ({"png": None}, "{}.cls is of a sample without a jpg, jpeg or png"),
+        ({"png": None}, "{}.cls is of a sample without a jpg, jpeg, png or webp"),
         ({"cls": None}, "{}.png is of a sample without a `cls` label"),
         ({"cls": b"3"}, "{}.cls holds the label 3, but model.num_classes is 3, so labels go from 0 to 2"),
         ({"cls": b"-1"}, "{}.cls holds '-1', not a class number"),
@@ -163,7 +163,7 @@ def test_configurations_that_do_not_fit_the_data_are_refused(folder, tmp_path):
         train_batches(configuration(folder, streams=58), manifest, 0, 1, 0)
     with pytest.raises(UserError, match=r"model.num_classes is 3, but .*manifest.json has no `cls` field"):
         first_batch(tmp_path / "unlabelled", [{"png": picture(0)}])
-    with pytest.raises(UserError, match=r"has fields cls, txt, none of them jpg, jpeg or png"):
+    with pytest.raises(UserError, match=r"has fields cls, txt, none of them jpg, jpeg, png or webp"):
         first_batch(tmp_path / "texts", [{"txt": b"a", "cls": b"0"}])
 
 

@@ -46,9 +46,9 @@ def sixteen_bit() -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is neither a JPEG nor a PNG image"),
-        (b"hello", "is neither a JPEG nor a PNG image"),
-        (picture(0, 8, 3, "GIF"), "is neither a JPEG nor a PNG image"),
+        (b"", "is not a JPEG, PNG or WebP image"),
+        (b"hello", "is not a JPEG, PNG or WebP image"),
+        (picture(0, 8, 3, "GIF"), "is not a JPEG, PNG or WebP image"),
         (picture(0, 64, 3, "JPEG")[:500], r"cannot be decoded \(Image is incomplete or truncated\)"),
         (picture(0, 64, 3, "PNG")[:500], r"cannot be decoded \("),
         (picture(0, 64, 3, "JPEG")[:4], r"cannot be decoded \("),

@@ -1,0 +1,107 @@
+"""One sample's fields as tensors: its picture, its label, its arrays. All that can be wrong with it is a BadSample."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dtrain.config import ArrayField
+from dtrain.data.manifest import Manifest
+from dtrain.data.shards import ShardReader
+from dtrain.data.transforms import centre_crop, decode
+from dtrain.errors import BadSample
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELD = "cls"
+
+
+class SampleReader:
+    """Samples as they are trained on. Only these fields are ever read; fields that run code (.pkl, .pyd, .pt) never.
+
+    num_classes: labels are checked against it; 0: labels are not read.
+    """
+
+    def __init__(self, reader: ShardReader, channels: int, num_classes: int, arrays: dict[str, ArrayField]):
+        self._reader, self._channels, self._num_classes, self._arrays = reader, channels, num_classes, arrays
+        labels = (LABEL_FIELD,) if num_classes else ()
+        self.fields = (*IMAGE_FIELDS, *labels, *(a.field for a in arrays.values()))
+
+    def read(
+        self, sample: int, crop: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, int, dict[str, np.ndarray]]:
+        """Its picture, uint8 (C, H, W) as `crop` leaves it, its label, 0 for none, and its arrays by name."""
+        data = self._reader.read(sample, self.fields)
+        arrays = {name: self._array(sample, data, wanted) for name, wanted in self._arrays.items()}
+        label = self._label(sample, data) if self._num_classes else 0
+        return picture(self._reader, sample, data, self._channels, crop), label, arrays
+
+    def _label(self, sample: int, data: dict[str, bytes]) -> int:
+        label = label_of(self._reader, sample, data)
+        if label >= self._num_classes:
+            raise BadSample(
+                f"{self._reader.name(sample, LABEL_FIELD)} holds the label {label}, but model.num_classes is "
+                f"{self._num_classes}, so labels go from 0 to {self._num_classes - 1}"
+            )
+        return label
+
+    def _array(self, sample: int, data: dict[str, bytes], wanted: ArrayField) -> np.ndarray:
+        if wanted.field not in data:
+            raise BadSample(f"{self._reader.name(sample)} is of a sample without a {wanted.field}; pack it without")
+        name = self._reader.name
+        try:
+            # Without pickles: an array of objects would run code.
+            array = np.load(io.BytesIO(data[wanted.field]), allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as e:
+            reason = str(e).splitlines()[0] if str(e) else "it is cut off"
+            raise BadSample(f"{name(sample, wanted.field)} is no .npy array that can be read ({reason})") from None
+        if not isinstance(array, np.ndarray) or array.dtype != wanted.dtype or list(array.shape) != wanted.shape:
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
+            raise BadSample(f"{name(sample, wanted.field)} holds {got}, not {wanted.dtype} {wanted.shape}")
+        return array
+
+
+def picture(
+    reader: ShardReader,
+    sample: int,
+    data: dict[str, bytes],
+    channels: int,
+    crop: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The first image among the fields read, uint8 (channels, H, W)."""
+    field = next((f for f in IMAGE_FIELDS if f in data), None)
+    if field is None:
+        raise BadSample(
+            f"{reader.name(sample)} is of a sample without a jpg, jpeg, png or webp; pack the shard without it"
+        )
+    try:
+        return crop(decode(data[field], channels))
+    except BadSample as e:
+        raise BadSample(f"{reader.name(sample, field)} {e}; restore it, or pack the shard without it") from None
+
+
+def label_of(reader: ShardReader, sample: int, data: dict[str, bytes]) -> int:
+    text = data.get(LABEL_FIELD)
+    if text is None:
+        raise BadSample(f"{reader.name(sample)} is of a sample without a `cls` label; pack the shard without it")
+    if not text.strip().isdigit() or len(text) > 18:
+        shown = text[:20].decode("ascii", "backslashreplace")
+        raise BadSample(f"{reader.name(sample, LABEL_FIELD)} holds {shown!r}, not a class number; correct it")
+    return int(text)
+
+
+def read_split(
+    manifest: Manifest, directory: str | Path, image_size: int, channels: int, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples start..stop of a split in the manifest's order: uint8 (n, C, H, W), and labels int64 (n,), 0 without."""
+    reader = ShardReader(manifest, directory)
+    samples = range(start, stop)
+    images = torch.empty((len(samples), channels, image_size, image_size), dtype=torch.uint8)
+    labels = torch.zeros(len(samples), dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        data = reader.read(sample, (*IMAGE_FIELDS, LABEL_FIELD))
+        images[row] = picture(reader, sample, data, channels, lambda image: centre_crop(image, image_size))
+        if LABEL_FIELD in manifest.fields:
+            labels[row] = label_of(reader, sample, data)
+    return images, labels
