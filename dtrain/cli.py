@@ -73,17 +73,38 @@ def pack(
 @app.command()
 def index(
     shards: Annotated[
-        str, typer.Argument(metavar="SHARDS", help="a folder of .tar shards, a glob, or a brace pattern")
+        list[str],
+        typer.Argument(metavar="SHARDS...", help="folders of .tar shards, globs, brace patterns, @lists, or URLs"),
     ],
     out: Annotated[Path | None, typer.Option(help="the manifest to write; default: manifest.json beside them")] = None,
 ) -> None:
     """Write the manifest of shards that exist."""
-    from dtrain.data.manifest import index as run
+    from dtrain.data.indexing import index as run
 
     manifest = run(shards, out)
     print(
         f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({', '.join(manifest.fields)})"
     )
+
+
+@app.command()
+def verify(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="a manifest.json, or the folder it is in")],
+    shards: Annotated[str | None, typer.Option(help="their folder or URL; default: beside the manifest")] = None,
+) -> None:
+    """Compare every byte of every shard with the manifest; exit code 1 where one is damaged, each is named."""
+    from dtrain.data.manifest import load
+    from dtrain.data.progress import bytes_bar
+    from dtrain.data.verify import verify as run
+
+    found = load(manifest / "manifest.json" if manifest.is_dir() else manifest)
+    with bytes_bar(f"verifying {len(found.shards):,} shards", sum(s.bytes for s in found.shards)) as progress:
+        problems = run(found, shards or found.path.parent, progress)
+    for place, problem in problems.items():
+        print(f"{place} {problem}")
+    print(f"{found.path}: {len(problems):,} of {len(found.shards):,} shards damaged")
+    if problems:
+        raise typer.Exit(DAMAGED)
 
 
 @app.command()

@@ -9,11 +9,9 @@ The side file is a (samples, fields) table in the manifest's order of one 16-byt
 uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
 """
 
-import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain.config import Data
 from dtrain.data.remote import is_url
-from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
+from dtrain.data.tar import MEMBER
 from dtrain.errors import UserError
 
 FORMAT = 1
@@ -45,19 +43,19 @@ class Shard(_Record):
     sha256: Sha256
 
 
-class _SideFile(_Record):
+class SideFile(_Record):
     file: str
     sha256: Sha256
 
 
-class _Document(_Record):
+class Document(_Record):
     """manifest.json as it is written."""
 
     format: int
     fields: Annotated[list[str], Field(min_length=1)]
     shards: Annotated[list[Shard], Field(min_length=1)]
     classes: list[str] | None
-    members: _SideFile
+    members: SideFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +130,7 @@ def load(path: str | Path) -> Manifest:
         tree = json.loads(text)
         if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
             raise UserError(f"{path} has format {tree['format']!r}, this version reads {FORMAT}; {again}")
-        document = _Document.model_validate(tree)
+        document = Document.model_validate(tree)
     except ValidationError as e:
         where = ".".join(map(str, e.errors()[0]["loc"])) or "the whole file"
         raise UserError(f"{path} is not a manifest ({where}: {e.errors()[0]['msg']}); {again}") from None
@@ -155,58 +153,6 @@ def load(path: str | Path) -> Manifest:
     return Manifest(path, document.fields, document.shards, document.classes, members)
 
 
-def index_shards(
-    shards: Sequence[Path],
-    destination: Path,
-    progress: Callable[[int], None] | None = None,
-    classes: list[str] | None = None,
-) -> Manifest:
-    """Scan local tar shards and write their manifest to `destination`, its side file beside it.
-
-    Shards keep the given order and are named relative to the folder they share. `progress` is called with the bytes of
-    each shard done. Both files appear whole or not at all.
-    """
-    shards = [Path(os.path.abspath(s)) for s in shards]
-    twice = next((s for s in shards if shards.count(s) > 1), None) if len(set(shards)) < len(shards) else None
-    if twice:
-        raise UserError(f"{twice} is named twice; name every shard once")
-    root = Path(os.path.commonpath([s.parent for s in shards]))
-    side = destination.with_suffix(".members")
-    with _replacing(side) as file:
-        scans: list[Scan] = []
-        for path in shards:
-            scans.append(scan(path))
-            if progress:
-                progress(scans[-1].bytes)
-        fields = sorted({field for s in scans for field in s.fields})
-        if len(fields) > MAX_FIELDS:
-            raise UserError(
-                f"the shards of {root} have {len(fields)} different extensions, more than {MAX_FIELDS}; all that "
-                "follows the first dot of a file name is its extension, so rename files with dots in their names"
-            )
-        digest = hashlib.sha256()
-        for s in scans:
-            table = np.zeros((len(s.members), len(fields)), dtype=MEMBER)
-            table["size"] = ABSENT
-            for column, field in enumerate(s.fields):
-                table[:, fields.index(field)] = s.members[:, column]
-            file.write(table.tobytes())
-            digest.update(table.tobytes())
-    document = _Document(
-        format=FORMAT,
-        fields=fields,
-        shards=[
-            Shard(name=str(path.relative_to(root)), samples=len(s.members), bytes=s.bytes, sha256=s.sha256)
-            for path, s in zip(shards, scans, strict=True)
-        ],
-        classes=classes,
-        members=_SideFile(file=side.name, sha256=digest.hexdigest()),
-    )
-    with _replacing(destination) as file:
-        file.write(json.dumps(document.model_dump(), indent=1).encode() + b"\n")
-    return load(destination)
-
-
 def check_shards(manifest: Manifest, directory: Path) -> None:
     """Every shard is in `directory` with exactly the manifest's bytes, or UserError names the first that is not."""
     for shard in manifest.shards:
@@ -227,65 +173,16 @@ def shard_problem(manifest: Manifest, directory: str | Path, shard: Shard) -> st
     return None
 
 
-def index(source: str, destination: Path | None = None) -> Manifest:
-    """Index local shards: `source` is a folder of *.tar, a glob, or a brace pattern such as `x-{000..099}.tar`.
-
-    destination: the manifest's path, or an existing folder for it; by default manifest.json beside the shards. The
-    class names of a manifest that is there are kept: shards do not hold them.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    shards = find_shards(source)
-    if destination is None:
-        destination = Path(os.path.commonpath([s.parent for s in shards])) / "manifest.json"
-    elif Path(destination).is_dir():
-        destination = Path(destination) / "manifest.json"
-    console = Console(stderr=True)
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"indexing {len(shards)} shards", total=sum(s.stat().st_size for s in shards if s.exists()))
-        return index_shards(shards, Path(destination), lambda done: bar.advance(task, done), _class_names(destination))
-
-
-def _class_names(path: Path) -> list[str] | None:
+def class_names(path: Path) -> list[str] | None:
     """Those of an existing manifest, even where its side file or shards are damaged."""
     try:
-        return _Document.model_validate_json(Path(path).read_bytes()).classes
+        return Document.model_validate_json(Path(path).read_bytes()).classes
     except (OSError, ValidationError):
         return None
 
 
-def find_shards(source: str) -> list[Path]:
-    """The shards a folder (sorted), glob (sorted) or brace pattern (as it expands) stands for; all of them exist."""
-    if Path(source).is_dir():
-        shards = sorted(Path(source).glob("*.tar"))
-        if not shards:
-            raise UserError(f"there are no *.tar files in {source}; name the folder of the shards, or a pattern")
-        return shards
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    try:
-        patterns = list(braceexpand(source))
-    except UnbalancedBracesError:
-        raise UserError(f"the braces of {source!r} do not balance; write x-{{000..099}}.tar") from None
-    shards = []
-    for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"there is no shard {pattern}; name a folder of *.tar files, a glob or a brace pattern")
-        shards += map(Path, found)
-    return shards
-
-
 @contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """A file to write that takes the place of `path` when the block ends without an error, and never in part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.data.manifest import check_shards, index_shards, load
+from dtrain.data.indexing import index_shards
+from dtrain.data.manifest import check_shards, load
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose, permutation
 

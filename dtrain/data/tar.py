@@ -5,16 +5,20 @@ a header's checksum is wrong after the first member: it stops as if the archive 
 """
 
 import hashlib
+import io
 import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from dtrain.data import remote
 from dtrain.errors import UserError
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
@@ -24,6 +28,7 @@ MAX_FIELDS = 64
 _META = re.compile(r"__[^/]*__($|/)")
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _CHUNK = 1 << 20
+_RANGE = 1 << 22  # bytes asked for at a time of a remote shard
 # What tarfile lets through for bytes that are no tar, beside its own errors.
 _UNREADABLE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
 
@@ -49,24 +54,84 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match[1], match[2].lower()
 
 
-def scan(path: Path) -> Scan:
-    """Index one shard, reading it once from end to end.
+class LocalShard:
+    """A file open for reading by offset: `size` in bytes, `pread`, and a file object for whoever needs one."""
+
+    def __init__(self, path: str | Path):
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by open_shard)
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def pread(self, size: int, offset: int) -> bytes:
+        return os.pread(self.file.fileno(), size, offset)
+
+
+class RemoteShard:
+    """The same for a URL, read near-sequentially: the last two ranges of 4 MiB are kept."""
+
+    def __init__(self, url: str, size: int | None = None):
+        self.size = remote.stat(url)[0] if size is None else size
+        self._range = lru_cache(maxsize=2)(
+            lambda n: remote.fetch(url, n * _RANGE, min((n + 1) * _RANGE, self.size), self.size)
+        )
+        self.file = io.BufferedReader(_Raw(self), 512)
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset`; none at the end."""
+        if offset >= self.size:
+            return b""
+        number, start = divmod(offset, _RANGE)
+        return self._range(number)[start : start + size]
+
+
+class _Raw(io.RawIOBase):
+    """A RemoteShard as a file."""
+
+    def __init__(self, shard: RemoteShard):
+        self._shard, self._at = shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._shard.size)[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        data = self._shard.pread(len(buffer), self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@contextmanager
+def open_shard(place: str | Path, size: int | None = None):
+    """A local or remote shard to read by offset. Raises OSError, or for a URL what `remote.fetch` does."""
+    shard = RemoteShard(str(place), size) if remote.is_url(place) else LocalShard(place)
+    with shard.file:
+        yield shard
+
+
+def scan(place: Path | str, shown: str | None = None) -> Scan:
+    """Index one shard, a path or URL, reading it once from end to end; messages call it `shown`.
 
     Raises UserError, naming the shard, for anything that is not a whole, uncompressed tar file of contiguous samples.
     """
     try:
-        with open(path, "rb") as file:
-            return _scan(path, file)
+        with open_shard(place) as shard:
+            return _scan(shown or place, shard)
     except OSError as e:
-        raise UserError(f"cannot read the shard {path}: {e.strerror or e}") from None
+        raise UserError(f"cannot read the shard {shown or place}: {e.strerror or e}") from None
 
 
-def _scan(path: Path, file) -> Scan:
+def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
     fields: dict[str, int] = {}
     samples: list[dict[int, tuple[int, int, int]]] = []
     keys: set[str] = set()
     current = None
-    checksums = _Checksums(path, file.fileno())
+    checksums = _Checksums(path, file)
     for member in _regular_members(path, file):
         named = split_name(member.name)
         if named is None:
@@ -95,7 +160,7 @@ def _scan(path: Path, file) -> Scan:
         samples[-1][column] = (member.offset_data, member.size, crc)
     if not samples:
         raise UserError(f"{path} has no samples; leave it out or restore it")
-    size = os.fstat(file.fileno()).st_size
+    size = file.size
     sha256 = checksums.sha256(size)
 
     members = np.zeros((len(samples), len(fields)), dtype=MEMBER)
@@ -124,9 +189,9 @@ def member_name(path: Path, offset: int) -> str:
 class _Checksums:
     """sha256 of a whole file and crc32 of ranges in it, each byte read once and in order."""
 
-    def __init__(self, path: Path, descriptor: int):
+    def __init__(self, path: Path | str, file: LocalShard | RemoteShard):
         self._path = path
-        self._descriptor = descriptor
+        self._file = file
         self._digest = hashlib.sha256()
         self._position = 0
 
@@ -141,7 +206,7 @@ class _Checksums:
     def _advance(self, end: int) -> int:
         crc = 0
         while self._position < end:
-            chunk = os.pread(self._descriptor, min(_CHUNK, end - self._position), self._position)
+            chunk = self._file.pread(min(_CHUNK, end - self._position), self._position)
             if not chunk:
                 raise UserError(f"{self._path} became shorter while it was read; index it when it is complete")
             self._digest.update(chunk)
@@ -150,12 +215,12 @@ class _Checksums:
         return crc
 
 
-def _regular_members(path: Path, file) -> Iterator[tarfile.TarInfo]:
+def _regular_members(path: Path | str, file: LocalShard | RemoteShard) -> Iterator[tarfile.TarInfo]:
     """The plain files of a tar in order, after which the archive is known to end where it should."""
-    bytes_in_file = os.fstat(file.fileno()).st_size
+    bytes_in_file = file.size
     again = "restore it or pack it again"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file.file, mode="r:") as tar:
             end = -1
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile keeps every header it has seen
@@ -172,19 +237,19 @@ def _regular_members(path: Path, file) -> Iterator[tarfile.TarInfo]:
                 if member.offset_data + member.size > bytes_in_file:
                     raise UserError(f"{path} is cut off within {member.name}; {again}")
                 yield member
-            _check_end(path, file.fileno(), tar.offset, bytes_in_file, again)
+            _check_end(path, file, tar.offset, bytes_in_file, again)
     except UserError:
         raise
     except _UNREADABLE as e:
         raise UserError(f"{path} is not a whole uncompressed tar file ({e}); {again}") from None
 
 
-def _check_end(path: Path, descriptor: int, offset: int, bytes_in_file: int, again: str) -> None:
+def _check_end(path: Path | str, file: LocalShard | RemoteShard, offset: int, bytes_in_file: int, again: str) -> None:
     """A tar ends in two blocks of 512 zeros, and nothing but zeros may follow them."""
     if bytes_in_file - offset < 1024:
         raise UserError(f"{path} is cut off at byte {bytes_in_file:,}, before its end-of-archive mark; {again}")
     while offset < bytes_in_file:
-        chunk = os.pread(descriptor, _CHUNK, offset)
+        chunk = file.pread(_CHUNK, offset)
         if not chunk or chunk.count(0) != len(chunk):
             raise UserError(f"{path} is damaged, or two tar files in one, at byte {offset:,} or soon after; {again}")
         offset += len(chunk)

@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dtrain.data import pack as packing
-from dtrain.data.manifest import index, load
+from dtrain.data.indexing import index
+from dtrain.data.manifest import load
 from dtrain.data.pack import pack
 from dtrain.data.shards import ShardReader
 from dtrain.errors import UserError

@@ -1,0 +1,43 @@
+"""The same work for many shards in several processes, each result as soon as it is there."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def each(
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int | None = None
+) -> Iterator[tuple[int, Result]]:
+    """(place, function(item)) of every item in the order they are done; an exception ends it and is raised here.
+
+    processes: default one a core. Few items are in flight at a time, so memory does not grow with their number.
+    """
+    processes = min(processes or cores(), len(items))
+    if processes <= 1:
+        yield from ((place, function(item)) for place, item in enumerate(items))
+        return
+    todo: Iterable = iter(enumerate(items))
+    # Spawned, not forked: the caller may have threads, of a progress bar or of fsspec.
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        running = {}
+        while True:
+            for place, item in todo:
+                running[pool.submit(function, item)] = place
+                if len(running) >= 2 * processes:
+                    break
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
