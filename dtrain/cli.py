@@ -194,6 +194,35 @@ def sync(run: RunName) -> None:
     print(f"{run_sync(RunDirectory.find(run))} journal lines sent")
 
 
+data = typer.Typer(help="Prove what was trained on, and measure how fast data comes.", no_args_is_help=False)
+app.add_typer(data, name="data")
+
+
+@data.command("audit")
+def audit_data(run: RunName) -> None:
+    """Replay the order of what the journal says was trained; exit code 1 where it contradicts the order."""
+    from dtrain.data.audit import audit
+    from dtrain.run import RunDirectory
+
+    found = audit(RunDirectory.find(run))
+    print(found)
+    if found.problems:
+        raise typer.Exit(DAMAGED)
+
+
+@data.command("bench")
+def bench_data(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")],
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="for all stages together")] = 10.0,
+) -> None:
+    """Images a second of each stage of one loader process, and which one limits."""
+    from dtrain import config as configuration
+    from dtrain.data.bench import bench, report
+
+    print(report(bench(configuration.load(config, overrides or []), seconds)))
+
+
 checkpoints = typer.Typer(help="List, verify, prune and export a run's checkpoints.", no_args_is_help=False)
 app.add_typer(checkpoints, name="checkpoints")
 

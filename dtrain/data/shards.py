@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,7 +36,7 @@ class ShardReader:
             else _LocalFiles(manifest, Path(directory))
         )
         self._members = np.asarray(manifest.members)  # a plain view: memmap's own indexing is slow
-        self._ends = np.cumsum(manifest.shard_sizes)
+        self._ends = np.cumsum(manifest.shard_sizes).tolist()
         self._columns = {field: column for column, field in enumerate(manifest.fields)}
 
     @property
@@ -95,9 +96,9 @@ class ShardReader:
         self._files.close()
 
     def _shard(self, sample: int) -> int:
-        if not 0 <= sample < self._manifest.samples:
-            raise IndexError(f"sample {sample} is not one of {self._manifest.samples}")
-        return int(np.searchsorted(self._ends, sample, side="right"))
+        if not 0 <= sample < self._ends[-1]:
+            raise IndexError(f"sample {sample} is not one of {self._ends[-1]}")
+        return bisect_right(self._ends, sample)
 
 
 class _LocalFiles:

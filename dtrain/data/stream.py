@@ -84,6 +84,7 @@ class StepDataset(Dataset):
         self._images, self._batch_size = images, data.batch_size
         self._size, self._channels, self._flip, self._crop = data.image_size, data.channels, data.flip, data.crop
         self._arrays, self._replace = data.arrays, data.on_error == "replace"
+        self._centre_crop = partial(centre_crop, size=self._size)
         self._replaced: list[Replaced] = []
         self._counts = np.zeros(3, dtype=np.int64)
 
@@ -97,7 +98,8 @@ class StepDataset(Dataset):
                 image[row] = image[row].flip(-1)
             time[row] = draws.uniform(Purpose.TIME, key)
             drop[row] = draws.uniform(Purpose.LABEL_DROP, key)
-            noise[row] = draws.normal(Purpose.NOISE, key, noise.shape[1:])
+            # What `draws.normal` gives, written in place.
+            draws.at(Purpose.NOISE, key).standard_normal(dtype=np.float32, out=noise[row])
         numbers = {"k": k, "label": label, "time": time, "noise": noise, "drop": drop} | arrays
         return {"image": normalize(image)} | {name: torch.from_numpy(array) for name, array in numbers.items()}
 
@@ -108,14 +110,15 @@ class StepDataset(Dataset):
         sources, samples = self._order.samples(k)
         for source, reader in enumerate(self._readers):
             reader.prefetch(samples[sources == source].tolist(), self._samples[source].fields)
-        image = torch.empty((len(k), self._channels, self._size, self._size), dtype=torch.uint8)
+        images = []
         label = np.zeros(len(k), dtype=np.int64)
         arrays = {n: np.empty((len(k), *a.shape), dtype=a.dtype) for n, a in self._arrays.items()}
         for row, (key, source, sample) in enumerate(zip(k.tolist(), sources.tolist(), samples.tolist(), strict=True)):
-            image[row], label[row], own = self._read(key, source, sample)
+            image, label[row], own = self._read(key, source, sample)
+            images.append(image)
             for name, array in own.items():
                 arrays[name][row] = array
-        return k, image, label, arrays
+        return k, torch.stack(images), label, arrays
 
     def take_report(self) -> Report:
         """What was read since the last call."""
@@ -144,7 +147,7 @@ class StepDataset(Dataset):
 
     def _crop_of(self, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if self._crop == "centre":
-            return partial(centre_crop, size=self._size)
+            return self._centre_crop
         draws = [self._draws.uniform(Purpose.CROP, k, sub) for sub in range(3)]
         return partial(random_crop, size=self._size, draws=draws)
 

@@ -1,0 +1,117 @@
+"""Was each sample used as often as the order says? Replays the order for what the journal says was trained.
+
+A run's images are those between where it began and its last journaled step. Attempts that went through steps again
+after a stop count once: only the last attempt to take a step is part of the run, as in the journal's own rule.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtrain.data.manifest import Manifest, load_all
+from dtrain.data.mixture import Mixture, of_run
+from dtrain.errors import UserError
+from dtrain.run import RunDirectory
+from dtrain.tracking.journal import events, valid
+
+_PIECE = 1 << 20  # images replayed at a time
+
+
+@dataclass(frozen=True)
+class Audit:
+    """problems: what contradicts the order, one line each; empty where the run is proven right."""
+
+    lines: list[str]
+    problems: list[str]
+
+    def __str__(self) -> str:
+        verdict = "denied" if self.problems else "proven: each sample was used as often as the order says"
+        return "\n".join([*self.lines, *self.problems, verdict])
+
+
+def audit(run: RunDirectory) -> Audit:
+    """Replay a run. Raises UserError where there is nothing to replay, or the data set is another one."""
+    config = run.config()
+    manifest = load_all(config.data)
+    lines = events(run.journal_file)
+    attempts = [line for line in lines if line["event"] == "attempt"]
+    if not attempts:
+        raise UserError(f"{run.path} has no attempt in its journal; there is nothing to audit")
+    problems = [
+        f"attempt {a['attempt']} was trained on another data set ({a['context']['data'][:12]}…)"
+        for a in attempts
+        if a["context"].get("data") != manifest.hash
+    ]
+    trained = [line for line in valid(lines) if line["event"] in ("attempt", "train", "checkpoint")]
+    problems += _gaps(attempts, trained)
+    images = max(line["images"] for line in trained)
+    mixture = of_run(config, manifest)
+    sets = (manifest, *manifest.mixed)
+    names = ["main", *(s.name for s in config.data.mix)]
+    uses = replay(mixture, sets, images)
+    for s, (name, order) in enumerate(zip(names, mixture.orders, strict=True)):
+        taken = mixture.counts(images)[s]
+        problems += [f"{name}: {p}" for p in _contradictions(uses[s], taken, order.streams * order.stream_length)]
+    replaced = _replaced(run, names, uses)
+    problems += replaced[1]
+    shown = [f"{run.path}: {images:,} images in {len(attempts)} attempts"]
+    for name, use in zip(names, uses, strict=True):
+        shown.append(f"{name}: {len(use):,} samples, each used {use.min():,} to {use.max():,} times")
+    return Audit([*shown, f"{replaced[0]:,} replaced"], problems)
+
+
+def replay(mixture: Mixture, sets: tuple[Manifest, ...], images: int) -> list[np.ndarray]:
+    """How often images 0..images of the run are each sample: (N,) int64 of each source. Memory: one count a sample."""
+    uses = [np.zeros(one.samples, dtype=np.int64) for one in sets]
+    for first in range(0, images, _PIECE):
+        source, sample = mixture.samples(np.arange(first, min(first + _PIECE, images)))
+        for s, use in enumerate(uses):
+            use += np.bincount(sample[source == s], minlength=len(use))
+    return uses
+
+
+def _contradictions(use: np.ndarray, taken: int, epoch: int) -> list[str]:
+    """Of e whole epochs and a part of one: no sample more than e + 1 times, and what an epoch leaves out is few."""
+    epochs, rest = divmod(taken, epoch)
+    left_out = len(use) - epoch
+    found = []
+    if use.sum() != taken:
+        found.append(f"{use.sum():,} uses of {taken:,} images")
+    if use.max() > epochs + (rest > 0):
+        found.append(f"sample {use.argmax():,} used {use.max():,} times in {epochs:,} epochs and a part")
+    missed = int(np.maximum(epochs - use, 0).sum())
+    if missed > epochs * left_out:
+        found.append(f"{missed:,} uses missing, {epochs * left_out:,} can be left out")
+    return found
+
+
+def _gaps(attempts: list[dict], trained: list[dict]) -> list[str]:
+    """Images must follow steps: a resume begins at an image count the run had, and none goes backwards."""
+    found = []
+    at = {line["step"]: line["images"] for line in trained if line["event"] != "attempt"}
+    for begin in attempts:
+        if at.get(begin["step"], begin["images"]) != begin["images"]:
+            found.append(
+                f"attempt {begin['attempt']} goes on at image {begin['images']:,}, but step {begin['step']:,} "
+                f"ended at {at[begin['step']]:,}"
+            )
+    ordered = sorted(trained, key=lambda line: line["step"])
+    for before, after in itertools.pairwise(ordered):
+        if after["images"] < before["images"]:
+            found.append(f"step {after['step']:,} has fewer images than step {before['step']:,}")
+    return found
+
+
+def _replaced(run: RunDirectory, names: list[str], uses: list[np.ndarray]) -> tuple[int, list[str]]:
+    """Bad samples that the journals of all ranks name: their number, and those the order did not ask for."""
+    places = [run.journal_file, *sorted(run.path.glob("journal-rank-*.jsonl"))]
+    begins = [line for line in events(run.journal_file) if line["event"] == "attempt"]
+    lines = valid([*begins, *(line for p in places for line in events(p) if line["event"] == "bad_sample")])
+    found = {line["context"]["k"]: line["context"] for line in lines if line["event"] == "bad_sample"}
+    wrong = [
+        f"image {k:,}: {one['source']}'s sample {one['sample']:,} was replaced, which the order did not ask for"
+        for k, one in sorted(found.items())
+        if one["source"] not in names or not uses[names.index(one["source"])][one["sample"]]
+    ]
+    return len(found), wrong

@@ -1,0 +1,81 @@
+"""Images a second of each stage of one loader process, and which one limits."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dtrain.config import Config
+from dtrain.data.manifest import check_all, load_all
+from dtrain.data.samples import IMAGE_FIELDS
+from dtrain.data.stream import StepDataset
+from dtrain.data.transforms import centre_crop, decode, normalize
+from dtrain.errors import UserError
+from dtrain.randomness import Draws, Purpose
+
+
+def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
+    """Images/s by stage: read, decode, transform, randomness, collate, and `whole`, batches as they are trained on.
+
+    Each stage runs alone on the same images for an equal share of `seconds`, in one process with one thread.
+    """
+    manifest = load_all(config.data)
+    check_all(manifest, config.data)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        dataset = StepDataset(config, manifest, 0, 1, 0)
+        return _stages(config, dataset, seconds / 6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def report(rates: dict[str, float]) -> str:
+    stages = {name: rate for name, rate in rates.items() if name != "whole"}
+    slowest = min(stages, key=stages.get)
+    rows = [f"{name:12} {rate:12,.0f} images/s" for name, rate in rates.items()]
+    return "\n".join([*rows, f"{slowest} limits: {stages[slowest]:,.0f} images/s a process"])
+
+
+def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, float]:
+    data = config.data
+    k = np.arange(min(data.batch_size, 256))
+    sources, samples = dataset._order.samples(k)
+    places = list(zip(sources.tolist(), samples.tolist(), strict=True))
+
+    def read() -> list[dict[str, bytes]]:
+        return [dataset._readers[s].read(n, dataset._samples[s].fields) for s, n in places]
+
+    files = [next((found[f] for f in IMAGE_FIELDS if f in found), None) for found in read()]
+    if None in files:
+        raise UserError(f"{data.shards} has samples without an image; `dtrain verify` and pack it again")
+    images = [decode(file, data.channels) for file in files]
+    cropped = [centre_crop(image, data.image_size) for image in images]
+    draws = Draws(config.run.seed)
+
+    def randomness() -> None:
+        for key in k.tolist():
+            for purpose in (Purpose.TIME, Purpose.LABEL_DROP, Purpose.FLIP):
+                draws.uniform(purpose, key)
+            draws.normal(Purpose.NOISE, key, (data.channels, data.image_size, data.image_size))
+
+    steps = iter(range(10**9))
+    each = len(k)
+    return {
+        "read": _rate(read, each, seconds),
+        "decode": _rate(lambda: [decode(file, data.channels) for file in files], each, seconds),
+        "transform": _rate(lambda: [centre_crop(i, data.image_size).flip(-1) for i in images], each, seconds),
+        "randomness": _rate(randomness, each, seconds),
+        "collate": _rate(lambda: normalize(torch.stack(cropped)), each, seconds),
+        "whole": _rate(lambda: dataset[next(steps)], data.batch_size, seconds),
+    }
+
+
+def _rate(stage: Callable[[], object], images: int, seconds: float) -> float:
+    stage()
+    done, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds or not done:
+        stage()
+        done += images
+    return done / max(spent, 1e-9)
