@@ -1,60 +1,87 @@
-"""Distances between sets of features."""
+"""From the names in `eval.metrics` to numbers, and what each of them needs to be computed at all."""
 
-import numpy as np
-import scipy.linalg
+from torch import Tensor
 
+from dtrain.config import Eval
+from dtrain.errors import UserError
+from dtrain.evaluation.features import Extractor, metric_name
+from dtrain.evaluation.frechet import bootstrap_interval, fd_infinity, frechet_distance
+from dtrain.evaluation.inception_score import SPLITS, inception_score
+from dtrain.evaluation.kernel import kernel_distance
+from dtrain.evaluation.neighbours import NEIGHBOURS, precision_and_recall
 from dtrain.evaluation.statistics import Statistics
 
+OF_MOMENTS = {"fd"}
+OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
+HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet (2-Wasserstein) distance of the Gaussians with these moments, in float64.
 
-        d² = ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½
+def needs_features(e: Eval) -> bool:
+    """Whether the samples' features have to be kept; the Fréchet distance alone lives on moments."""
+    return bool(set(e.metrics) - OF_MOMENTS) or bool(e.bootstrap and "fd" in e.metrics)
 
-    Dowson & Landau (1982), "The Fréchet distance between multivariate normal distributions"; as a measure of generated
-    images, Heusel et al. (2017), eq. 6. Finite and ≥ 0 for every finite input, singular covariances included. It is
-    biased upwards at small counts: by D(D+5)/4·(1/N + 1/M) to first order for two samples of one unit Gaussian.
-    Raises ValueError for moments of different dimensions or with non-finite values.
+
+def needs_reference_features(e: Eval) -> bool:
+    return bool(set(e.metrics) & OF_REFERENCE_FEATURES)
+
+
+def check(e: Eval, extractor: Extractor) -> None:
+    """Raises UserError for what could not be computed after all the sampling."""
+    n, dimensions = e.num_samples, extractor.dimensions
+    if "is" in e.metrics and not extractor.classes:
+        raise UserError(
+            f"the Inception score needs features with classes, which {extractor.name} are not; take inception"
+        )
+    if "is" in e.metrics and n < SPLITS:
+        raise UserError(f"the Inception score is taken over {SPLITS} parts; raise eval.num_samples {n}")
+    if "fd_infinity" in e.metrics and n < 4 * dimensions:
+        raise UserError(
+            f"fd_infinity of {extractor.name} needs at least {4 * dimensions} samples (4 a dimension), not {n}"
+        )
+    if {"precision", "recall"} & set(e.metrics) and n <= NEIGHBOURS:
+        raise UserError(f"precision and recall need more than {NEIGHBOURS} samples; raise eval.num_samples {n}")
+    if e.bootstrap == 1:
+        raise UserError("eval.bootstrap is 1, and a spread needs at least 2 resamplings; 50 is a good number")
+
+
+def compute(
+    e: Eval,
+    extractor: Extractor,
+    statistics: Statistics,
+    reference: Statistics | None,
+    features: Tensor | None,
+    reference_features: Tensor | None,
+) -> dict[str, float]:
+    """Every metric of `eval.metrics` under its journal name. Features where `needs_…` says so, (N, D) and (M, D).
+
+    Beside a value stands what is known of its spread: `fid_low` and `fid_high` (95 %, with eval.bootstrap), the `_std`
+    over subsets of kid and is, the `_error` of fd_infinity's fit.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {a.dimensions} and of {b.dimensions} dimensions have no distance")
-    if not all(np.isfinite(x).all() for x in (a.mean, a.cov, b.mean, b.cov)):
-        raise ValueError("the moments hold non-finite values: some feature was not a finite number")
-    if b.count < a.count:
-        a, b = b, a  # the distance is symmetric; the first one, whose rank decides the cost, has at most count − 1
-    shift = a.mean - b.mean
-    squared = shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * _trace_sqrt_product(a.cov, b.cov)
-    return max(0.0, float(squared))  # rounding alone takes a square below 0
+    found: dict[str, float] = {}
 
+    def put(metric: str, value: float, **spread: float) -> None:
+        found[metric_name(metric, extractor.name)] = value
+        found.update({metric_name(metric, extractor.name, suffix): s for suffix, s in spread.items()})
 
-def _trace_sqrt_product(a: np.ndarray, b: np.ndarray) -> float:
-    """tr (ab)^½ of symmetric positive semi-definite a, b (D, D).
-
-    With a = AAᵀ, the non-zero eigenvalues of ab are those of the symmetric AᵀbA: no matrix root, nothing complex. An
-    eigenvalue below working precision is noise, and its root is 10⁸ times that; where this would be felt, the same
-    number comes more slowly as the nuclear norm of AᵀB with b = BBᵀ, in which nothing is squared.
-    """
-    factor = _factor(a)
-    eigenvalues = np.linalg.eigvalsh(factor.T @ b @ factor)
-    noise = np.finfo(np.float64).eps * eigenvalues.max(initial=0)
-    if noise <= 0:  # one of them is zero, or they share no direction
-        return 0.0
-    roots = np.sqrt(eigenvalues.clip(min=0))
-    if np.sum(noise / np.sqrt(eigenvalues.clip(min=noise))) > 1e-9 * np.sum(roots):
-        return float(np.linalg.svd(factor.T @ _factor(b), compute_uv=False).sum())
-    return float(roots.sum())
-
-
-def _factor(matrix: np.ndarray) -> np.ndarray:
-    """A (D, rank) with AAᵀ = matrix up to rounding: Cholesky's, pivoted and cut at its rank where one is not definite.
-
-    Fewer samples than dimensions, or a constant feature, make a covariance singular. LAPACK's pstrf takes a fifth of
-    the time of eigenvectors.
-    """
-    try:
-        return np.linalg.cholesky(matrix)
-    except np.linalg.LinAlgError:
-        upper, pivots, rank, _ = scipy.linalg.lapack.dpstrf(matrix)
-        factor = np.zeros((len(matrix), rank))
-        factor[pivots - 1] = np.triu(upper)[:rank].T
-        return factor
+    if "fd" in e.metrics:
+        distance = frechet_distance(statistics, reference)
+        put("fd", distance)
+        if e.bootstrap:
+            low, high = bootstrap_interval(features, reference, e.seed, e.bootstrap, distance)
+            put("fd", distance, low=low, high=high)
+    if "fd_infinity" in e.metrics:
+        extrapolated = fd_infinity(features, reference, e.seed)
+        put("fd_infinity", extrapolated.value, error=extrapolated.error)
+    if "kid" in e.metrics:
+        kid = kernel_distance(features, reference_features, e.seed)
+        put("kid", kid.mean, std=kid.std)
+    if {"precision", "recall"} & set(e.metrics):
+        for metric, value in zip(
+            ("precision", "recall"), precision_and_recall(features, reference_features), strict=True
+        ):
+            if metric in e.metrics:
+                put(metric, value)
+    if "is" in e.metrics:
+        score = inception_score(extractor.probabilities(features))
+        put("is", score.mean, std=score.std)
+    return found

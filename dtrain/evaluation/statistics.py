@@ -127,34 +127,66 @@ def merge_over_ranks(own: Triple, group: Any = None) -> Triple:
     return n.long(), mean, scatter
 
 
-def save(statistics: Statistics, path: str | Path, fingerprint: str) -> None:
-    """Write an .npz, whole or not at all: `mu`, `sigma` (clean-fid's and pytorch-fid's names), `count`, `fingerprint`.
+def statistics_of(features: Tensor, rows: int = 8192) -> Statistics:
+    """The Statistics of features (N, D), N ≥ 2, on one rank; float64 holds `rows` of them at a time."""
+    total = moments(features[:0].double())
+    for part in features.split(rows):
+        total = merge(total, moments(part.double()))
+    count, mean, scatter = total
+    return Statistics(int(count), mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy())
 
-    The fingerprint stands for the images and the features that these are the statistics of.
+
+def save(statistics: Statistics, path: str | Path, fingerprint: str, source: str = "") -> None:
+    """Write an .npz, whole or not at all: `mu`, `sigma` (clean-fid's, pytorch-fid's, EDM's names), and what is ours:
+    `count`, `fingerprint`, `source`.
+
+    The fingerprint stands for the images and the features that these are the statistics of; source says which those
+    were. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "wb") as f:
-        np.savez(f, mu=statistics.mean, sigma=statistics.cov, count=statistics.count, fingerprint=fingerprint)
+        arrays = {"mu": statistics.mean, "sigma": statistics.cov, "count": statistics.count}
+        np.savez(f, **arrays, fingerprint=fingerprint, source=source)
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
 
 
-def load(path: str | Path, fingerprint: str | None = None) -> Statistics:
-    """Read what `save` wrote. Raises UserError for no such file, a damaged one, or another fingerprint than wanted."""
+@dataclass(frozen=True)
+class Stored:
+    """The contents of an .npz; in another tool's file count is 0, for unknown, and the rest is None."""
+
+    statistics: Statistics
+    fingerprint: str | None
+    source: str | None
+
+
+def read(path: str | Path) -> Stored:
+    """Read what `save`, clean-fid, pytorch-fid or EDM wrote. Raises UserError for no such file or a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            statistics = Statistics(int(f["count"]), f["mu"], f["sigma"])
-            found = str(f["fingerprint"])
+            mean, cov = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
+            own = {key: f[key] for key in ("count", "fingerprint", "source") if key in f}
+            if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+                raise ValueError(f"mu {mean.shape} and sigma {cov.shape} are no mean and covariance")
+            if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+                raise ValueError("it holds non-finite values")
+            fingerprint, source = (str(own[key]) if key in own else None for key in ("fingerprint", "source"))
+            return Stored(Statistics(int(own.get("count", 0)), mean, cov), fingerprint, source)
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged or no statistics file ({e}); delete it to have it made again") from None
-    if fingerprint is not None and found != fingerprint:
+
+
+def load(path: str | Path, fingerprint: str | None = None) -> Statistics:
+    """`read`, refusing with a UserError another fingerprint than the one wanted."""
+    stored = read(path)
+    if fingerprint is not None and stored.fingerprint != fingerprint:
         raise UserError(
             f"{path} holds the statistics of other images or features "
-            f"(fingerprint {found[:12]}, not {fingerprint[:12]}); delete it to have it made again"
+            f"(fingerprint {str(stored.fingerprint)[:12]}, not {fingerprint[:12]}); delete it to have it made again"
         )
-    return statistics
+    return stored.statistics

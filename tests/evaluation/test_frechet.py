@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from dtrain.evaluation.metrics import frechet_distance
+from dtrain.evaluation.frechet import frechet_distance
 from dtrain.evaluation.statistics import Statistics
 
 

@@ -1,0 +1,152 @@
+"""The metrics that need every feature, and seeded subsets of them."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrain.evaluation import neighbours
+from dtrain.evaluation.frechet import bootstrap_interval, fd_infinity, frechet_distance
+from dtrain.evaluation.inception_score import inception_score
+from dtrain.evaluation.kernel import kernel_distance, squared_mmd
+from dtrain.evaluation.neighbours import precision_and_recall, radii
+from dtrain.evaluation.statistics import Statistics, statistics_of
+from dtrain.evaluation.subsets import KERNEL_REFERENCE, KERNEL_SAMPLES, Subsets
+from tests.ranks import run_ranks
+
+
+def normals(n: int, dimensions: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(shift + scale * rng.normal(size=(n, dimensions))).float()
+
+
+def test_kernel_distance_equals_torch_fidelity_on_the_same_subsets():
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kernel_mmd, kid_features_to_metric
+
+    x, y = normals(400, 24, 0), normals(300, 24, 1, shift=0.3)
+    ours = kernel_distance(x, y, seed=7, subsets=20, subset_size=100)
+    subsets = Subsets(7)
+    theirs = []
+    for i in range(20):
+        rows_x = subsets.choose(400, 100, i, KERNEL_SAMPLES)
+        rows_y = subsets.choose(300, 100, i, KERNEL_REFERENCE)
+        assert len(set(rows_x.tolist())) == len(set(rows_y.tolist())) == 100
+        theirs.append(kernel_mmd(x[rows_x].double().numpy(), y[rows_y].double().numpy()))
+    assert ours.mean == pytest.approx(np.mean(theirs), rel=1e-9)
+    assert ours.std == pytest.approx(np.std(theirs), rel=1e-9)
+    # A subset of everything is the same one in any order, so here their own function has the same subset too.
+    whole = kid_features_to_metric(
+        x[:300].double(), y.double(), kid_subsets=1, kid_subset_size=300, rng_seed=0, verbose=False
+    )
+    assert kernel_distance(x[:300], y, 7, subsets=1).mean == pytest.approx(whole[KEY_METRIC_KID_MEAN], rel=1e-9)
+
+
+def test_the_kernel_estimate_is_unbiased_and_its_subsets_come_from_the_seed():
+    """Over pairs of samples of one distribution the mean is 0, whatever their count; a biased estimate is 0.1 above."""
+    values = [squared_mmd(normals(30, 4, 2 * i), normals(20, 4, 2 * i + 1)) for i in range(400)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(400)
+    x, y = normals(60, 4, 0), normals(60, 4, 1)
+    assert kernel_distance(x, y, 3, 10, 20) == kernel_distance(x, y, 3, 10, 20)
+    assert kernel_distance(x, y, 3, 10, 20) != kernel_distance(x, y, 4, 10, 20)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_precision_and_recall_equal_torch_fidelitys(offset):
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    x, y = normals(700, 6, 0, scale=0.7).double() + offset, normals(500, 6, 1, shift=0.2).double() + offset
+    theirs = prc_features_to_metric(x, y, verbose=False)
+    precision, recall = precision_and_recall(x, y)
+    assert precision == pytest.approx(theirs[KEY_METRIC_PRECISION], abs=1e-6)  # theirs is a float32 mean
+    assert recall == pytest.approx(theirs[KEY_METRIC_RECALL], abs=1e-6)
+    assert 0.2 < recall < precision < 1  # so that neither is trivially right
+    assert precision_and_recall(x.float(), y.float()) == pytest.approx((precision, recall), abs=0.005)
+
+
+def test_distances_are_made_in_tiles_of_bounded_memory(monkeypatch):
+    """No tensor on the way is larger than a tile, and the tiles give the brute-force answer."""
+    assert neighbours.ROWS * neighbours.COLUMNS * 4 <= 32 * 2**20  # bytes, at any number of samples
+    monkeypatch.setattr(neighbours, "ROWS", 64)
+    monkeypatch.setattr(neighbours, "COLUMNS", 100)
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    x, y = normals(430, 3, 0).double(), normals(1010, 3, 1).double()
+    with Largest() as largest:
+        precision, recall = precision_and_recall(x, y)
+    assert largest.elements <= 64 * (100 + 4) < len(x) * len(y) / 50
+
+    def brute(points, centres):
+        reach = torch.cdist(centres, centres).kthvalue(4).values
+        return (torch.cdist(points, centres) <= reach).any(1).double().mean().item()
+
+    assert (precision, recall) == (brute(x, y), brute(y, x))
+    np.testing.assert_allclose(radii(x, 3), torch.cdist(x, x).kthvalue(4).values, rtol=1e-9)
+
+
+def test_inception_score_equals_torch_fidelitys():
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    logits = 3 * normals(205, 12, 0)
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    ours = inception_score(logits.double().softmax(1))
+    assert ours.mean == pytest.approx(theirs[KEY_METRIC_ISC_MEAN], rel=1e-9)
+    assert ours.std == pytest.approx(theirs[KEY_METRIC_ISC_STD], rel=1e-9)
+    one_hot = torch.eye(5).repeat(20, 1)
+    assert inception_score(one_hot).mean == pytest.approx(5.0)  # sure of each sample, all classes among them
+
+
+def test_the_extrapolated_distance_recovers_the_truth_that_the_plain_one_misses():
+    """Gaussians with known moments: at 8 samples a dimension the plain distance is 10 % and more too high."""
+    dimensions, n = 32, 256
+    truth = Statistics(10**9, np.full(dimensions, 0.5), 2.0 * np.eye(dimensions))
+    expected = dimensions * (0.25 + (np.sqrt(2) - 1) ** 2)
+    found = [(fd_infinity(x, truth, 0), frechet_distance(statistics_of(x), truth)) for x in samples(n, dimensions)]
+    extrapolated = np.mean([e.value for e, _ in found])
+    plain = np.mean([p for _, p in found])
+    assert plain > 1.1 * expected
+    assert extrapolated == pytest.approx(expected, rel=0.03)
+    larger = normals(5000, dimensions, 99)
+    single = fd_infinity(larger, truth, 0)
+    assert single.value == pytest.approx(expected, rel=0.03)
+    assert 0 < single.error < 0.03 * expected
+
+
+def samples(n: int, dimensions: int) -> list[torch.Tensor]:
+    return [normals(n, dimensions, seed) for seed in range(40)]
+
+
+def test_the_bootstrap_interval_is_as_wide_as_the_spread_of_independent_samples():
+    dimensions, n = 8, 400
+    truth = Statistics(10**9, np.full(dimensions, 0.5), np.eye(dimensions))
+    values = [frechet_distance(statistics_of(x), truth) for x in samples(n, dimensions)]
+    x = normals(n, dimensions, 0)
+    low, high = bootstrap_interval(x, truth, seed=0, resamplings=60, value=values[0])
+    assert (low + high) / 2 == pytest.approx(values[0])
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(values), rel=0.4)
+
+
+def _gather(blocks: dict[int, list[int]]) -> torch.Tensor | None:
+    from dtrain.evaluation.kept import KeptFeatures
+
+    kept = KeptFeatures(2)
+    for number in blocks[torch.distributed.get_rank()]:
+        rows = 3 if number < 4 else 1
+        kept.update(number, torch.arange(number * 10, number * 10 + rows).double()[:, None].expand(-1, 2))
+    found = kept.gather()
+    return None if found is None else found[:, 0].tolist()
+
+
+def test_kept_features_come_to_rank_0_in_the_order_of_their_blocks():
+    expected = [10.0 * number + row for number in range(5) for row in range(3 if number < 4 else 1)]
+    for blocks in ({0: [0, 1, 2, 3, 4]}, {0: [0, 2, 4], 1: [1, 3]}, {0: [], 1: [1, 4], 2: [0, 2, 3]}):
+        found = run_ranks(_gather, len(blocks), blocks)
+        assert found == [expected] + [None] * (len(blocks) - 1)
