@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
+LOG_SECONDS = 30.0  # between two lines about progress where there is no terminal
+FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
 
 
@@ -114,37 +116,72 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
     eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
-    metrics: Annotated[str | None, typer.Option(help="fd, bpd, or both with a comma")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
     step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    metrics: Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,is,bpd")] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
+    labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
+    bootstrap: Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
 ) -> None:
-    """Draw samples from a run's checkpoint and compare them with its held-out split."""
+    """Draw samples from a run's checkpoint and compare them with its held-out split.
+
+    Killed and started again with the same settings it goes on where it was.
+    """
     from dtrain import distributed
     from dtrain.run import RunDirectory
 
     directory = RunDirectory.find(run)
     chosen = {"num_samples": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
+    chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
+    chosen |= {"bootstrap": bootstrap}
     chosen["metrics"] = metrics.split(",") if metrics else None
     settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
-    if not settings.data.holdout:
-        raise UserError(f"{directory.config_file} names no data.holdout to compare with")
     distributed.set_thread_counts()
     distributed.initialize()
-    from dtrain.evaluation.evaluate import Reference, open_sampler, weights_name
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
+    from dtrain.evaluation.evaluate import open_sampler, scratch_of, weights_name
+    from dtrain.evaluation.reference import Reference
 
     device = distributed.device()
     drawn, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
+    with _progress("reading the reference") as on_block:
+        compared = Reference(settings, device, on_block)
+    scratch = scratch_of(directory, settings, at_step, compared)
     with _progress("sampling") as on_block:
-        values, context = run_evaluation(drawn, settings, Reference(settings, device), on_block)
+        found, context = run_evaluation(drawn, settings, compared, on_block, scratch)
     if distributed.rank() == 0:
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        scratch.remove()
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
         print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
         if as_json:
-            print(json.dumps({"step": at_step, "images": images, "metrics": values, "context": context}))
+            print(json.dumps({"step": at_step, "images": images, "metrics": found, "context": context}))
+    distributed.finalize()
+
+
+@app.command()
+def reference(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
+    features: Annotated[str, typer.Option(help=FEATURES_HELP)] = "auto",
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="default: that of the first image")] = None,
+    out: Annotated[Path | None, typer.Option(help="the .npz to write; default: beside the shards")] = None,
+) -> None:
+    """Compute once what evaluations compare with, and keep it beside the shards, where they look for it."""
+    from dtrain import distributed
+
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation.reference import make
+
+    with _progress("reading") as on_block:
+        done = make(shards, features, weights, image_size, out, on_block)
+    if distributed.rank() == 0:
+        print(done)
     distributed.finalize()
 
 
@@ -289,8 +326,10 @@ def _with_eval(config, chosen: dict, raw: bool):
 
 
 def _progress(what: str):
-    """A context manager giving on_block(done, of): a bar on rank 0's terminal."""
+    """A context manager giving on_block(done, of): on rank 0 a bar on a terminal, now and then a line in a log."""
+    import time
     from contextlib import contextmanager
+    from datetime import timedelta
 
     from rich.console import Console
     from rich.progress import Progress
@@ -300,12 +339,26 @@ def _progress(what: str):
     @contextmanager
     def bar():
         console = Console(stderr=True)
-        hidden = distributed.rank() != 0 or not console.is_terminal
-        with Progress(console=console, disable=hidden, transient=True) as progress:
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(what, total=None)
-            yield lambda done, of: progress.update(task, completed=done, total=of)
+            began = said = time.monotonic()
 
-    return bar()
+            def on_block(done: int, of: int) -> None:
+                nonlocal said
+                progress.update(task, completed=done, total=of)
+                now = time.monotonic()
+                if not console.is_terminal and done < of and now - said > LOG_SECONDS:
+                    left = timedelta(seconds=round((now - began) / done * (of - done)))
+                    print(f"dtrain: {what}: {done} of {of}, {left} left", file=sys.stderr, flush=True)
+                    said = now
+
+            yield on_block
+
+    @contextmanager
+    def nothing():
+        yield lambda done, of: None
+
+    return bar() if distributed.rank() == 0 else nothing()
 
 
 def main(command: str | None = None) -> None:

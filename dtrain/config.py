@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dtrain.errors import UserError
 
@@ -291,13 +300,21 @@ class Train(Section):
     deadline: str | None = None  # [D-]HH:MM:SS from the start, or an ISO 8601 time; default: the SLURM job's end
 
 
+# bpd: the bound on held-out images, in bits/dim
+Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd"]
+
+
 class Eval(Section):
     every: NonNegative = 0  # steps between evaluations; 0: never during training
     num_samples: Positive = 2000
     batch_size: Positive = 250  # block of sample ids drawn together; part of the result's identity
-    metrics: list[Literal["fd", "bpd"]] = ["fd"]  # bpd: the bound on held-out images, in bits/dim
+    metrics: Annotated[list[Metric], Field(min_length=1)] = ["fd"]
     validation_images: Positive = 256  # the first held-out images, for bpd and the loss by noise level
-    features: Literal["pixels"] = "pixels"
+    features: str = "auto"  # inception | effnet_lite0 | pixels | a TorchScript file; auto: the first that is here
+    weights: str | None = None  # Inception's file or its folder; default: DTRAIN_WEIGHTS, then ~/.cache/dtrain
+    reference: str | None = None  # an .npz of mu and sigma to compare with; default: computed from data.holdout
+    labels: Literal["data", "uniform"] = "data"  # of the samples: as in the held-out split, or all classes in turn
+    bootstrap: NonNegative = 0  # resamplings behind an interval of fd; 0: none
     sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"  # default of a flow: euler
     steps: Positive = 50
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0  # ddim's noise; sigma_hat: DDPM's larger one
@@ -310,6 +327,15 @@ class Eval(Section):
     guidance_channels: Literal["all", "first_3"] = "all"  # first_3 only to repeat published DiT results
     ema: NonNegative | None = 0  # which profile; null: the raw weights
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: str) -> str:
+        if value not in ("auto", "inception", "effnet_lite0", "pixels") and not value.endswith((".pt", ".pth", ".ts")):
+            raise ValueError(
+                f"{value!r} is none of auto, inception, effnet_lite0, pixels, and no TorchScript file (.pt, .pth, .ts)"
+            )
+        return value
 
 
 class Tracking(Section):

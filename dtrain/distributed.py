@@ -106,6 +106,21 @@ def on_rank_0(function, *args):
     return value
 
 
+def agree(function, *args):
+    """Call on every rank; this rank's result, or on all of them the first UserError that one of them met."""
+    from dtrain.errors import UserError
+
+    result, error = None, None
+    try:
+        result = function(*args)
+    except UserError as e:
+        error = str(e)
+    met = [e for e in gather_objects(error) if e is not None]
+    if met:
+        raise UserError(met[0])
+    return result
+
+
 def finalize() -> None:
     """Leave the process group, so that no rank sees another vanish."""
     import torch.distributed as dist

@@ -105,3 +105,12 @@ def read_split(
         if LABEL_FIELD in manifest.fields:
             labels[row] = label_of(reader, sample, data)
     return images, labels
+
+
+def read_labels(manifest: Manifest, directory: str | Path) -> torch.Tensor:
+    """The labels of a whole split in the manifest's order, int64 (N,), 0 without; no image is read."""
+    reader = ShardReader(manifest, directory)
+    if LABEL_FIELD not in manifest.fields:
+        return torch.zeros(manifest.samples, dtype=torch.int64)
+    labels = [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in range(manifest.samples)]
+    return torch.tensor(labels)

@@ -1,30 +1,33 @@
 """Evaluate a model: draw samples on all ranks, compare them with the held-out split.
 
-Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communicated until the moments are merged, so
-ranks may be unequally fast.
+Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communicated until the features are brought
+together, so ranks may be unequally fast.
 """
 
+import hashlib
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtrain import distributed
+from dtrain.checkpoint.directory import step_path
 from dtrain.checkpoint.export import load_weights, open_checkpoint
-from dtrain.config import Config
-from dtrain.data import manifest as manifests
-from dtrain.data.manifest import Manifest
-from dtrain.data.stream import read_split
-from dtrain.data.transforms import normalize
+from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
-from dtrain.evaluation.features import extractor, metric_name
+from dtrain.errors import UserError
+from dtrain.evaluation import metrics
 from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
-from dtrain.evaluation.metrics import frechet_distance
-from dtrain.evaluation.statistics import Moments, Statistics
+from dtrain.evaluation.reference import Reference
+from dtrain.evaluation.scratch import Scratch
+from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
 
+# What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = (
     "sampler",
     "steps",
@@ -38,33 +41,6 @@ SAMPLING_KEYS = (
     "batch_size",
     "seed",
 )
-READ_BLOCK = 512  # images of the reference split read and embedded at a time
-
-
-class Reference:
-    """The held-out split: its labels and the statistics of its features, computed once by all ranks together."""
-
-    def __init__(self, config: Config, device: torch.device):
-        self.manifest: Manifest = manifests.load(Path(config.data.holdout))
-        self.extractor = extractor(config.eval.features, config)
-        directory = Path(config.data.holdout).parent
-        distributed.on_rank_0(manifests.check_shards, self.manifest, directory)
-        moments = Moments(self.extractor.dimensions).to(device)
-        size, channels, total = config.data.image_size, config.data.channels, self.manifest.samples
-        labels = []
-        rank, world_size = distributed.rank(), distributed.world_size()
-        for number, start in enumerate(range(0, total, READ_BLOCK)):
-            images, block_labels = read_split(
-                self.manifest, directory, size, channels, start, min(start + READ_BLOCK, total)
-            )
-            labels.append(block_labels)  # every rank needs all labels
-            if number % world_size == rank:
-                moments.update(self.extractor(images.to(device)))
-        self.labels = torch.cat(labels)
-        first = min(config.eval.validation_images, total)
-        images, _ = read_split(self.manifest, directory, size, channels, 0, first)
-        self.validation = normalize(images), self.labels[:first]
-        self.statistics: Statistics = moments.compute()
 
 
 def weights_name(config: Config) -> str:
@@ -72,38 +48,73 @@ def weights_name(config: Config) -> str:
     return "raw" if config.eval.ema is None else f"ema_{config.eval.ema}"
 
 
+def labels_of(ids: list[int], config: Config, reference: Reference) -> Tensor:
+    """int64 (n,): of held-out sample id mod M, so distributed as in that split; `uniform`: all classes in turn."""
+    numbers = torch.tensor(ids)
+    if config.eval.labels == "uniform" or reference.labels is None:
+        return numbers % max(1, config.model.num_classes)
+    return reference.labels[numbers % len(reference.labels)]
+
+
 def evaluate(
-    sampler: Sampler, config: Config, reference: Reference, on_block: Callable[[int, int], None] = lambda done, of: None
+    sampler: Sampler,
+    config: Config,
+    reference: Reference,
+    on_block: Callable[[int, int], None] = lambda done, of: None,
+    scratch: Scratch | None = None,
 ) -> tuple[dict[str, float], dict]:
     """(metrics, context) of `eval.num_samples` samples; every rank calls it and gets the same answer.
 
-    Sample id i has the label of held-out sample i mod M, so that the labels are distributed as in that split.
+    With `scratch`, each block drawn is kept there, and those that are there already are not drawn again.
     """
-    e = config.eval
-    moments = Moments(reference.extractor.dimensions).to(sampler.device)
-    samples = e.num_samples if "fd" in e.metrics else 0
-    starts = range(0, samples, e.batch_size)[distributed.rank() :: distributed.world_size()]
-    for done, start in enumerate(starts):
-        ids = list(range(start, min(start + e.batch_size, e.num_samples)))
-        labels = reference.labels[torch.tensor(ids) % len(reference.labels)]
-        images = sampler.draw(ids, labels, e)
-        moments.update(reference.extractor(images.to(sampler.device)))
-        on_block(done + 1, len(starts))
-    metrics = {}
-    if "fd" in e.metrics:
-        name = metric_name("fd", reference.extractor.name)
-        metrics[name] = frechet_distance(moments.compute(), reference.statistics)
+    e, extractor = config.eval, reference.extractor
+    moments = Moments(extractor.dimensions).to(sampler.device)
+    kept = KeptFeatures(extractor.dimensions, sampler.device) if metrics.needs_features(e) else None
+    drawn = e.num_samples if set(e.metrics) - metrics.OF_THE_MODEL else 0
+    starts = range(0, drawn, e.batch_size)
+    mine = range(distributed.rank(), len(starts), distributed.world_size())
+    for done, number in enumerate(mine):
+        ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
+        images = _images(sampler, ids, lambda ids: labels_of(ids, config, reference), e, scratch)
+        features = extractor(images.to(sampler.device))
+        moments.update(features)
+        if kept is not None:
+            kept.update(number, features)
+        on_block(done + 1, len(mine))
+    found = {}
+    if drawn:
+        statistics = moments.compute()
+        features = kept.gather() if kept is not None else None
+        found = distributed.on_rank_0(
+            metrics.compute, e, extractor, statistics, reference.statistics, features, reference.features
+        )
     if "bpd" in e.metrics:
-        metrics |= bits_per_dim(sampler, *reference.validation, e.seed)
+        found |= bits_per_dim(sampler, *reference.validation, e.seed)
     context = {
         "ema": weights_name(config),
         "n": e.num_samples,
         **{key: getattr(e, key) for key in SAMPLING_KEYS},
-        "features": reference.extractor.name,
-        "extractor": reference.extractor.fingerprint,
-        "reference": reference.manifest.hash,
+        "labels": e.labels,
+        "features": extractor.name,
+        "extractor": extractor.fingerprint,
+        "reference": reference.hash,
     }
-    return metrics, context
+    return found, context
+
+
+def _images(
+    sampler: Sampler, ids: list[int], labels: Callable[[list[int]], Tensor], how: Eval, scratch: Scratch | None
+) -> Tensor:
+    """uint8 (n, C, H, W) of a block of ids, out of `scratch` where they are there."""
+    found = scratch.read(ids[0], len(ids), sampler.shape) if scratch is not None else None
+    if found is None:
+        found = sampler.draw(ids, labels(ids), how)
+        if scratch is not None:
+            try:
+                scratch.write(ids[0], found)
+            except OSError as e:
+                raise UserError(f"cannot keep samples in {scratch.path}: {e.strerror}; make room there") from None
+    return found
 
 
 def open_sampler(
@@ -114,3 +125,20 @@ def open_sampler(
     model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
     sampler = Sampler.of(model, build_process(config.diffusion), config, device)
     return sampler, checkpoint.meta["step"], checkpoint.meta["images"]
+
+
+def identity(run: RunDirectory, config: Config, step: int, reference: Reference) -> dict[str, Any]:
+    """All that determines the samples of an evaluation of checkpoint `step`: of every id, so not their number."""
+    manifest = step_path(run.checkpoints, step) / "manifest.json"  # it names all that the checkpoint holds by hash
+    uniform = config.eval.labels == "uniform" or reference.manifest is None
+    return {
+        "checkpoint": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "weights": weights_name(config),
+        **{key: getattr(config.eval, key) for key in SAMPLING_KEYS},
+        "labels": "uniform" if uniform else reference.manifest.hash,
+    }
+
+
+def scratch_of(run: RunDirectory, config: Config, step: int, reference: Reference) -> Scratch:
+    """Where the samples of this evaluation wait for it to be started again."""
+    return Scratch(run.path / "evaluations", identity(run, config, step, reference))

@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtrain.config import Config
+from dtrain.evaluation import weights
 
 
 class Extractor(Protocol):
     name: str  # as in `fd_<name>`
+    classes: int  # of `probabilities`; 0: it classifies nothing
 
     @property
     def dimensions(self) -> int:
@@ -25,7 +26,10 @@ class Extractor(Protocol):
         """Hex digest of all that determines the features of an image: weights, resizing, normalisation."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, D), floating point, of images uint8 (N, C, H, W), on the images' device."""
+        """Features float32 (N, D), of images uint8 (N, C, H, W), on the images' device."""
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Class probabilities float64 (N, classes) of features (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Pixels:
     image_size: int
     channels: int
     name = "pixels"
+    classes = 0
 
     @property
     def dimensions(self) -> int:
@@ -52,13 +57,38 @@ class Pixels:
             raise ValueError(f"pixels wants uint8 images whose (C, H, W) is {expected}, got {got}")
         return images.flatten(1).float() / 127.5 - 1  # (N, C·H·W)
 
-
-def extractor(name: str, config: Config) -> Extractor:
-    """The extractor that `eval.features` names, for the images of this config."""
-    assert name == "pixels", name
-    return Pixels(config.data.image_size, config.data.channels)
+    def probabilities(self, features: Tensor) -> Tensor:
+        raise ValueError("pixels have no classes")
 
 
-def metric_name(metric: str, features: str) -> str:
-    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels` (design, decision 8)."""
-    return f"{metric}_{features}"
+def extractor(
+    name: str, image_size: int, channels: int, given: str | None = None, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor that a value of `eval.features` stands for; `given` is `eval.weights`.
+
+    `auto` is Inception where its file lies on this machine, else EfficientNet-Lite0; it never downloads, while
+    `inception` does. Raises UserError for weights that are missing, cut off or others, before anything is computed.
+    """
+    if name == "pixels":
+        return Pixels(image_size, channels)
+    from dtrain.evaluation.networks import EfficientNetLite0, Inception, UserNetwork
+
+    if name == "auto":
+        found = weights.find(weights.INCEPTION, given)
+        # Without the extra, EfficientNet's error names Inception's file too: either will do.
+        return EfficientNetLite0(device) if found is None else Inception(found, device)
+    if name == "inception":
+        return Inception(weights.obtain(weights.INCEPTION, given), device)
+    if name == "effnet_lite0":
+        return EfficientNetLite0(device)
+    return UserNetwork(name, device)
+
+
+def metric_name(metric: str, features: str, suffix: str = "") -> str:
+    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels` (design, decision 8).
+
+    Only the Fréchet distance of Inception features with clean-fid's resizing is called `fid`. A suffix names what
+    belongs to the value, such as `kid_inception_std`.
+    """
+    name = "fid" if (metric, features) == ("fd", "inception") else f"{metric}_{features}"
+    return f"{name}_{suffix}" if suffix else name

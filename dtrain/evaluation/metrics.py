@@ -12,13 +12,14 @@ from dtrain.evaluation.neighbours import NEIGHBOURS, precision_and_recall
 from dtrain.evaluation.statistics import Statistics
 
 OF_MOMENTS = {"fd"}
+OF_THE_MODEL = {"bpd"}  # no samples at all; `evaluate` asks the model itself
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
 HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
 
 def needs_features(e: Eval) -> bool:
     """Whether the samples' features have to be kept; the Fréchet distance alone lives on moments."""
-    return bool(set(e.metrics) - OF_MOMENTS) or bool(e.bootstrap and "fd" in e.metrics)
+    return bool(set(e.metrics) - OF_MOMENTS - OF_THE_MODEL) or bool(e.bootstrap and "fd" in e.metrics)
 
 
 def needs_reference_features(e: Eval) -> bool:

@@ -7,9 +7,10 @@ import torch
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.evaluation.evaluate import Reference, evaluate, weights_name
+from dtrain.evaluation.evaluate import evaluate, weights_name
 from dtrain.evaluation.generate import Sampler, grid
 from dtrain.evaluation.likelihood import losses_by_level
+from dtrain.evaluation.reference import Reference
 from dtrain.models.build import allocate
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.config import validate
 from dtrain.evaluation.features import Pixels, extractor, metric_name
-
-CONFIG = {
-    "data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 4},
-    "model": {"name": "dit", "depth": 1, "width": 8, "heads": 1, "patch": 2},
-    "train": {"steps": 1},
-}
 
 
 def test_pixels_are_the_flattened_image_in_minus_one_to_one():
@@ -24,8 +17,8 @@ def test_pixels_are_the_flattened_image_in_minus_one_to_one():
     assert features[0, :2].tolist() == [-1.0, 1.0]
 
 
-def test_the_config_names_the_extractor_and_its_image_shape():
-    pixels = extractor("pixels", validate(CONFIG, "test"))
+def test_the_name_and_the_image_shape_give_the_extractor():
+    pixels = extractor("pixels", image_size=8, channels=1)
     assert (pixels.name, pixels.dimensions) == ("pixels", 64)
     assert pixels(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, pixels.dimensions)
     assert pixels(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)).shape == (0, pixels.dimensions)

@@ -1,0 +1,232 @@
+"""What samples are compared with: the features of a held-out split, computed by all ranks together or read from a file.
+
+`dtrain reference SHARDS` writes `reference-<features>-<size>px.npz` beside the shards. It names the data, the extractor
+and the preprocessing it was made from; where one of them has changed it is stale and refused, never used or replaced.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dtrain import distributed
+from dtrain.config import Config
+from dtrain.data import manifest as manifests
+from dtrain.data.manifest import Manifest
+from dtrain.data.samples import IMAGE_FIELDS, read_labels, read_split
+from dtrain.data.shards import ShardReader
+from dtrain.data.transforms import normalize
+from dtrain.errors import UserError
+from dtrain.evaluation import metrics
+from dtrain.evaluation.features import Extractor, extractor
+from dtrain.evaluation.kept import KeptFeatures
+from dtrain.evaluation.statistics import Moments, Statistics, read, save
+
+READ_BLOCK = 512  # images of the split read and embedded at a time
+
+OnBlock = Callable[[int, int], None]
+
+
+def _quiet(done: int, of: int) -> None:
+    pass
+
+
+def preprocessing(image_size: int, channels: int) -> str:
+    return f"centre crop to {image_size} pixels, {channels} channels"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What statistics were made from."""
+
+    manifest: str  # its path, to see whether it is still the same
+    data: str  # the manifest's hash
+    extractor: str  # its fingerprint
+    preprocessing: str  # what happened to the images before the extractor
+
+    @classmethod
+    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int) -> "Source":
+        path = str(manifest.path.resolve())
+        return cls(path, manifest.hash, features.fingerprint, preprocessing(image_size, channels))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all but the path: data may be moved."""
+        content = json.dumps([self.data, self.extractor, self.preprocessing])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Reference:
+    """The statistics to compare with, and the labels of the held-out split.
+
+    statistics: of `eval.reference`, else of the file beside the split, else computed from it.
+    features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
+    labels:     int64 (M,) of the split, None without `data.holdout`
+    validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
+    hash:       of what `statistics` come from, for a metric's context
+    """
+
+    def __init__(self, config: Config, device: torch.device, on_block: OnBlock = _quiet):
+        """A collective. Raises UserError, before anything is computed, where an evaluation could not end well."""
+        data, e = config.data, config.eval
+        # Every rank finds or fetches its weights: ranks of one machine wait for each other, machines may differ.
+        self.extractor: Extractor = distributed.agree(
+            extractor, e.features, data.image_size, data.channels, e.weights, device
+        )
+        metrics.check(e, self.extractor)
+        keep = metrics.needs_reference_features(e)
+        self.labels = self.features = self.validation = None
+        self.manifest = self._split(config, keep)
+        if self.manifest is not None:
+            directory, first = self.manifest.path.parent, min(e.validation_images, self.manifest.samples)
+            self.labels = read_labels(self.manifest, directory)
+            images, labels = read_split(self.manifest, directory, data.image_size, data.channels, 0, first)
+            self.validation = normalize(images), labels
+        stored = distributed.on_rank_0(self._stored, config)
+        if stored is not None:
+            self.statistics, self.hash = stored
+        if stored is None or keep:
+            statistics, self.features = compute(
+                self.manifest, self.extractor, data.image_size, data.channels, device, keep, on_block
+            )
+            if stored is None:
+                self.statistics, self.hash = statistics, self.manifest.hash
+
+    def _split(self, config: Config, keep: bool) -> Manifest | None:
+        if not config.data.holdout:
+            if keep or not config.eval.reference:
+                wanted = "the features of a split" if keep else "something to compare with"
+                raise UserError(f"{', '.join(config.eval.metrics)} need {wanted}: name its manifest in data.holdout")
+            if config.eval.labels == "data" and config.model.num_classes:
+                raise UserError(
+                    "eval.labels is `data`, but there is no data.holdout to take labels from; set `uniform`"
+                )
+            return None
+        manifest = manifests.load(Path(config.data.holdout))
+        distributed.on_rank_0(manifests.check_shards, manifest, manifest.path.parent)
+        return manifest
+
+    def _stored(self, config: Config) -> tuple[Statistics, str] | None:
+        size, channels = config.data.image_size, config.data.channels
+        if config.eval.reference:
+            return read_reference(Path(config.eval.reference), self.extractor, size, channels)
+        path = stored_path(self.manifest.path.parent, self.extractor, size)
+        if not path.exists():
+            return None
+        return read_reference(path, self.extractor, size, channels, self.manifest)
+
+
+def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:
+    return directory / f"reference-{features.name}-{image_size}px.npz"
+
+
+def read_reference(
+    path: Path, features: Extractor, image_size: int, channels: int, manifest: Manifest | None = None
+) -> tuple[Statistics, str]:
+    """(statistics, hash) of a file of ours or another tool's (which can only be held to its dimensions).
+
+    `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. Raises
+    UserError for a stale or damaged file.
+    """
+    stored = read(path)
+    if stored.source:
+        try:
+            source = Source(**json.loads(stored.source))
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged (its source cannot be read); run `dtrain reference` again") from None
+        if manifest is None and Path(source.manifest).exists():
+            manifest = manifests.load(source.manifest)
+        data = source.data if manifest is None else manifest.hash
+        now = Source(source.manifest, data, features.fingerprint, preprocessing(image_size, channels))
+        for part in ("data", "extractor", "preprocessing"):
+            was, is_now = getattr(source, part), getattr(now, part)
+            if was != is_now:
+                raise UserError(
+                    f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
+                    f"run `dtrain reference {Path(source.manifest).parent} --features {features.name}` again"
+                )
+    if stored.statistics.dimensions != features.dimensions:
+        raise UserError(
+            f"{path} holds statistics of {stored.statistics.dimensions} dimensions, but {features.name} has "
+            f"{features.dimensions}; they are of other features"
+        )
+    if stored.fingerprint:
+        return stored.statistics, stored.fingerprint
+    with open(path, "rb") as f:
+        return stored.statistics, hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def compute(
+    manifest: Manifest,
+    features: Extractor,
+    image_size: int,
+    channels: int,
+    device: torch.device,
+    keep: bool = False,
+    on_block: OnBlock = _quiet,
+) -> tuple[Statistics, Tensor | None]:
+    """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share."""
+    directory = manifest.path.parent
+    moments = Moments(features.dimensions).to(device)
+    kept = KeptFeatures(features.dimensions, device)
+    starts = list(range(0, manifest.samples, READ_BLOCK))
+    mine = range(distributed.rank(), len(starts), distributed.world_size())
+    for done, number in enumerate(mine):
+        start = starts[number]
+        images, _ = read_split(
+            manifest, directory, image_size, channels, start, min(start + READ_BLOCK, manifest.samples)
+        )
+        found = features(images.to(device))
+        moments.update(found)
+        if keep:
+            kept.update(number, found)
+        on_block(done + 1, len(mine))
+    return moments.compute(), kept.gather() if keep else None
+
+
+def make(
+    shards: str, name: str, weights: str | None, image_size: int | None, out: Path | None, on_block: OnBlock = _quiet
+) -> str:
+    """`dtrain reference`: write the statistics of a split; what was done, in one line. A collective.
+
+    shards: a folder with a manifest.json, or the manifest. image_size: default, the shorter side of the first image.
+    """
+    path = Path(shards) / "manifest.json" if Path(shards).is_dir() else Path(shards)
+    manifest = manifests.load(path)
+    distributed.on_rank_0(manifests.check_shards, manifest, path.parent)
+    size, channels = _first_image(manifest)
+    size = image_size or size
+    device = distributed.device()
+    features = distributed.agree(extractor, name, size, channels, weights, device)
+    source = Source.of(manifest, features, size, channels)
+    target = out or stored_path(path.parent, features, size)
+    statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block)
+
+    def write() -> None:
+        try:
+            save(statistics, target, source.fingerprint, json.dumps(asdict(source)))
+        except OSError as e:
+            raise UserError(f"cannot write {target}: {e.strerror}; name a writable place with --out") from None
+
+    distributed.on_rank_0(write)
+    return (
+        f"{target}: {features.name} of {statistics.count:,} images at {size} pixels, {features.dimensions} dimensions"
+    )
+
+
+def _first_image(manifest: Manifest) -> tuple[int, int]:
+    """(shorter side in pixels, channels) of a split's first image, which speaks for the others."""
+    reader = ShardReader(manifest, manifest.path.parent)
+    for field, data in reader.read(0, IMAGE_FIELDS).items():
+        try:
+            picture = Image.open(io.BytesIO(data))
+        except OSError:
+            raise UserError(f"{reader.name(0, field)} is no image that can be read; restore it") from None
+        return min(picture.size), 1 if picture.mode in ("1", "L") else 3
+    raise UserError(f"{reader.name(0)} is of a sample without a jpg, jpeg or png; pack the shard without it")

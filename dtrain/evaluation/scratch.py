@@ -1,0 +1,54 @@
+"""Samples of an evaluation that is not finished: whole blocks on disk, so that a killed one goes on where it was.
+
+RUN/evaluations/<fingerprint>/block-000000000250-250.npy holds the images of 250 ids from 250 on, uint8 (n, C, H, W).
+The fingerprint stands for all that determines an image, so another evaluation never finds them; the same one does,
+with any number of samples, metrics or ranks. Images and not features are kept: they serve every extractor.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """`folder` is the run's; `identity` is plain data."""
+        content = json.dumps(identity, sort_keys=True)
+        self.path = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def read(self, start: int, count: int, shape: tuple[int, int, int]) -> Tensor | None:
+        """The images of ids start … start + count, uint8 (count, *shape); None where they are not, or not whole."""
+        try:
+            images = np.load(self._block(start, count), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return torch.from_numpy(images) if (images.dtype, images.shape) == (np.uint8, (count, *shape)) else None
+
+    def write(self, start: int, images: Tensor) -> None:
+        """Keep a block: it is there whole or not at all. Raises OSError."""
+        path = self._block(start, len(images))
+        path.parent.mkdir(parents=True, exist_ok=True)  # each time: a twin of this evaluation may have removed it
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(partial, "wb") as f:
+            np.save(f, images.numpy())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+
+    def remove(self) -> None:
+        """Once, when the numbers are out."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self.path.parent.rmdir()
+        except OSError:
+            return  # another evaluation's blocks are there, or it never was
+
+    def _block(self, start: int, count: int) -> Path:
+        return self.path / f"block-{start:012d}-{count}.npy"

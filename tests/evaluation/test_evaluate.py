@@ -1,0 +1,142 @@
+"""A whole evaluation: on 1 and 2 ranks, killed and started again, with every metric."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.evaluation.evaluate import evaluate, labels_of, open_sampler, scratch_of
+from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.reference import Reference
+from dtrain.evaluation.scratch import Scratch
+from dtrain.run import RunDirectory
+from tests.digits import tiny
+from tests.ranks import run_ranks, start_ranks
+
+METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall]"
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """The config of a short run with a checkpoint."""
+    config = tiny(digits, tmp_path_factory.mktemp("runs"), "train.steps=3", METRICS, "eval.num_samples=260")
+    run_ranks(_train, 1, config)
+    return config
+
+
+def _train(config):
+    from dtrain.training.loop import train
+
+    return train(config)
+
+
+def _evaluate(config, pause=0.0, keep=False):
+    """(metrics, blocks drawn by this rank, images in scratch by first id); `pause` seconds after each block."""
+    run, device = RunDirectory(config.run.path), torch.device("cpu")
+    sampler, step, _ = open_sampler(run, config, "ema_0", device)
+    drawn = []
+    draw = Sampler.draw
+
+    def slowly(self, ids, labels, how):
+        drawn.append(ids[0])
+        time.sleep(pause)
+        return draw(self, ids, labels, how)
+
+    Sampler.draw = slowly
+    reference = Reference(config, device)
+    scratch = scratch_of(run, config, step, reference)
+    metrics, _ = evaluate(sampler, config, reference, scratch=scratch)
+    torch.distributed.barrier()
+    images = {}
+    if torch.distributed.get_rank() == 0:
+        images = {path.name: np.load(path) for path in sorted(scratch.path.glob("block-*.npy"))}
+        if not keep:
+            scratch.remove()
+    return metrics, drawn, images
+
+
+def test_an_evaluation_is_the_same_on_one_and_two_ranks_and_after_being_killed(trained):
+    ((alone, drawn, images),) = run_ranks(_evaluate, 1, trained)
+    assert drawn == list(range(0, 260, 12))
+    assert set(alone) == {
+        *("fd_pixels", "fd_infinity_pixels", "fd_infinity_pixels_error"),
+        *("kid_pixels", "kid_pixels_std", "precision_pixels", "recall_pixels"),
+    }
+    two = run_ranks(_evaluate, 2, trained)
+    assert two[0][0] == two[1][0]  # every rank has the same answer
+    assert sorted(two[0][1] + two[1][1]) == drawn
+    assert two[0][0] == pytest.approx(alone, rel=1e-3)
+    pixels, others = (np.concatenate([i[k] for k in sorted(i)]).astype(int) for i in (images, two[0][2]))
+    assert pixels.shape == (260, 1, 8, 8)
+    assert np.abs(pixels - others).max() <= 1
+    assert (pixels == others).mean() >= 0.999
+
+    scratch = trained.run.path / "evaluations"
+    assert not scratch.exists()
+    for blocks in (1, 9):  # killed early and late, in the middle of drawing
+        started = start_ranks(_evaluate, 1, trained, 0.05)
+        end = time.monotonic() + 60
+        while len(list(scratch.glob("*/block-*.npy"))) < blocks:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        for process, _ in started:
+            process.kill()
+            process.join()
+        kept = len(list(scratch.glob("*/block-*.npy")))
+        assert blocks <= kept < 22
+    ((again, drawn_again, _),) = run_ranks(_evaluate, 1, trained)
+    assert drawn_again == drawn[kept:]
+    assert again == alone  # to the last digit
+    assert not scratch.exists()
+
+
+def test_blocks_of_another_evaluation_or_a_torn_file_are_not_used(tmp_path):
+    images = torch.randint(0, 256, (4, 1, 2, 2), dtype=torch.uint8)
+    scratch = Scratch(tmp_path / "evaluations", {"steps": 5})
+    assert scratch.read(0, 4, (1, 2, 2)) is None
+    scratch.write(0, images)
+    assert torch.equal(scratch.read(0, 4, (1, 2, 2)), images)
+    assert Scratch(tmp_path / "evaluations", {"steps": 6}).read(0, 4, (1, 2, 2)) is None
+    assert scratch.read(0, 3, (1, 2, 2)) is None
+    assert scratch.read(0, 4, (3, 2, 2)) is None
+    (path,) = scratch.path.iterdir()
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert scratch.read(0, 4, (1, 2, 2)) is None
+    scratch.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path):
+    config = tiny(digits, tmp_path)
+    reference = Reference(config, torch.device("cpu"))
+    ids = list(range(1000))
+    assert labels_of(ids, config, reference).tolist() == [int(reference.labels[i % 360]) for i in ids]
+    uniform = tiny(digits, tmp_path, "eval.labels=uniform")
+    assert labels_of(ids, uniform, reference).bincount().tolist() == [100] * 10
+
+
+def _counting(config):
+    """How many features an evaluation of moments keeps, and whether scratch appears where none is asked for."""
+    from dtrain.evaluation.kept import KeptFeatures
+
+    updates = []
+    KeptFeatures.update = lambda self, number, features: updates.append(number)
+    run = RunDirectory(config.run.path)
+    sampler, _, _ = open_sampler(run, config, "ema_0", torch.device("cpu"))
+    evaluate(sampler, config, Reference(config, torch.device("cpu")))
+    return updates, os.path.exists(run.path / "evaluations")
+
+
+def test_the_evaluation_within_training_keeps_no_features_and_writes_no_samples(trained):
+    config = trained.model_copy(update={"eval": trained.eval.model_copy(update={"metrics": ["fd"]})})
+    assert run_ranks(_counting, 1, config) == [([], False)]
+
+
+def test_the_bootstrap_interval_stands_beside_its_distance(trained):
+    e = trained.eval.model_copy(update={"metrics": ["fd"], "bootstrap": 10})
+    ((found, _, _),) = run_ranks(_evaluate, 1, trained.model_copy(update={"eval": e}))
+    assert found["fd_pixels_low"] < found["fd_pixels"] < found["fd_pixels_high"]

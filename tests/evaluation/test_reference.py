@@ -1,0 +1,140 @@
+"""What samples are compared with: files of ours and of other tools, and the refusal of what has gone stale."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.errors import UserError
+from dtrain.evaluation.frechet import frechet_distance
+from dtrain.evaluation.reference import Reference, compute, make
+from dtrain.evaluation.statistics import Statistics, read
+from tests.digits import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(digits, tmp_path):
+    """The digits' own copy for a test."""
+    return Path(shutil.copytree(digits, tmp_path / "digits"))
+
+
+@pytest.fixture
+def read_again(monkeypatch):
+    """A list that grows with every split whose images are read."""
+    from dtrain.evaluation import reference
+
+    splits = []
+
+    def counted(manifest, *args, **kwargs):
+        splits.append(manifest.path.parent.name)
+        return compute(manifest, *args, **kwargs)
+
+    monkeypatch.setattr(reference, "compute", counted)
+    return splits
+
+
+def test_a_reference_is_computed_once_and_equals_the_one_computed_on_the_spot(data, tmp_path, read_again):
+    config = tiny(data, tmp_path)
+    on_the_spot = Reference(config, CPU)
+    said = make(str(data / "holdout"), "pixels", None, None, None)
+    path = data / "holdout" / "reference-pixels-8px.npz"
+    assert said == f"{path}: pixels of 360 images at 8 pixels, 64 dimensions"
+    assert read_again == ["holdout", "holdout"]
+    from_file = Reference(config, CPU)
+    assert read_again == ["holdout", "holdout"]  # not a third time
+    assert np.array_equal(from_file.statistics.mean, on_the_spot.statistics.mean)
+    assert np.array_equal(from_file.statistics.cov, on_the_spot.statistics.cov)
+    assert torch.equal(from_file.labels, on_the_spot.labels)
+    assert from_file.features is None
+    with np.load(path) as f:  # the names under which clean-fid, pytorch-fid and EDM look for them
+        assert f["mu"].shape == (64,)
+        assert f["sigma"].shape == (64, 64)
+    kernel = Reference(tiny(data, tmp_path, "eval.metrics=[fd,kid]"), CPU)
+    assert kernel.features.shape == (360, 64)
+    np.testing.assert_allclose(np.cov(kernel.features.double().numpy(), rowvar=False), from_file.statistics.cov)
+
+
+def test_a_stale_reference_is_refused_before_anything_is_computed(data, tmp_path, read_again):
+    make(str(data / "holdout"), "pixels", None, None, None)
+    read_again.clear()
+    beside = data / "holdout" / "reference-pixels-8px.npz"
+    elsewhere = Path(shutil.copy(beside, tmp_path / "mine.npz"))
+    # The data changed: the training split's shards and manifest in the holdout's place.
+    for file in (data / "holdout").glob("*"):
+        if file != beside:
+            file.unlink()
+    for file in (data / "train").glob("*"):
+        shutil.copy(file, data / "holdout")
+    for overrides in ((), (f"eval.reference={elsewhere}",)):
+        with pytest.raises(
+            UserError, match=r"is stale: its data was .* run `dtrain reference .*holdout --features pix"
+        ):
+            Reference(tiny(data, tmp_path, *overrides), CPU)
+    # Another preprocessing, and another extractor under the same name.
+    shutil.copy(elsewhere, data / "train" / "reference-pixels-8px.npz")
+    with pytest.raises(UserError, match="is stale: its data was"):
+        Reference(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
+    make(str(data / "train"), "pixels", None, None, elsewhere)
+    read_again.clear()
+    for part, value in (("extractor", "0" * 64), ("preprocessing", "none")):
+        forged = tmp_path / f"{part}.npz"
+        with np.load(elsewhere) as f:
+            source = json.loads(str(f["source"])) | {part: value}
+            np.savez(forged, **{k: f[k] for k in ("mu", "sigma", "count", "fingerprint")}, source=json.dumps(source))
+        with pytest.raises(UserError, match=f"is stale: its {part} was"):
+            Reference(tiny(data, tmp_path, f"eval.reference={forged}"), CPU)
+    assert read_again == []
+
+
+@pytest.mark.parametrize("extra", [{}, {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}], ids=["clean-fid, EDM", "ADM"])
+def test_files_of_other_tools_are_read(data, tmp_path, extra):
+    """clean-fid and pytorch-fid write with savez_compressed, EDM with savez; float32 and float64 both occur."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 64))
+    mean, cov = x.mean(0), np.cov(x, rowvar=False)
+    for number, write in enumerate((np.savez, np.savez_compressed)):
+        path = tmp_path / f"theirs-{number}.npz"
+        write(path, mu=mean, sigma=cov, **extra)
+        found = Reference(tiny(data, tmp_path, f"eval.reference={path}"), CPU)
+        assert np.array_equal(found.statistics.mean, mean)
+        assert np.array_equal(found.statistics.cov, cov)
+        assert len(found.hash) == 64
+        own = Statistics(200, mean, cov)
+        assert frechet_distance(found.statistics, own) == pytest.approx(0, abs=1e-9)
+    single = tmp_path / "single.npz"
+    np.savez(single, mu=mean.astype(np.float32), sigma=cov.astype(np.float32))
+    assert read(single).statistics.cov.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.reference={npz}"], r"statistics of 5 dimensions, but pixels has 64"),
+        (["eval.reference=nowhere.npz"], r"no statistics at nowhere\.npz"),
+        (
+            ["eval.metrics=[kid]", "data.holdout=null"],
+            "kid need the features of a split: name its manifest in data.hol",
+        ),
+        (["data.holdout=null"], "fd need something to compare with"),
+        (["data.holdout=null", "eval.reference={npz}"], "no data.holdout to take labels from; set `uniform`"),
+        (["eval.metrics=[is]"], "the Inception score needs features with classes, which pixels are not"),
+        (["eval.metrics=[fd_infinity]"], r"fd_infinity of pixels needs at least 256 samples \(4 a dimension\), not 48"),
+        (["eval.metrics=[precision]", "eval.num_samples=3"], "precision and recall need more than 3 samples"),
+        (["eval.bootstrap=1"], "a spread needs at least 2 resamplings"),
+        (["eval.features=absent.pt"], r"there is no TorchScript file absent\.pt"),
+    ],
+)
+def test_what_could_not_end_well_is_refused_before_sampling(digits, tmp_path, overrides, message):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match=message):
+        Reference(tiny(digits, tmp_path, *[o.format(npz=tmp_path / "r.npz") for o in overrides]), CPU)
+
+
+def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
+    with pytest.raises(UserError, match="'inceptoin' is none of auto, inception, effnet_lite0, pixels"):
+        tiny(digits, tmp_path, "eval.features=inceptoin")
