@@ -21,6 +21,7 @@ app = typer.Typer(
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
 LOG_SECONDS = 30.0  # between two lines about progress where there is no terminal
+METRICS_HELP = "fd,fd_infinity,kid,precision,recall,is,bpd"
 FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
 
@@ -120,7 +121,7 @@ def evaluate(
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
     step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
-    metrics: Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,is,bpd")] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
     features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
     weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
     reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
@@ -161,6 +162,63 @@ def evaluate(
         if as_json:
             print(json.dumps({"step": at_step, "images": images, "metrics": found, "context": context}))
     distributed.finalize()
+
+
+@app.command()
+def sweep(
+    run: RunName,
+    checkpoints: Annotated[str | None, typer.Option(help="steps, or all; default: the newest")] = None,
+    ema: Annotated[str | None, typer.Option(help="EMA profiles, and raw for the weights themselves")] = None,
+    steps: Annotated[str | None, typer.Option(help="DDIM steps, such as 5,10,20,50")] = None,
+    eta: Annotated[str | None, typer.Option(help="such as 0,0.5,1")] = None,
+    guidance: Annotated[str | None, typer.Option(help="such as 1,1.5,2")] = None,
+    seeds: Annotated[str | None, typer.Option(help="such as 0,1,2; the table has their mean")] = None,
+    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
+) -> None:
+    """Evaluate every combination of lists of settings: a table, a heat map and the best one.
+
+    What RUN/sweep.jsonl holds already is not computed again.
+    """
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
+    chosen |= {"features": features, "weights": weights}
+    settings = _with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw=False)
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation import sweep as sweeps
+    from dtrain.evaluation.features import metric_name
+
+    lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
+    axes = {name: _values(text) for name, text in lists.items() if text}
+    if checkpoints:
+        axes["checkpoint"] = sweeps.checkpoints_of(directory, checkpoints)
+    with _progress("sampling") as on_block:
+        lines = sweeps.sweep(directory, settings, axes, on_block)
+    if distributed.rank() == 0:
+        rows, metric, name = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]["features"]
+        print(sweeps.table(rows))
+        winner = sweeps.best(rows, metric, name)
+        key = metric_name(metric, name)
+        shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
+        print(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
+        picture = out or directory.path / "sweep.png"
+        if sweeps.heat_map(rows, key, picture):
+            print(f"heat map: {picture}")
+    distributed.finalize()
+
+
+def _values(text: str) -> list:
+    """`5,10` as numbers; what is no number stays a word for its key to judge."""
+    import yaml
+
+    return [yaml.safe_load(part) for part in text.split(",")]
 
 
 @app.command()

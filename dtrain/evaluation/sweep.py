@@ -1,0 +1,213 @@
+"""Evaluate a run at every combination of checkpoints, weights and sampler settings; a table, a picture, the best one.
+
+RUN/sweep.jsonl keeps one line a combination, under a key of all that its numbers depend on. A sweep that is started
+again, or widened, computes only what is not there.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtrain import config as configuration
+from dtrain import distributed
+from dtrain.checkpoint.directory import complete, step_of
+from dtrain.config import Config
+from dtrain.errors import UserError
+from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, scratch_of, weights_name
+from dtrain.evaluation.features import metric_name
+from dtrain.evaluation.metrics import HIGHER_IS_BETTER
+from dtrain.evaluation.reference import Reference
+from dtrain.run import RunDirectory
+
+Setting = dict[str, Any]
+AXES = ("checkpoint", "ema", "guidance", "eta", "steps", "seed")  # from what changes least while sampling
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination, or several that differ in their seed alone."""
+
+    setting: Setting
+    metrics: dict[str, float]  # means over seeds
+    std: dict[str, float]  # over seeds, as of a sample; 0 for a single one
+
+
+def combinations(axes: dict[str, list]) -> list[Setting]:
+    """Every choice of one value an axis; an axis that is not named stays as the run has it."""
+    names = [name for name in AXES if axes.get(name)]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(axes[n] for n in names))]
+
+
+def checkpoints_of(run: RunDirectory, wanted: str) -> list[int]:
+    """The steps that `all` or `1000,2000` stands for. Raises UserError for one that is not there."""
+    there = [step_of(path) for path in complete(run.checkpoints)]
+    if wanted == "all":
+        return there
+    found = [int(part) for part in wanted.split(",") if part.strip().isdigit()]
+    if not found or not set(found) <= set(there):
+        raise UserError(f"--checkpoints {wanted}: {run.path} has {', '.join(map(str, there)) or 'none'}; or say `all`")
+    return found
+
+
+def configured(config: Config, setting: Setting) -> Config:
+    """The run's config at a combination. Raises UserError for a value that its key cannot have."""
+    tree = config.model_dump(mode="json")
+    chosen = {key: value for key, value in setting.items() if key != "checkpoint"}
+    if chosen.get("ema") == "raw":
+        chosen["ema"] = None
+    tree["eval"] |= chosen
+    return configuration.validate(tree, "the command line", [f"eval.{key}" for key in chosen])
+
+
+def sweep(
+    run: RunDirectory,
+    config: Config,
+    axes: dict[str, list],
+    on_block: Callable[[int, int], None] = lambda done, of: None,
+) -> list[dict]:
+    """The lines of all combinations, in order. A collective; nothing is drawn for a line that is there."""
+    settings = combinations(axes)
+    configs = [configured(config, setting) for setting in settings]  # all of them, before the first is drawn
+    device, path = distributed.device(), run.path / "sweep.jsonl"
+    reference = Reference(config, device)
+    lines = distributed.on_rank_0(stored, path)
+    found, opened, sampler = [], None, None
+    for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
+        step = setting.get("checkpoint")
+        if (step, weights_name(at)) != opened:
+            sampler, step_taken, images = open_sampler(run, at, weights_name(at), device, step)
+            opened = (step, weights_name(at))
+        key = _key(run, at, step_taken, reference)
+        scratch = scratch_of(run, at, step_taken, reference)
+        if key not in lines:
+
+            def of_all(done: int, of: int, number: int = number) -> None:
+                on_block(number * of + done, len(settings) * of)
+
+            metrics, context = evaluate(sampler, at, reference, of_all, scratch)
+            line = {"key": key, "step": step_taken, "images": images, "metrics": metrics, "context": context}
+            lines[key] = distributed.on_rank_0(_append, path, line)
+        if distributed.rank() == 0:
+            scratch.remove()  # also what a job left that was killed after its line was written
+        found.append(lines[key] | {"setting": setting})
+    return found
+
+
+def stored(path: Path) -> dict[str, dict]:
+    """Key → line of a file; a line that a killed job left in part does not count."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            found[line["key"]] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def summary(lines: list[dict]) -> list[Row]:
+    """Seeds taken together."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        setting = {k: v for k, v in line["setting"].items() if k != "seed"}
+        groups.setdefault(json.dumps(setting), []).append(line["metrics"])
+    rows = []
+    for setting, metrics in groups.items():
+        values = {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
+        std = {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
+        rows.append(Row(json.loads(setting), {name: float(v.mean()) for name, v in values.items()}, std))
+    return rows
+
+
+def best(rows: list[Row], metric: str, features: str) -> Row:
+    """By the lowest `metric` of these features, or the highest where more is better."""
+    name = metric_name(metric, features)
+    return (max if metric in HIGHER_IS_BETTER else min)(rows, key=lambda row: row.metrics[name])
+
+
+def table(rows: list[Row]) -> str:
+    """One line a setting, one column a metric."""
+    axes, names = list(rows[0].setting), list(rows[0].metrics)
+    seeds = any(any(row.std.values()) for row in rows)
+
+    def value(row: Row, name: str) -> str:
+        return f"{row.metrics[name]:.4f} ± {row.std[name]:.4f}" if seeds else f"{row.metrics[name]:.4f}"
+
+    cells = [[*axes, *names]] + [
+        [*(str(row.setting[a]) for a in axes), *(value(row, name) for name in names)] for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(c, widths, strict=True)) for c in cells)
+
+
+def heat_map(rows: list[Row], name: str, path: Path) -> bool:
+    """A picture of one metric over the last two axes that vary, a panel for each choice of the others.
+
+    False, and no picture, where nothing varies.
+    """
+    varying = [a for a in rows[0].setting if len({str(row.setting[a]) for row in rows}) > 1]
+    if not varying:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    *panel_axes, row_axis, column_axis = [None, *varying] if len(varying) == 1 else varying
+    columns = list(dict.fromkeys(row.setting[column_axis] for row in rows))
+    lines = list(dict.fromkeys(row.setting.get(row_axis) for row in rows))
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(tuple(row.setting[a] for a in panel_axes), []).append(row)
+    values = [row.metrics[name] for row in rows]
+    figure, axes = pyplot.subplots(
+        1, len(panels), squeeze=False, figsize=((1.5 + 0.9 * len(columns)) * len(panels), 1.6 + 0.5 * len(lines))
+    )
+    for axis, (choice, members) in zip(axes[0], panels.items(), strict=True):
+        grid = np.full((len(lines), len(columns)), np.nan)
+        for row in members:
+            place = lines.index(row.setting.get(row_axis)), columns.index(row.setting[column_axis])
+            grid[place] = row.metrics[name]
+            axis.text(place[1], place[0], f"{row.metrics[name]:.4g}", ha="center", va="center", backgroundcolor="white")
+        axis.imshow(grid, cmap="viridis_r", vmin=min(values), vmax=max(values), aspect="auto")
+        axis.set_xticks(range(len(columns)), [str(c) for c in columns])
+        axis.set_yticks(range(len(lines)), [str(v) for v in lines] if row_axis else [""])
+        axis.set(xlabel=column_axis, ylabel=row_axis or "")
+        axis.set_title(", ".join(f"{a} {v}" for a, v in zip(panel_axes, choice, strict=True)) or name)
+    if panel_axes:
+        figure.suptitle(name)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return True
+
+
+def _key(run: RunDirectory, config: Config, step: int, reference: Reference) -> str:
+    e = config.eval
+    what = identity(run, config, step, reference) | {
+        "n": e.num_samples,
+        "metrics": sorted(e.metrics),
+        "bootstrap": e.bootstrap,
+        "extractor": reference.extractor.fingerprint,
+        "reference": reference.hash,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _append(path: Path, line: dict) -> dict:
+    """Keep a line, with the time; the line."""
+    line = line | {"time": time.time()}
+    try:
+        with open(path, "a+b") as f:
+            torn = f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n"
+            f.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; make room there") from None
+    return line
