@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrain.data.manifest import index
+from dtrain.data.indexing import index
 from dtrain.data.stream import read_split
 from dtrain.errors import UserError
 from dtrain.evaluation.features import Pixels, extractor, metric_name
