@@ -1,0 +1,27 @@
+"""The run's configuration: one pydantic tree, read from a YAML file and `key.sub=value` overrides.
+
+    config = load("configs/digits-dit.yaml", ["optim.lr=1e-3"])
+
+Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
+"""
+
+from dtrain.config.reading import load, validate
+from dtrain.config.sections import ArrayField, Data, DiT, EMAProfile, Eval, Flow, Gaussian, Source, UNet, flat
+from dtrain.config.tree import Config, identity
+
+__all__ = [
+    "ArrayField",
+    "Config",
+    "Data",
+    "DiT",
+    "EMAProfile",
+    "Eval",
+    "Flow",
+    "Gaussian",
+    "Source",
+    "UNet",
+    "flat",
+    "identity",
+    "load",
+    "validate",
+]

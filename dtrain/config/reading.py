@@ -1,0 +1,164 @@
+"""From a YAML file and `key.sub=value` overrides to a Config, and from a mistake in them to one sentence."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dtrain.config.tree import Config
+from dtrain.errors import UserError
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), validate.
+
+    Raises UserError, one line, for a missing file, bad YAML, an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(f"cannot read the config {path}: {e.strerror}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where} is not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
+    overridden = [_override(tree, item) for item in overrides]
+    tree = _expand(tree, str(path))
+    run = tree.get("run") or {}
+    if isinstance(run, dict) and run.get("name") is None:
+        tree["run"] = run | {"name": path.stem}
+    return validate(tree, str(path), overridden)
+
+
+def validate(tree: dict, source: str, overridden: list[str] = ()) -> Config:
+    """A Config from plain data; errors name `source`, or the command line for keys in `overridden`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise UserError(_explain(e, source, overridden)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; everybody who writes a learning rate means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(tree: dict, item: str) -> str:
+    key, eq, value = item.partition("=")
+    if not eq or not all(key.split(".")):
+        hint = " (options come before the config)" if item.startswith("-") else ""
+        raise UserError(f"override {item!r} is not of the form key.sub=value{hint}")
+    try:
+        value = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {item!r}: the value is not valid YAML") from None
+    *path, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate([*path, last]):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                where = ".".join(key.split(".")[:depth])
+                raise UserError(f"override {item!r}: `{where}` is a list of {len(node)}; use an index below that")
+            part = int(part)
+        elif not isinstance(node, dict):
+            raise UserError(f"override {item!r}: `{'.'.join(key.split('.')[:depth])}` has no keys below it")
+        if depth == len(path):
+            node[part] = value
+        else:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+    return key
+
+
+def _expand(node: Any, source: str) -> Any:
+    if isinstance(node, dict):
+        return {k: _expand(v, source) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_expand(v, source) for v in node]
+    if not isinstance(node, str):
+        return node
+
+    def value(match: re.Match) -> str:
+        if match[1] not in os.environ:
+            raise UserError(f"{source} uses ${{{match[1]}}}, but the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, node)
+
+
+def _sections(annotation: Any) -> dict[str | None, type[BaseModel]]:
+    """The sections a field may hold, by the tag of its union; None where there is but one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tag = next((f for name in ("name", "process") if (f := annotation.model_fields.get(name))), None)
+        literal = get_args(tag.annotation) if tag is not None else ()
+        return {literal[0] if literal and isinstance(literal[0], str) else None: annotation}
+    found: dict[str | None, type[BaseModel]] = {}
+    for part in get_args(annotation):
+        found |= _sections(part)
+    return found
+
+
+def _walk(location: list[str]) -> tuple[list[str], list[str]]:
+    """(the location without the tags of unions, the keys allowed there; none where there is no section)."""
+    key, choices, keys = [], {None: Config}, []
+    for part in location:
+        section = choices.get(part) if part in choices and len(choices) > 1 else None
+        if section is not None:  # a union's tag, which nobody wrote
+            choices = {None: section}
+            continue
+        if part.isdigit():
+            key.append(part)
+            continue
+        if not choices:  # inside a value: a branch of its type, which nobody wrote either
+            continue
+        key.append(part)
+        section = next(iter(choices.values()), None)
+        field = section.model_fields.get(part) if section is not None else None
+        choices = _sections(field.annotation) if field is not None else {}
+    if len(choices) == 1:
+        keys = list(next(iter(choices.values())).model_fields)
+    return key, keys
+
+
+def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
+    """The first problem as one sentence: the key, where it came from, what is wrong, the nearest fix."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo also makes its key missing
+    location, _ = _walk([str(part) for part in first["loc"]])
+    _, known = _walk([str(part) for part in first["loc"][:-1]])
+    key = ".".join(location)
+    given = any(o == key or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden)
+    origin = "on the command line" if given else f"in {source}"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        if near:
+            return f"unknown key `{key}` {origin}; did you mean `{'.'.join([*location[:-1], near[0]])}`?"
+        return f"unknown key `{key}` {origin}" + (f"; known here: {', '.join(known)}" if known else "")
+    if first["type"].startswith("union_tag"):
+        kinds = {"model": "dit or unet", "diffusion": "gaussian or flow"}[key]
+        tag = {"model": "name", "diffusion": "process"}[key]
+        if isinstance(first["input"], dict) and tag in first["input"]:
+            return f"`{key}.{tag}` {origin} is {first['input'][tag]!r}: take {kinds}"
+        return f"`{key}.{tag}` is missing {origin}: take {kinds}"
+    if first["type"] == "missing":
+        return f"`{key}` is missing {origin}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{source}: {message}"
+    if first["type"] == "value_error":
+        return f"`{key}` {origin}: {message}"
+    message = message[0].lower() + message[1:]
+    return f"`{key}` {origin} is {first['input']!r}: {message}"

@@ -1,0 +1,133 @@
+"""The whole configuration: the sections, what must hold between them, and what makes a run itself."""
+
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from dtrain.config.sections import (
+    Data,
+    DeepSpeed,
+    DiT,
+    EMAProfile,
+    Eval,
+    Flow,
+    Gaussian,
+    Optim,
+    Run,
+    Section,
+    Tracking,
+    Train,
+    UNet,
+)
+
+
+def _process_of(diffusion: Any) -> str:
+    """Which section describes the process: gaussian unless it says otherwise."""
+    if isinstance(diffusion, dict):
+        return diffusion.get("process", "gaussian")
+    return getattr(diffusion, "process", "gaussian")
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data
+    model: Annotated[DiT | UNet, Field(discriminator="name")]
+    diffusion: Annotated[
+        Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
+    ] = Gaussian()
+    optim: Optim = Optim()
+    ema: list[EMAProfile] = Field(default_factory=lambda: [EMAProfile()])
+    deepspeed: DeepSpeed = DeepSpeed()
+    train: Train
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampler_of_a_flow(cls, tree: Any) -> Any:
+        """The default sampler is the process' own, so that `diffusion.process: flow` alone is a whole choice."""
+        if (
+            isinstance(tree, dict)
+            and isinstance(tree.get("diffusion"), dict)
+            and _process_of(tree["diffusion"]) == "flow"
+        ):
+            sampling = tree.get("eval") or {}
+            if isinstance(sampling, dict):
+                return tree | {"eval": {"sampler": "euler"} | sampling}
+        return tree
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.eval.ema is not None and self.eval.ema >= len(self.ema):
+            raise ValueError(
+                f"eval.ema is {self.eval.ema}, but there are {len(self.ema)} EMA profiles (counted from 0)"
+            )
+        if self.eval.every and not self.data.holdout:
+            raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
+        self._sampler_fits()
+        if self.model.name == "unet":
+            self._levels_fit()
+        if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
+            size, patch = self.data.image_size, self.model.patch
+            raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
+        return self
+
+    def _levels_fit(self) -> None:
+        halvings = len(self.model.multipliers) - 1
+        if self.data.image_size % 2**halvings:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} does not halve {halvings} times (model.multipliers); "
+                f"take a multiple of {2**halvings}"
+            )
+        sides = [self.data.image_size >> i for i in range(halvings + 1)]
+        for side in self.model.attention:
+            if side not in sides:
+                known = ", ".join(str(s) for s in sides)
+                raise ValueError(f"model.attention {side} is the side of no level; the levels have {known}")
+
+    def _sampler_fits(self) -> None:
+        e, flow = self.eval, self.diffusion.process == "flow"
+        walks = ("euler", "heun") if flow else ("ddim", "ancestral", "dpmpp_2m", "heun")
+        if e.sampler not in walks:
+            raise ValueError(
+                f"eval.sampler {e.sampler} does not walk a {self.diffusion.process} process; take {' or '.join(walks)}"
+            )
+        if e.eta != 0 and e.sampler != "ddim":
+            raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
+        if flow and e.spacing != "trailing":
+            raise ValueError(f"eval.spacing {e.spacing} has no effect on a flow, whose steps are equal; leave it out")
+        if not flow and e.steps > self.diffusion.timesteps:
+            raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        if isinstance(e.spacing, list):
+            if len(e.spacing) != e.steps:
+                raise ValueError(f"eval.spacing lists {len(e.spacing)} timesteps, but eval.steps is {e.steps}")
+            if e.spacing != sorted(set(e.spacing), reverse=True) or e.spacing[0] >= self.diffusion.timesteps:
+                raise ValueError(
+                    "eval.spacing must list timesteps that fall, "
+                    f"from at most {self.diffusion.timesteps - 1} to at least 0"
+                )
+        if "bpd" in e.metrics and flow:
+            raise ValueError("eval.metrics bpd is the bound of a gaussian process, and diffusion.process is flow")
+        if e.guidance != 1 and not self.model.num_classes:
+            raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
+        if e.guidance_interval[0] >= e.guidance_interval[1]:
+            raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
+
+    def dump(self) -> str:
+        """The whole tree as YAML, defaults filled in; `load` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
+IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.crop")
+IDENTITY += ("data.flip", "data.weight", "data.arrays")
+IDENTITY_SECTIONS = ("model", "diffusion")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Dotted key → value of everything that makes this run the run it is."""
+    tree = config.model_dump(mode="json")
+    keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
+    keys["data.mix"] = [[s.name, s.weight] for s in config.data.mix]  # where they lie may change
+    return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
