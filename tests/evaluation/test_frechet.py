@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from dtrain.evaluation.frechet import frechet_distance
+from dtrain.evaluation.frechet import _congruent, frechet_distance
 from dtrain.evaluation.statistics import Statistics
 
 
@@ -146,3 +146,10 @@ def test_moments_that_cannot_be_compared_are_refused():
         frechet_distance(a, Statistics(9, np.zeros(2), np.eye(2)))
     with pytest.raises(ValueError, match="non-finite"):
         frechet_distance(a, Statistics(9, np.full(3, np.nan), np.eye(3)))
+
+
+def test_the_congruent_matrix_is_right_for_triangular_square_and_narrow_factors():
+    rng = np.random.default_rng(6)
+    square, b = rng.normal(size=(7, 7)), statistics_of(rng.normal(size=(20, 7))).cov
+    for factor in (square, np.tril(square), np.tril(square)[rng.permutation(7)], square[:, :3]):
+        np.testing.assert_allclose(np.tril(_congruent(factor, b)), np.tril(factor.T @ b @ factor), atol=1e-12)
