@@ -85,9 +85,8 @@ def evaluate(
     if drawn:
         statistics = moments.compute()
         features = kept.gather() if kept is not None else None
-        found = distributed.on_rank_0(
-            metrics.compute, e, extractor, statistics, reference.statistics, features, reference.features
-        )
+        on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
+        found = distributed.on_rank_0(metrics.compute, e, extractor, statistics, reference.statistics, *on_device)
     if "bpd" in e.metrics:
         found |= bits_per_dim(sampler, *reference.validation, e.seed)
     context = {

@@ -41,6 +41,10 @@ def check(e: Eval, extractor: Extractor) -> None:
         )
     if {"precision", "recall"} & set(e.metrics) and n <= NEIGHBOURS:
         raise UserError(f"precision and recall need more than {NEIGHBOURS} samples; raise eval.num_samples {n}")
+    if e.bootstrap and "fd" not in e.metrics:
+        raise UserError(
+            "eval.bootstrap gives an interval of fd, which eval.metrics does not name; add fd or set it to 0"
+        )
     if e.bootstrap == 1:
         raise UserError("eval.bootstrap is 1, and a spread needs at least 2 resamplings; 50 is a good number")
 

@@ -140,3 +140,12 @@ def test_the_bootstrap_interval_stands_beside_its_distance(trained):
     e = trained.eval.model_copy(update={"metrics": ["fd"], "bootstrap": 10})
     ((found, _, _),) = run_ranks(_evaluate, 1, trained.model_copy(update={"eval": e}))
     assert found["fd_pixels_low"] < found["fd_pixels"] < found["fd_pixels_high"]
+
+
+def test_an_evaluation_touches_no_network(trained, no_network):
+    """In this very process, alone, with its sockets blocked."""
+    run, device = RunDirectory(trained.run.path), torch.device("cpu")
+    sampler, _, _ = open_sampler(run, trained, "ema_0", device)
+    metrics, context = evaluate(sampler, trained, Reference(trained, device))
+    assert np.isfinite(list(metrics.values())).all()
+    assert (context["n"], context["features"], context["labels"]) == (260, "pixels", "data")

@@ -125,6 +125,7 @@ def test_files_of_other_tools_are_read(data, tmp_path, extra):
         (["eval.metrics=[is]"], "the Inception score needs features with classes, which pixels are not"),
         (["eval.metrics=[fd_infinity]"], r"fd_infinity of pixels needs at least 256 samples \(4 a dimension\), not 48"),
         (["eval.metrics=[precision]", "eval.num_samples=3"], "precision and recall need more than 3 samples"),
+        (["eval.bootstrap=9", "eval.metrics=[kid]"], "an interval of fd, which eval.metrics does not name"),
         (["eval.bootstrap=1"], "a spread needs at least 2 resamplings"),
         (["eval.features=absent.pt"], r"there is no TorchScript file absent\.pt"),
     ],
