@@ -50,6 +50,7 @@ def test_a_reference_is_computed_once_and_equals_the_one_computed_on_the_spot(da
     assert np.array_equal(from_file.statistics.mean, on_the_spot.statistics.mean)
     assert np.array_equal(from_file.statistics.cov, on_the_spot.statistics.cov)
     assert torch.equal(from_file.labels, on_the_spot.labels)
+    assert from_file.hash == on_the_spot.hash
     assert from_file.features is None
     with np.load(path) as f:  # the names under which clean-fid, pytorch-fid and EDM look for them
         assert f["mu"].shape == (64,)
