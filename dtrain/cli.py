@@ -62,15 +62,22 @@ def train(
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a folder of class folders, or sklearn:digits")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="a folder of class folders, an .npz, a manifest.json, or sklearn:digits"),
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DEST")],
     holdout: Annotated[int, typer.Option(min=0, help="samples set apart for evaluation")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="of the shuffle and the split")] = 0,
+    shard_samples: Annotated[int | None, typer.Option(min=1, help="samples a shard; default: at most 1,000")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(min=1, help="end a shard that has so many bytes")] = None,
+    format: Annotated[str | None, typer.Option(help="png, jpeg or webp; default: files as they are")] = None,
 ) -> None:
     """Make WebDataset shards with manifests: DEST/train and, with --holdout, DEST/holdout."""
     from dtrain.data.pack import pack as run
 
-    print(run(source, destination, holdout=holdout, seed=seed))
+    with _progress("packing") as on_sample:
+        print(run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample))
 
 
 @app.command()

@@ -63,7 +63,8 @@ class Draws:
 
     def uniform(self, purpose: Purpose, index: int, sub: int = 0) -> float:
         """One float64 in [0, 1) with 53 random bits."""
-        return int(self.words(purpose, index, sub)[0] >> np.uint64(11)) * 2.0**-53
+        self.at(purpose, index, sub)
+        return (self._bits.random_raw() >> 11) * 2.0**-53
 
     def normal(self, purpose: Purpose, index: int, shape: tuple[int, ...], sub: int = 0) -> np.ndarray:
         """Standard normals, float32, of the given shape."""

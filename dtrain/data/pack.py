@@ -9,18 +9,22 @@ import json
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dtrain.data.indexing import index_shards
 from dtrain.data.manifest import check_shards, load
+from dtrain.data.shards import ShardReader
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose, permutation
 
-SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}
+SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+FORMATS = {"png": ("png",), "jpeg": ("jpg", "jpeg"), "webp": ("webp",)}
 REQUEST = "pack.json"
 
 
@@ -32,7 +36,7 @@ class Source:
     """
 
     samples: int
-    classes: list[str]
+    classes: list[str] | None
     content: str
     read: Callable[[int], dict[str, bytes]]
 
@@ -53,19 +57,35 @@ class Packed:
 
 
 def pack(
-    source: str, destination: str | Path, holdout: int = 0, seed: int = 0, shard_samples: int | None = None
+    source: str,
+    destination: str | Path,
+    holdout: int = 0,
+    seed: int = 0,
+    shard_samples: int | None = None,
+    shard_bytes: int | None = None,
+    format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Packed:
     """Pack `source` into `destination`: shuffled by `seed`, its first `holdout` samples kept apart.
 
-    source: `sklearn:digits`, or a folder of class folders of JPEG and PNG files, which are copied byte for byte;
-    classes are numbered in the order of their names. shard_samples: by default at most 1,000, and fewer so that each
-    split has at least eight shards. A destination packed before by the same request is kept; any other that is not
+    source: `sklearn:digits`; a folder of class folders of JPEG, PNG and WebP files, whose classes are numbered in the
+    order of their names; an .npz with `images` uint8 (N, H, W[, C]) and `labels` (N,); or the manifest.json of other
+    shards. Files are copied byte for byte, unless `format` (png, jpeg or webp; jpeg and webp with quality 95) asks for
+    another; the pixels of an .npz become PNG. shard_samples: by default at most 1,000, and fewer so that each split has
+    at least eight shards; shard_bytes ends a shard that has so many bytes. progress: called with (samples done, of).
+    A destination packed before by the same request is kept; any other that is not
     empty is refused, UserError.
     """
     destination = Path(destination)
-    data = _digits() if source == "sklearn:digits" else _class_folders(Path(source))
+    data = _source(source)
     if not 0 <= holdout < data.samples:
         raise UserError(f"--holdout {holdout} must leave a sample to train on: {source} has {data.samples}")
+    if format not in (None, *FORMATS):
+        raise UserError(f"--format {format} is not one of {', '.join(FORMATS)}")
+    if format is not None:
+        data = replace(data, read=partial(_encoded, data, form=format))
+    if shard_bytes is not None and shard_bytes < 1:
+        raise UserError(f"a shard holds at least 1 byte, got {shard_bytes}")
     if shard_samples is not None and shard_samples < 1:
         raise UserError(f"a shard holds at least 1 sample, got {shard_samples}")
     request = {
@@ -74,6 +94,8 @@ def pack(
         "holdout": holdout,
         "seed": seed,
         "shard_samples": shard_samples,
+        "shard_bytes": shard_bytes,
+        "format": format,
     }
     packed = Packed(destination, data.samples - holdout, holdout, kept=False)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -83,22 +105,46 @@ def pack(
         return Packed(**asdict(packed) | {"kept": True})
 
     shuffled = permutation(Draws(seed).words(Purpose.SPLIT, 0, size=data.samples))
-    partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+    unfinished = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
         for split, samples in (("holdout", shuffled[:holdout]), ("train", shuffled[holdout:])):
             if len(samples):
-                _write_split(data, samples, partial / split, split, shard_samples)
-        (partial / REQUEST).write_text(json.dumps(request, indent=1) + "\n")
-        os.rename(partial, destination)
+                report = _report(progress, 0 if split == "holdout" else holdout, data.samples)
+                _write_split(data, samples, unfinished / split, split, shard_samples, shard_bytes, report)
+        (unfinished / REQUEST).write_text(json.dumps(request, indent=1) + "\n")
+        os.rename(unfinished, destination)
     except OSError as e:
         raise UserError(f"cannot pack {source} into {destination}: {e.strerror}; name a place with room") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+        shutil.rmtree(unfinished, ignore_errors=True)  # gone already when all went well
     return packed
 
 
-def _write_split(data: Source, samples: np.ndarray, folder: Path, split: str, shard_samples: int | None) -> None:
+def _source(source: str) -> Source:
+    if source == "sklearn:digits":
+        return _digits()
+    if source.endswith(".npz"):
+        return _npz(Path(source))
+    if source.endswith(".json"):
+        return _shards(Path(source))
+    return _class_folders(Path(source))
+
+
+def _report(progress: Callable[[int, int], None] | None, before: int, of: int) -> Callable[[int], None]:
+    """A function of the samples of one split done, that reports those of all splits."""
+    return lambda done: progress(before + done, of) if progress else None
+
+
+def _write_split(
+    data: Source,
+    samples: np.ndarray,
+    folder: Path,
+    split: str,
+    shard_samples: int | None,
+    shard_bytes: int | None,
+    report: Callable[[int], None],
+) -> None:
     """Shards `split-000000.tar`, … with manifest.json; keys are the samples' numbers in the source."""
     from webdataset import ShardWriter
 
@@ -113,9 +159,12 @@ def _write_split(data: Source, samples: np.ndarray, folder: Path, split: str, sh
     pattern = str((folder / split).absolute()).replace("%", "%%") + "-%06d.tar"
     count = shard_samples or min(1000, -(-len(samples) // 8))
     # A fixed time, and no encoder: fields are bytes as they shall be read.
-    with ShardWriter(pattern, maxcount=count, maxsize=1e18, post=complete, verbose=0, mtime=0, encoder=False) as writer:
-        for i in samples.tolist():
+    with ShardWriter(
+        pattern, maxcount=count, maxsize=shard_bytes or 1e18, post=complete, verbose=0, mtime=0, encoder=False
+    ) as writer:
+        for done, i in enumerate(samples.tolist(), 1):
             writer.write({"__key__": f"{i:08d}"} | data.read(i))
+            report(done)
     index_shards(written, folder / "manifest.json", classes=data.classes)
 
 
@@ -124,14 +173,14 @@ def _check_request(destination: Path, request: dict) -> None:
     other = "name another destination, or remove it to pack anew"
     try:
         before = json.loads((destination / REQUEST).read_text())
-        differing = [key for key in request if before[key] != request[key]]
+        differing = [key for key in request if before.get(key) != request[key]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{destination} exists and was not made by `dtrain pack`; {other}") from None
     if differing == ["content"]:
         raise UserError(f"{destination} was packed from {request['source']} when that held other files; {other}")
     if differing:
         key = differing[0]
-        raise UserError(f"{destination} was packed with {key} {before[key]!r}, not {request[key]!r}; {other}")
+        raise UserError(f"{destination} was packed with {key} {before.get(key)!r}, not {request[key]!r}; {other}")
 
 
 def _digits() -> Source:
@@ -149,6 +198,58 @@ def _digits() -> Source:
 
     content = hashlib.sha256(levels.tobytes() + digits.target.astype("<i8").tobytes()).hexdigest()
     return Source(len(levels), [str(name) for name in digits.target_names], content, read)
+
+
+def _npz(path: Path) -> Source:
+    """`images` uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), and `labels` (N,), zeros without."""
+    from PIL import Image
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["images"]
+            labels = file["labels"] if "labels" in file else np.zeros(len(images), np.int64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is no .npz with `images` that can be read ({e}); see `dtrain sample --out`") from None
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+        raise UserError(f"{path}: `images` is {images.dtype} {images.shape}, not uint8 (N, H, W), or (N, H, W, 3)")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise UserError(f"{path}: `labels` must be {len(images)} class numbers, one an image")
+
+    def read(i: int) -> dict[str, bytes]:
+        png = io.BytesIO()
+        Image.fromarray(images[i]).save(png, "PNG")
+        return {"png": png.getvalue(), "cls": str(labels[i]).encode()}
+
+    content = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+    classes = [str(n) for n in range(int(labels.max(initial=0)) + 1)]
+    return Source(len(images), classes, content, read)
+
+
+def _shards(path: Path) -> Source:
+    """All fields of other shards, beside their manifest."""
+    manifest = load(path)
+    reader = ShardReader(manifest, path.parent)
+    return Source(manifest.samples, manifest.classes, manifest.hash, reader.read)
+
+
+def _encoded(source: Source, i: int, form: str) -> dict[str, bytes]:
+    """A sample with its image in another format; one that has it already stays as it is."""
+    from PIL import Image
+
+    sample = source.read(i)
+    field = next((f for f in ("jpg", "jpeg", "png", "webp") if f in sample), None)
+    if field is None or field in FORMATS[form]:
+        return sample
+    file = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(sample.pop(field))) as image:
+            pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            pixels.save(file, form.upper(), **({} if form == "png" else {"quality": 95}))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"sample {i} of the source cannot be decoded ({e}); leave it out") from None
+    return {FORMATS[form][0]: file.getvalue()} | sample
 
 
 def _class_folders(folder: Path) -> Source:

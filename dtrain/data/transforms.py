@@ -152,7 +152,8 @@ def _cut(picture: Image.Image, left: int, top: int, size: int) -> torch.Tensor:
 
 def normalize(image: torch.Tensor) -> torch.Tensor:
     """uint8 levels to float32 in [−1, 1]."""
-    return image.to(torch.float32) / 127.5 - 1
+    # In place: fresh pages for two more copies would cost more than the arithmetic.
+    return image.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def quantize(image: torch.Tensor) -> torch.Tensor:

@@ -206,3 +206,35 @@ def test_packing_that_is_killed_leaves_no_destination(tmp_path):
     assert not (tmp_path / "killed").exists()
     assert str(pack("sklearn:digits", tmp_path / "killed")).endswith("packed 1,797 samples for training")
     assert json.loads((tmp_path / "killed" / packing.REQUEST).read_text())["source"] == "sklearn:digits"
+
+
+def test_npz_files_and_other_shards_are_packed_and_shards_end_by_bytes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(40) % 4
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    pack(str(tmp_path / "a.npz"), tmp_path / "one", holdout=5, seed=3)
+    found = samples_of(tmp_path / "one" / "train") + samples_of(tmp_path / "one" / "holdout")
+    by_pixels = {np.asarray(Image.open(io.BytesIO(s["png"]))).tobytes(): int(s["cls"]) for s in found}
+    assert by_pixels == {image.tobytes(): label for image, label in zip(images, labels.tolist(), strict=True)}
+
+    seen = []
+    pack(
+        str(tmp_path / "one/train/manifest.json"),
+        tmp_path / "two",
+        shard_bytes=2000,
+        format="webp",
+        progress=lambda *a: seen.append(a),
+    )
+    again = load(tmp_path / "two/train/manifest.json")
+    assert again.fields == ["cls", "webp"]
+    assert again.classes == ["0", "1", "2", "3"]
+    assert len(again.shards) > 5
+    assert again.samples == 35
+    assert seen == [(n, 35) for n in range(1, 36)]
+    kept = sorted(s["cls"] for s in samples_of(tmp_path / "two" / "train"))
+    assert kept == sorted(s["cls"] for s in samples_of(tmp_path / "one" / "train"))
+    with pytest.raises(UserError, match=r"--format tiff is not one of png, jpeg, webp"):
+        pack(str(tmp_path / "a.npz"), tmp_path / "three", format="tiff")
+    np.savez(tmp_path / "b.npz", images=images.astype(float))
+    with pytest.raises(UserError, match=r"`images` is float64 \(40, 8, 8, 3\), not uint8"):
+        pack(str(tmp_path / "b.npz"), tmp_path / "three")
