@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from dtrain.errors import UserError
 from tests.data.shard_files import write_shards
 
 LONG = "n" * 70 + "/" + "m" * 130  # more than ustar's 100 bytes of name, and a component over its limit
+
+FUZZ = int(os.environ.get("DTRAIN_CAMPAIGN_FUZZ", "0"))  # examples; by default few
 
 
 def contents(path, result):
@@ -182,7 +185,7 @@ def whole(tmp_path_factory):
     return shard, scan(shard)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=FUZZ or 150, deadline=None)
 @given(data=st.data())
 def test_a_shard_cut_anywhere_is_refused_by_name(whole, tmp_path_factory, data):
     path, _ = whole
@@ -196,7 +199,7 @@ def test_a_shard_cut_anywhere_is_refused_by_name(whole, tmp_path_factory, data):
         scan(cut)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=FUZZ or 200, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_in_a_shard_never_loses_a_sample_silently(tmp_path_factory, data):
     """A flip is noticed, or all members are found where they are and the shard's sha256 is another.
@@ -217,7 +220,7 @@ def test_a_flipped_bit_in_a_shard_never_loses_a_sample_silently(tmp_path_factory
     assert result.sha256 != intact.sha256
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=FUZZ or 200, deadline=None)
 @given(st.lists(st.sampled_from([bytes(512), b"\x80", b"\xff" * 12, b"ustar", b"0" * 100]) | st.binary(max_size=600)))
 def test_bytes_that_are_no_tar_are_refused(tmp_path_factory, pieces):
     path = tmp_path_factory.getbasetemp() / "noise.tar"

@@ -1,0 +1,126 @@
+"""The sequence of images is that of one uninterrupted run, the shuffle is a good one, and a resume costs nothing."""
+
+import hashlib
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dtrain.data.indexing import index_shards
+from dtrain.data.manifest import Document, Shard, SideFile, load
+from dtrain.data.order import Order
+from dtrain.data.stream import StepDataset, train_batches
+from dtrain.data.tar import MEMBER
+from tests.data.shard_files import configuration, labelled_pictures, write_shards
+
+EXAMPLES = int(os.environ.get("DTRAIN_CAMPAIGN_EXAMPLES", "15"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """60 samples whose picture is their number."""
+    samples = labelled_pictures(60)
+    for number, sample in enumerate(samples):
+        sample["cls"] = str(number).encode()
+    return write_shards(tmp_path_factory.mktemp("data"), samples, 4)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_stops_resizes_and_workers_leave_the_sequence_as_it_was(shards, tmp_path_factory, data):
+    """Random N, V, W; attempts of random world sizes 1–8, batch sizes, lengths and 0, 1 or 4 workers."""
+    count = data.draw(st.integers(1, len(shards)), "shards")
+    folder = shards[0].parent
+    manifest = index_shards(shards[:count], tmp_path_factory.mktemp("manifest") / "manifest.json")
+    streams = data.draw(st.integers(1, min(9, manifest.samples)), "V")
+    options = {"streams": streams, "shuffle_window": data.draw(st.integers(1, 40), "W"), "num_classes": 60}
+    seen: dict[int, tuple] = {}
+    images = 0
+    for attempt in range(data.draw(st.integers(1, 3), "attempts")):
+        world_size = data.draw(st.integers(1, 8), "R")
+        batch_size = world_size * data.draw(st.integers(1, 4), "rows")
+        steps = data.draw(st.integers(1, 3), "steps")
+        # Processes for one attempt an example, to be done in a minute.
+        workers = data.draw(st.sampled_from([0, 0, 1, 4]), "workers") if attempt == 0 and world_size <= 2 else 0
+        config = configuration(folder, batch_size, workers=workers, **options)
+        for rank in range(world_size):
+            batches = train_batches(config, manifest, rank, world_size, images)
+            for _ in range(steps):
+                batch = next(batches)
+                for row, k in enumerate(batch["k"].tolist()):
+                    assert k not in seen
+                    seen[k] = tuple(batch[name][row].numpy().tobytes() for name in ("label", "image", "noise", "time"))
+            batches.close()
+        images += steps * batch_size
+    assert sorted(seen) == list(range(images))
+    whole = StepDataset(configuration(folder, images, **options), manifest, 0, 1, 0)[0]
+    for row, k in enumerate(whole["k"].tolist()):
+        assert seen[k] == tuple(whole[name][row].numpy().tobytes() for name in ("label", "image", "noise", "time"))
+    labels = [int.from_bytes(seen[k][0], "little") for k in range(images)]
+    epoch = streams * (manifest.samples // streams)
+    for first in range(0, images - epoch + 1, epoch):
+        assert len(set(labels[first : first + epoch])) == epoch
+
+
+def test_resuming_at_ten_million_samples_takes_less_than_half_a_second():
+    """From opening the order to the positions of the first batch, at 90 % of the 40th epoch; shards of 1,000."""
+    started = time.perf_counter()
+    order = Order(3, np.full(10_000, 1000), 64, 4096)
+    first = order.sample(order.rows(int(39.9 * 10**7), 1024, 3, 8))
+    assert time.perf_counter() - started < 0.5
+    assert len(set(first.tolist())) == 128
+
+
+def test_ten_thousand_shards_are_loaded_at_once(tmp_path):
+    members = np.zeros((20_000, 2), dtype=MEMBER)
+    members["offset"] = np.arange(40_000).reshape(-1, 2)
+    (tmp_path / "m.members").write_bytes(members.tobytes())
+    side = SideFile(file="m.members", sha256=hashlib.sha256(members.tobytes()).hexdigest())
+    listed = [Shard(name=f"x-{n:06d}.tar", samples=2, bytes=10240, sha256=f"{n:064x}") for n in range(10_000)]
+    document = Document(format=1, fields=["cls", "jpg"], shards=listed, classes=None, members=side)
+    (tmp_path / "m.json").write_text(json.dumps(document.model_dump()))
+    started = time.perf_counter()
+    manifest = load(tmp_path / "m.json")
+    assert manifest.samples == 20_000
+    assert time.perf_counter() - started < 1
+
+
+def class_distance(order: Order, classes: np.ndarray, batch: int, batches: int) -> float:
+    """Mean total-variation distance of batches' class histograms from the data set's own."""
+    share = np.bincount(classes) / len(classes)
+    samples = order.sample(np.arange(batches * batch)).reshape(batches, batch)
+    histograms = np.stack([np.bincount(classes[s], minlength=len(share)) for s in samples]) / batch
+    return float(np.abs(histograms - share).sum(1).mean() / 2)
+
+
+def quality_table() -> list[tuple[int, int, float]]:
+    """(V, W, distance relative to a uniform shuffle's) on 200 shards of 1,000 samples sorted by 100 classes."""
+    sizes, classes = np.full(200, 1000), np.repeat(np.arange(100), 2000)
+    rng = np.random.default_rng(0)
+    batch, batches = 256, 600
+    chosen = np.stack([classes[rng.choice(200_000, batch, replace=False)] for _ in range(batches)])
+    histograms = np.stack([np.bincount(row, minlength=100) for row in chosen]) / batch
+    uniform = np.abs(histograms - 0.01).sum(1).mean() / 2
+    table = []
+    for streams in (1, 8, 64):
+        length = 200_000 // streams
+        for window in (256, 4096, length):
+            order = Order(1, sizes, streams, window)
+            table.append((streams, min(window, length), class_distance(order, classes, batch, batches) / uniform))
+    return table
+
+
+def test_the_shuffle_is_uniform_at_the_full_window_and_nearly_so_at_the_defaults():
+    """Printed with `pytest -s`: the table by V and W."""
+    table = quality_table()
+    print("\nV     W       distance / uniform")
+    for streams, window, ratio in table:
+        print(f"{streams:<5} {window:<8}{ratio:.3f}")
+    by = {(v, w): ratio for v, w, ratio in table}
+    assert abs(by[1, 200_000] - 1) < 0.02  # one stream shuffled whole is a uniform shuffle
+    assert by[64, 3125] < 1.1  # the defaults: V = 64, W = 4,096 or the whole stream
+    assert by[1, 256] > 3  # the measure sees a bad shuffle
