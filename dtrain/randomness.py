@@ -5,11 +5,12 @@ Philox-4x64 takes a 128-bit key and a 256-bit counter. Key = (seed, purpose), co
 """
 
 import hashlib
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
 
+@unique
 class Purpose(IntEnum):
     """What a draw is for. The numbers are part of every run's identity: append, never renumber."""
 
