@@ -8,6 +8,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -44,7 +45,7 @@ def _batches(dataset: StepDataset, workers: int) -> Iterator[tuple[dict[str, tor
         batch_size=None,  # an item is a batch already
         sampler=range(sys.maxsize),
         num_workers=workers,
-        worker_init_fn=_detach,
+        worker_init_fn=partial(_detach, owner=os.getpid()),
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
@@ -98,10 +99,12 @@ class _ErrorsAsData(Dataset):
             return e
 
 
-def _detach(worker: int) -> None:
+def _detach(worker: int, owner: int) -> None:
     """Leave the signals that ask for a stop to the rank: SLURM and terminals send them to every process of a job, and
     a rank that has lost its workers cannot finish its step. A worker ends when it is told to or its parent is gone.
     """
+    if os.getppid() != owner:
+        os._exit(1)  # torch's own watch begins after this and would take whoever adopted this process for its rank
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
