@@ -13,9 +13,10 @@ Nothing is pickled, so reading runs no code; every byte is checked before it is 
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,23 @@ def layout(pieces: Iterable[tuple[str, int, int]]) -> Layout:
     return Layout(header, tuple(slots), at)
 
 
-def write_file(directory: Path, rank: int, layout: Layout, image: memoryview, on_block=lambda: None) -> None:
-    """Write the file whose bytes are `image` and its index, both fsynced. `on_block` is called after every block."""
+def write_file(
+    directory: Path, rank: int, layout: Layout, image: memoryview, on_block: Callable[[float], None]
+) -> None:
+    """Write the file whose bytes are `image` and its index, both fsynced.
+
+    on_block: called after every block with the seconds it took; it may wait, so that others get the processor.
+    """
     stem = file_stem(rank)
     checksums = []
     with open(directory / f"{stem}.safetensors", "wb", buffering=0) as f:
         for at in range(0, layout.size, BLOCK):
+            started = time.perf_counter()
             block = image[at : min(at + BLOCK, layout.size)]
             checksums.append(zlib.crc32(block))
             while block:
                 block = block[f.write(block) :]
-            on_block()
+            on_block(time.perf_counter() - started)
         os.fsync(f.fileno())
     index = {
         "format": FORMAT,

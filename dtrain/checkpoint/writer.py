@@ -18,12 +18,15 @@ import torch
 from dtrain.checkpoint import format
 from dtrain.checkpoint.directory import step_path
 
+PACE = 4.0  # seconds of rest after a second of writing, while nobody waits for the checkpoint
+
 
 class Writer:
     """Writes one rank's part of each checkpoint; one save in flight."""
 
     def __init__(self, directory: Path, rank: int, world_size: int):
         self.directory, self.rank, self.world_size = directory, rank, world_size
+        self._hurry = threading.Event()
         self.step: int | None = None  # of the save in flight
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -45,6 +48,7 @@ class Writer:
         for slot, piece in zip(wanted.slots, pieces, strict=True):
             target = self._image[slot.offset : slot.offset + 4 * slot.length].view(torch.float32)
             target.copy_(piece.values, non_blocking=False)
+        self._hurry.clear()
         self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -55,9 +59,13 @@ class Writer:
     def _write(self) -> None:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            format.write_file(self.partial, self.rank, self._layout, memoryview(self._image.numpy()))
+            format.write_file(self.partial, self.rank, self._layout, memoryview(self._image.numpy()), self._rest)
         except OSError as e:
             self.failure = f"cannot write {e.filename or self.partial}: {e.strerror}"
+
+    def _rest(self, seconds: float) -> None:
+        """On CPUs the cores that write are those that train: a save in the background takes a fifth of one."""
+        self._hurry.wait(PACE * seconds)
 
     @property
     def written(self) -> bool:
@@ -65,7 +73,8 @@ class Writer:
         return self._thread is not None and not self._thread.is_alive() and self.failure is None
 
     def wait(self) -> None:
-        """Until this rank's thread has finished, well or not."""
+        """Until this rank's thread has finished, well or not; from now on it does not rest."""
+        self._hurry.set()
         if self._thread is not None:
             self._thread.join()
 
