@@ -19,6 +19,7 @@ class Tracker:
         self._journal = Journal(run.journal_file) if rank == 0 else None
         self._own = self._journal or Journal(run.journal_file, rank)
         self._shipper: Shipper | None = None
+        self._shipping = False
 
     @property
     def attempt(self) -> int:
@@ -34,11 +35,18 @@ class Tracker:
             self.write("config", position, context={"changed": {k: list(v) for k, v in changes.items()}})
         if config.tracking.enabled:
             self._shipper = Shipper(**destination(self._run, config))
-            self._shipper.start()
 
     def write(self, event: str, position: Position, metrics: dict | None = None, context: dict | None = None) -> None:
         if self._journal is not None:
             self._journal.append(event, position.step, position.images, metrics, context)
+            if event == "train":
+                self._ship()
+
+    def _ship(self) -> None:
+        """Begin when there is a curve: importing MLflow takes seconds, in which the first step would have to wait."""
+        if self._shipper is not None and not self._shipping:
+            self._shipping = True
+            self._shipper.start()
 
     def write_own(self, event: str, position: Position, context: dict) -> None:
         """What this rank alone knows, in its own journal; the attempt is the one rank 0 began."""
@@ -54,6 +62,7 @@ class Tracker:
         self._own.close()
         if self._shipper is None:
             return 0
+        self._ship()
         return self._shipper.close(CLOSE_SECONDS, status="FINISHED" if finished else "KILLED")
 
 

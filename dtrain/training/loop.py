@@ -29,7 +29,6 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.data_health import DataHealth
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
-from dtrain.training.evaluation import Evaluation
 from dtrain.training.levels import StepLosses, memory
 from dtrain.training.output import redirect_to_log
 from dtrain.training.progress import TrainingProgress
@@ -103,7 +102,7 @@ def steps(
     device, batch_size, rank = distributed.device(), config.data.batch_size, distributed.rank()
     progress = TrainingProgress(config.train.steps, position.step, visible=rank == 0)
     saving = Saving(run, config, manifest.hash, position, tracker, progress)
-    evaluation = Evaluation(run, config, process, tracker, progress) if config.eval.every else None
+    evaluation = None
     reduction = StepReduction(rank, distributed.world_size(), batch_size)
     meter = Meter(config, distributed.world_size(), device)
     health = DataHealth(config, manifest, position, tracker)
@@ -145,6 +144,9 @@ def steps(
             grad_norm = engine.step(learning_rate(config, position.step + 1))
             step_losses.observe(distributed.world_size())
             position = Position(position.step + 1, position.images + batch_size)
+            if evaluation is None and config.eval.every:
+                evaluation = evaluation_of(run, config, process, tracker, progress)
+                meter.restart()
 
             hear()
             last = position.step == config.train.steps
@@ -187,6 +189,15 @@ def steps(
         progress.say(f"stopped after step {position.step}: {stop.reason or 'another rank was asked to'}")
         return position, "stopped"
     return position, "finished"
+
+
+def evaluation_of(*arguments):
+    """The run's Evaluation: after the first step, which its imports and its reference would keep waiting, and no later,
+    so that what could not be evaluated is told at once.
+    """
+    from dtrain.training.evaluation import Evaluation
+
+    return Evaluation(*arguments)
 
 
 def prepared(batch: dict[str, torch.Tensor], config: Config, position: Position) -> dict[str, torch.Tensor]:
