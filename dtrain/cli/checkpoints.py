@@ -1,0 +1,64 @@
+"""`dtrain checkpoints list | verify | prune | export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.cli.arguments import RunName
+from dtrain.cli.progress import progress
+from dtrain.errors import DAMAGED
+
+checkpoints = typer.Typer(help="List, verify, prune and export a run's checkpoints.", no_args_is_help=False)
+
+
+@checkpoints.command("list")
+def list_checkpoints(run: RunName) -> None:
+    """Step, images, size and last metric of every checkpoint."""
+    from dtrain.checkpoint.inspect import table
+    from dtrain.run import RunDirectory
+
+    print(table(RunDirectory.find(run)))
+
+
+@checkpoints.command("verify")
+def verify_checkpoints(run: RunName) -> None:
+    """Read every byte of every checkpoint and compare checksums; exit code 1 where one is damaged."""
+    from dtrain.checkpoint.inspect import verify
+    from dtrain.run import RunDirectory
+
+    with progress("verifying") as on_checkpoint:
+        damaged, report = verify(RunDirectory.find(run), on_checkpoint)
+    print(report)
+    if damaged:
+        raise typer.Exit(DAMAGED)
+
+
+@checkpoints.command("prune")
+def prune_checkpoints(
+    run: RunName,
+    keep_last: Annotated[int, typer.Option(min=1)] = 1,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="also keep multiples of this step")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="also keep the lowest of this metric")] = None,
+) -> None:
+    """Delete old checkpoints; the newest one that is whole always stays."""
+    from dtrain.checkpoint.inspect import prune
+    from dtrain.run import RunDirectory
+
+    print(prune(RunDirectory.find(run), keep_last, keep_every, keep_best))
+
+
+@checkpoints.command("export")
+def export_checkpoint(
+    run: RunName,
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    step: Annotated[int | None, typer.Option(min=0, help="default: the newest")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    format: Annotated[str, typer.Option(help="safetensors, or diffusers")] = "safetensors",
+) -> None:
+    """Write a checkpoint's weights under the model's own parameter names."""
+    from dtrain.checkpoint.export import export
+    from dtrain.run import RunDirectory
+
+    print(export(RunDirectory.find(run), out, step, ema, dtype, format))

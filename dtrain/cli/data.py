@@ -1,0 +1,92 @@
+"""`dtrain pack | index | verify`, and `dtrain data audit | bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.cli.arguments import Overrides, RunName
+from dtrain.cli.progress import progress
+from dtrain.errors import DAMAGED
+
+
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="a folder of class folders, an .npz, a manifest.json, or sklearn:digits"),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DEST")],
+    holdout: Annotated[int, typer.Option(min=0, help="samples set apart for evaluation")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the shuffle and the split")] = 0,
+    shard_samples: Annotated[int | None, typer.Option(min=1, help="samples a shard; default: at most 1,000")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(min=1, help="end a shard that has so many bytes")] = None,
+    format: Annotated[str | None, typer.Option(help="png, jpeg or webp; default: files as they are")] = None,
+) -> None:
+    """Make WebDataset shards with manifests: DEST/train and, with --holdout, DEST/holdout."""
+    from dtrain.data.pack import pack as run
+
+    with progress("packing") as on_sample:
+        print(run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample))
+
+
+def index(
+    shards: Annotated[
+        list[str],
+        typer.Argument(metavar="SHARDS...", help="folders of .tar shards, globs, brace patterns, @lists, or URLs"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="the manifest to write; default: manifest.json beside them")] = None,
+) -> None:
+    """Write the manifest of shards that exist."""
+    from dtrain.data.indexing import index as run
+
+    manifest = run(shards, out)
+    print(
+        f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({', '.join(manifest.fields)})"
+    )
+
+
+def verify(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="a manifest.json, or the folder it is in")],
+    shards: Annotated[str | None, typer.Option(help="their folder or URL; default: beside the manifest")] = None,
+) -> None:
+    """Compare every byte of every shard with the manifest; exit code 1 where one is damaged, each is named."""
+    from dtrain.data.manifest import load
+    from dtrain.data.progress import bytes_bar
+    from dtrain.data.verify import verify as run
+
+    found = load(manifest / "manifest.json" if manifest.is_dir() else manifest)
+    with bytes_bar(f"verifying {len(found.shards):,} shards", sum(s.bytes for s in found.shards)) as progress:
+        problems = run(found, shards or found.path.parent, progress)
+    for place, problem in problems.items():
+        print(f"{place} {problem}")
+    print(f"{found.path}: {len(problems):,} of {len(found.shards):,} shards damaged")
+    if problems:
+        raise typer.Exit(DAMAGED)
+
+
+data = typer.Typer(help="Prove what was trained on, and measure how fast data comes.", no_args_is_help=False)
+
+
+@data.command("audit")
+def audit_data(run: RunName) -> None:
+    """Replay the order of what the journal says was trained; exit code 1 where it contradicts the order."""
+    from dtrain.data.audit import audit
+    from dtrain.run import RunDirectory
+
+    found = audit(RunDirectory.find(run))
+    print(found)
+    if found.problems:
+        raise typer.Exit(DAMAGED)
+
+
+@data.command("bench")
+def bench_data(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")],
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="for all stages together")] = 10.0,
+) -> None:
+    """Images a second of each stage of one loader process, and which one limits."""
+    from dtrain import config as configuration
+    from dtrain.data.bench import bench, report
+
+    print(report(bench(configuration.load(config, overrides or []), seconds)))

@@ -1,0 +1,170 @@
+"""`dtrain evaluate | sweep | reference | sample`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.cli.arguments import FEATURES_HELP, METRICS_HELP, RunName, values, with_eval
+from dtrain.cli.progress import progress
+from dtrain.errors import UserError
+
+
+def evaluate(
+    run: RunName,
+    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
+    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
+    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
+    labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
+    bootstrap: Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
+) -> None:
+    """Draw samples from a run's checkpoint and compare them with its held-out split.
+
+    Killed and started again with the same settings it goes on where it was.
+    """
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"num_samples": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
+    chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
+    chosen |= {"bootstrap": bootstrap}
+    chosen["metrics"] = metrics.split(",") if metrics else None
+    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation.evaluate import evaluate as run_evaluation
+    from dtrain.evaluation.evaluate import open_sampler, scratch_of, weights_name
+    from dtrain.evaluation.reference import Reference
+
+    device = distributed.device()
+    drawn, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
+    with progress("reading the reference") as on_block:
+        compared = Reference(settings, device, on_block)
+    scratch = scratch_of(directory, settings, at_step, compared)
+    with progress("sampling") as on_block:
+        found, context = run_evaluation(drawn, settings, compared, on_block, scratch)
+    if distributed.rank() == 0:
+        scratch.remove()
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
+        print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
+        if as_json:
+            print(json.dumps({"step": at_step, "images": images, "metrics": found, "context": context}))
+    distributed.finalize()
+
+
+def sweep(
+    run: RunName,
+    checkpoints: Annotated[str | None, typer.Option(help="steps, or all; default: the newest")] = None,
+    ema: Annotated[str | None, typer.Option(help="EMA profiles, and raw for the weights themselves")] = None,
+    steps: Annotated[str | None, typer.Option(help="DDIM steps, such as 5,10,20,50")] = None,
+    eta: Annotated[str | None, typer.Option(help="such as 0,0.5,1")] = None,
+    guidance: Annotated[str | None, typer.Option(help="such as 1,1.5,2")] = None,
+    seeds: Annotated[str | None, typer.Option(help="such as 0,1,2; the table has their mean")] = None,
+    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
+) -> None:
+    """Evaluate every combination of lists of settings: a table, a heat map and the best one.
+
+    What RUN/sweep.jsonl holds already is not computed again.
+    """
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
+    chosen |= {"features": features, "weights": weights}
+    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw=False)
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation import sweep as sweeps
+    from dtrain.evaluation.features import metric_name
+
+    lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
+    axes = {name: values(text) for name, text in lists.items() if text}
+    if checkpoints:
+        axes["checkpoint"] = sweeps.checkpoints_of(directory, checkpoints)
+    with progress("sampling") as on_block:
+        lines = sweeps.sweep(directory, settings, axes, on_block)
+    if distributed.rank() == 0:
+        rows, metric, name = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]["features"]
+        print(sweeps.table(rows))
+        winner = sweeps.best(rows, metric, name)
+        key = metric_name(metric, name)
+        shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
+        print(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
+        picture = out or directory.path / "sweep.png"
+        if sweeps.heat_map(rows, key, picture):
+            print(f"heat map: {picture}")
+    distributed.finalize()
+
+
+def reference(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
+    features: Annotated[str, typer.Option(help=FEATURES_HELP)] = "auto",
+    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="default: that of the first image")] = None,
+    out: Annotated[Path | None, typer.Option(help="the .npz to write; default: beside the shards")] = None,
+) -> None:
+    """Compute once what evaluations compare with, and keep it beside the shards, where they look for it."""
+    from dtrain import distributed
+
+    distributed.set_thread_counts()
+    distributed.initialize()
+    from dtrain.evaluation.reference import make
+
+    with progress("reading") as on_block:
+        done = make(shards, features, weights, image_size, out, on_block)
+    if distributed.rank() == 0:
+        print(done)
+    distributed.finalize()
+
+
+def sample(
+    run: RunName,
+    n: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
+    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
+    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
+    label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    out: Annotated[Path, typer.Option(help="a .png grid, or .npz with `images` and `labels`")] = Path("samples.png"),
+) -> None:
+    """Draw images from a run's checkpoint."""
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
+    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out} must end in .png or .npz")
+    classes = settings.model.num_classes
+    if label is not None and label >= max(1, classes):
+        raise UserError(f"--label {label}: the model of {directory.path} has {classes} classes, counted from 0")
+    distributed.set_thread_counts()
+    from dtrain.evaluation.sample import draw_to_file
+
+    with progress("sampling") as on_block:
+        draw_to_file(directory, settings, n, label, step, out, on_block)
+    if distributed.rank() == 0:
+        print(f"{n} images in {out}")
+    distributed.finalize()
