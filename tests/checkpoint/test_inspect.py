@@ -1,0 +1,45 @@
+"""`dtrain checkpoints list | verify | prune` on a run that real ranks trained."""
+
+import pytest
+
+from dtrain.checkpoint.directory import complete, step_of
+from dtrain.checkpoint.inspect import prune, table, verify
+from dtrain.errors import UserError
+from dtrain.run import RunDirectory
+from dtrain.training.saving import best_step
+from tests.digits import tiny
+from tests.ranks import run_ranks
+from tests.training.test_loop import train
+
+
+def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or_the_best(digits, tmp_path):
+    overrides = ["train.steps=20", "train.checkpoint_every=5", "train.keep_last=9", "eval.every=5"]
+    config = tiny(digits, tmp_path, *overrides)
+    run_ranks(train, 2, config)
+    run = RunDirectory(config.run.path)
+
+    def steps():
+        return [step_of(path) for path in complete(run.checkpoints)]
+
+    assert steps() == [5, 10, 15, 20]
+    lines = table(run).splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "5", "10", "15", "20"]
+    assert all("complete" in line and "fd_pixels" in line for line in lines[1:])
+    assert verify(run, lambda done, of: None)[0] == 0
+
+    best = best_step(run, "fd_pixels", steps())
+    with pytest.raises(UserError, match=r"no checkpoint of .* has the metric 'fid'; nothing was deleted"):
+        prune(run, 1, None, "fid")
+    prune(run, 1, 10, "fd_pixels")
+    assert steps() == sorted({10, 20, best})
+
+    newest = complete(run.checkpoints)[-1] / "rank-00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    damaged, report = verify(run, lambda done, of: None)
+    assert damaged == 1
+    assert "step-00000020: DAMAGED" in report
+    with pytest.raises(UserError, match="the newest checkpoint is damaged, so nothing was deleted"):
+        prune(run, 1, None, None)
+    assert steps() == sorted({10, 20, best})
