@@ -14,7 +14,7 @@ from tests.data.shard_files import data_set, labelled_pictures
 
 @pytest.fixture
 def samples():
-    return [{"png": os.urandom(50 + 37 * i), "cls": str(i).encode()} for i in range(25)]
+    return [{"png": random.Random(i).randbytes(50 + 37 * i), "cls": str(i).encode()} for i in range(25)]
 
 
 def test_every_sample_has_the_bytes_that_were_written(tmp_path, samples):
