@@ -67,6 +67,10 @@ def train(config: Config) -> Outcome:
         process = build_process(config.diffusion)
         position = resume(engine, process, run, config)
         context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
+        if isinstance(process, GaussianDiffusion):
+            most, least = context["snr"] = process.schedule.snr_ends
+            if rank == 0:
+                print(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last", flush=True)
         tracker.begin(config, position, changes, context)
         batches = train_batches(config, manifest, rank, world_size, position.images)
         position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)

@@ -1,6 +1,7 @@
 """The whole loop on real ranks: the same losses at any stage and world size, and after a kill."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -37,6 +38,17 @@ def test_the_first_20_losses_agree_at_every_stage_and_world_size(digits, tmp_pat
     assert len(got) == 20
     assert got == pytest.approx(reference, abs=1e-5)
     assert reference[-1] < 0.9 * reference[0]  # it learns
+
+
+def test_a_run_tells_the_signal_to_noise_ratio_at_both_ends_when_it_starts(digits, tmp_path, capfd):
+    config = tiny(digits, tmp_path, "train.steps=1")
+    run_ranks(train, 2, config)
+    betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    last = math.prod(1 - beta for beta in betas)
+    snr = events(config.run.path / "journal.jsonl")[0]["context"]["snr"]
+    assert snr == pytest.approx([0.9999 / 1e-4, last / (1 - last)], rel=1e-9)
+    line = "signal-to-noise ratio: 9999 at the first timestep, 4.036e-05 at the last"
+    assert capfd.readouterr().out.count(line) == 1  # of two ranks
 
 
 def test_micro_batches_and_loader_processes_change_nothing(digits, tmp_path, reference):
