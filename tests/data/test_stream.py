@@ -220,6 +220,7 @@ def test_workers_leave_a_stop_signal_to_the_rank(folder):
 def _rank(folder, ending: str, sender) -> None:
     batches = train_batches(configuration(folder, workers=2), load(folder / "manifest.json"), 0, 1, 0)
     next(batches)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     sender.send(worker_pids())
     if ending == "wait":
         while True:
