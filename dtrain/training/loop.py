@@ -68,9 +68,7 @@ def train(config: Config) -> Outcome:
         position = resume(engine, process, run, config)
         context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
         if isinstance(process, GaussianDiffusion):
-            most, least = context["snr"] = process.schedule.snr_ends
-            if rank == 0:
-                print(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last", flush=True)
+            context["snr"] = process.schedule.snr_ends
         tracker.begin(config, position, changes, context)
         batches = train_batches(config, manifest, rank, world_size, position.images)
         position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)
@@ -148,6 +146,9 @@ def steps(
             grad_norm = engine.step(learning_rate(config, position.step + 1))
             step_losses.observe(distributed.world_size())
             position = Position(position.step + 1, position.images + batch_size)
+            if position.step == 1 and isinstance(process, GaussianDiffusion):  # not before: a mistake is one line
+                most, least = process.schedule.snr_ends
+                progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
             if evaluation is None and config.eval.every:
                 evaluation = evaluation_of(run, config, process, tracker, progress)
                 meter.restart()
