@@ -5,15 +5,26 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
-METRICS_HELP = "fd,fd_infinity,kid,precision,recall,is,bpd"
 FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
+Steps = Annotated[int | None, typer.Option(min=1, help="DDIM steps")]
+Eta = Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")]
+SamplerName = Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none")]
+Ema = Annotated[int | None, typer.Option(min=0, help="EMA profile")]
+Raw = Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")]
+Step = Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")]
+NumSamples = Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")]
+Metrics = Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,is,bpd")]
+Features = Annotated[str | None, typer.Option(help=FEATURES_HELP)]
+Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")]
 
 
 def with_eval(config, chosen: dict, raw: bool):
-    """The config with other `eval` settings, validated like the file's own."""
+    """The config with other `eval` settings, None leaving one as it is; validated like the file's own."""
     from dtrain import config as configuration
 
+    chosen = {k: v for k, v in chosen.items() if v is not None}
     tree = config.model_dump(mode="json")
     tree["eval"] |= chosen | ({"ema": None} if raw else {})
     return configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])

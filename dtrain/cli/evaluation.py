@@ -6,24 +6,40 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import FEATURES_HELP, METRICS_HELP, RunName, values, with_eval
+from dtrain.cli.arguments import (
+    FEATURES_HELP,
+    Ema,
+    Eta,
+    Features,
+    Guidance,
+    Metrics,
+    NumSamples,
+    Raw,
+    RunName,
+    SamplerName,
+    Step,
+    Steps,
+    Weights,
+    values,
+    with_eval,
+)
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
 
 
 def evaluate(
     run: RunName,
-    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
-    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
-    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
-    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
-    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
-    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    n: NumSamples = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    ema: Ema = None,
+    raw: Raw = False,
+    step: Step = None,
+    metrics: Metrics = None,
+    features: Features = None,
+    weights: Weights = None,
     reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
     bootstrap: Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd")] = None,
@@ -41,7 +57,7 @@ def evaluate(
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap}
     chosen["metrics"] = metrics.split(",") if metrics else None
-    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    settings = with_eval(directory.config(), chosen, raw)
     distributed.set_thread_counts()
     distributed.initialize()
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
@@ -72,10 +88,10 @@ def sweep(
     eta: Annotated[str | None, typer.Option(help="such as 0,0.5,1")] = None,
     guidance: Annotated[str | None, typer.Option(help="such as 1,1.5,2")] = None,
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2; the table has their mean")] = None,
-    n: Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS_HELP)] = None,
-    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
-    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    n: NumSamples = None,
+    metrics: Metrics = None,
+    features: Features = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
 ) -> None:
     """Evaluate every combination of lists of settings: a table, a heat map and the best one.
@@ -88,7 +104,7 @@ def sweep(
     directory = RunDirectory.find(run)
     chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
     chosen |= {"features": features, "weights": weights}
-    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw=False)
+    settings = with_eval(directory.config(), chosen, raw=False)
     distributed.set_thread_counts()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
@@ -116,7 +132,7 @@ def sweep(
 def reference(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
     features: Annotated[str, typer.Option(help=FEATURES_HELP)] = "auto",
-    weights: Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")] = None,
+    weights: Weights = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="default: that of the first image")] = None,
     out: Annotated[Path | None, typer.Option(help="the .npz to write; default: beside the shards")] = None,
 ) -> None:
@@ -137,15 +153,15 @@ def reference(
 def sample(
     run: RunName,
     n: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
-    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps")] = None,
-    eta: Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="1 is none")] = None,
-    ema: Annotated[int | None, typer.Option(min=0, help="EMA profile")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")] = False,
+    steps: Steps = None,
+    eta: Eta = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    ema: Ema = None,
+    raw: Raw = False,
     label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")] = None,
+    step: Step = None,
     out: Annotated[Path, typer.Option(help="a .png grid, or .npz with `images` and `labels`")] = Path("samples.png"),
 ) -> None:
     """Draw images from a run's checkpoint."""
@@ -154,7 +170,7 @@ def sample(
 
     directory = RunDirectory.find(run)
     chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
-    settings = with_eval(directory.config(), {k: v for k, v in chosen.items() if v is not None}, raw)
+    settings = with_eval(directory.config(), chosen, raw)
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out} must end in .png or .npz")
     classes = settings.model.num_classes
