@@ -307,6 +307,7 @@ class Eval(Section):
     guidance_rescale: Probability = 0.0  # how far the contrast is brought back to the conditional one's
     guidance_channels: Literal["all", "first_3"] = "all"  # first_3 only to repeat published DiT results
     ema: NonNegative | None = 0  # which profile; null: the raw weights
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network while sampling; the samples' states stay fp32
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("features")

@@ -38,6 +38,7 @@ SAMPLING_KEYS = (
     "guidance_interval",
     "guidance_rescale",
     "guidance_channels",
+    "precision",
     "batch_size",
     "seed",
 )

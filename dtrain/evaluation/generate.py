@@ -1,6 +1,7 @@
 """Images from a model, each a pure function of (seed, id): the same on any rank, in any order of blocks."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,10 +54,17 @@ class Sampler:
         )
         return quantize(x_0).cpu()
 
+    def _network(self, precision: str, *inputs: torch.Tensor) -> torch.Tensor:
+        """The model's answer; under bf16 in float32 again, so that guidance and sampler round nothing."""
+        if precision == "fp32":
+            return self.model(*inputs)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.model(*inputs).float()
+
     def _guided(self, how: Eval):
         """A learned variance is never guided: the channels behind the image's own stay conditional."""
         return guided(
-            self.model,
+            partial(self._network, how.precision),
             how.guidance,
             self.num_classes,
             channels=3 if how.guidance_channels == "first_3" else self.shape[0],

@@ -142,6 +142,22 @@ def test_the_bootstrap_interval_stands_beside_its_distance(trained):
     assert found["fd_pixels_low"] < found["fd_pixels"] < found["fd_pixels_high"]
 
 
+def test_bf16_rounds_the_network_and_nothing_else(trained):
+    run, seen = RunDirectory(trained.run.path), []
+    sampler, _, _ = open_sampler(run, trained, "ema_0", torch.device("cpu"))
+    for number, parameter in enumerate(sampler.model.parameters()):  # three steps have taught it hardly anything
+        parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    sampler.model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    ids, labels = list(range(50)), torch.arange(50) % 10
+    exact = sampler.draw(ids, labels, trained.eval)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    seen.clear()
+    rounded = sampler.draw(ids, labels, trained.eval.model_copy(update={"precision": "bf16"}))
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+    difference = (rounded.int() - exact.int()).abs().float()
+    assert 0 < difference.mean() < 2  # levels of 255
+
+
 def test_an_evaluation_touches_no_network(trained, no_network):
     """In this very process, alone, with its sockets blocked."""
     run, device = RunDirectory(trained.run.path), torch.device("cpu")
