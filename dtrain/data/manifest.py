@@ -16,17 +16,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain.config import Data
 from dtrain.data.remote import is_url
-from dtrain.data.tar import MEMBER
 from dtrain.errors import UserError
 
+if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submission, waits for no numpy
+    import numpy as np
+
 FORMAT = 1
+RECORD_BYTES = 16  # of dtrain.data.tar.MEMBER
 
 Positive = Annotated[int, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -60,26 +62,33 @@ class Document(_Record):
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A data set: samples are numbered through its shards in this order.
-
-    members: (N, F) records `offset`, `size`, `crc32`, read-only and memory-mapped; `size` is ABSENT where a sample
-    lacks the field.
-    """
+    """A data set: samples are numbered through its shards in this order."""
 
     path: Path
     fields: list[str]
     shards: list[Shard]
     classes: list[str] | None
-    members: np.ndarray
+    side: Path  # the file that `members` maps
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
 
-    @property
+    @cached_property
     def samples(self) -> int:
-        return len(self.members)
+        return sum(shard.samples for shard in self.shards)
 
     @cached_property
-    def shard_sizes(self) -> np.ndarray:
+    def members(self) -> "np.ndarray":
+        """(N, F) records `offset`, `size`, `crc32`, read-only, memory-mapped; `size` is ABSENT where a field is."""
+        import numpy as np
+
+        from dtrain.data.tar import MEMBER
+
+        return np.memmap(self.side, dtype=MEMBER, mode="r", shape=(self.samples, len(self.fields)))
+
+    @cached_property
+    def shard_sizes(self) -> "np.ndarray":
         """Samples of each shard (S,) int64."""
+        import numpy as np
+
         return np.array([s.samples for s in self.shards], dtype=np.int64)
 
     @cached_property
@@ -114,7 +123,7 @@ def check_all(manifest: Manifest, data: Data) -> None:
 
 
 def load(path: str | Path) -> Manifest:
-    """Read a manifest and map its side file.
+    """Read a manifest and check its side file.
 
     Raises UserError where either is missing, damaged, of another format, or does not belong to the other.
     """
@@ -138,19 +147,18 @@ def load(path: str | Path) -> Manifest:
         raise UserError(f"{path} is not valid JSON ({e}); {again}") from None
 
     side = path.parent / document.members.file
-    shape = (sum(s.samples for s in document.shards), len(document.fields))
+    manifest = Manifest(path, document.fields, document.shards, document.classes, side)
     try:
         with open(side, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            expected = shape[0] * shape[1] * MEMBER.itemsize
+            expected = manifest.samples * len(manifest.fields) * RECORD_BYTES
             if size != expected:
                 raise UserError(f"{side} has {size:,} bytes, {path} asks for {expected:,}; {again}")
             if hashlib.file_digest(file, "sha256").hexdigest() != document.members.sha256:
                 raise UserError(f"{side} is damaged or does not belong to {path} (other sha256); {again}")
     except OSError as e:
         raise UserError(f"cannot read {side}, which {path} needs: {e.strerror}; {again}") from None
-    members = np.memmap(side, dtype=MEMBER, mode="r", shape=shape)
-    return Manifest(path, document.fields, document.shards, document.classes, members)
+    return manifest
 
 
 def check_shards(manifest: Manifest, directory: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
-from dtrain.data.order import Order, default_streams, with_streams
+from dtrain.data.order import Order
+from dtrain.data.streams import default_streams, with_streams
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose, key_of, permutation
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
-from dtrain.data.order import with_streams
+from dtrain.data.streams import with_streams
 from dtrain.run import RunDirectory
 from dtrain.training.division import rows_per_rank
 from dtrain.training.stopping import deadline

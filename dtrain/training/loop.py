@@ -15,8 +15,8 @@ from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.loader import Batches
-from dtrain.data.order import with_streams
 from dtrain.data.stream import train_batches
+from dtrain.data.streams import with_streams
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
