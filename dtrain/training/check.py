@@ -1,13 +1,18 @@
-"""Would this run start? `dtrain train --check` and job submission ask, without torch and without ranks."""
+"""Would this run start? `dtrain train --check` and job submission ask, without torch, NumPy and ranks."""
 
 from pathlib import Path
 
+from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.streams import with_streams
+from dtrain.errors import UserError
 from dtrain.run import RunDirectory
+from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
 from dtrain.training.stopping import deadline
+
+PUBLISHED = (".pt", ".pth", ".safetensors")  # what run.init_from takes besides checkpoints
 
 
 def check_start(config: Config, ranks: int) -> str:
@@ -22,9 +27,42 @@ def check_start(config: Config, ranks: int) -> str:
     deadline(config.train.deadline, 0.0)
     run = RunDirectory(config.run.path)
     run.reconcile(config)
-    verb = "goes on" if run.config_file.exists() else "starts"
+    check_data(run, manifest)
+    goes_on = bool(complete(run.checkpoints))
+    if config.run.init_from and not goes_on:
+        check_source(config.run.init_from)
+    verb = "goes on" if goes_on else "starts"
     ours, size = config.deepspeed, config.data.batch_size
     return (
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}"
     )
+
+
+def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
+    """Raises UserError where the run's last attempt was trained on other data."""
+    attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
+    if attempts and attempts[-1]["context"]["data"] != manifest.hash:
+        raise UserError(
+            f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "
+            f"give this run a new run.name, or the old data"
+        )
+
+
+def check_source(init_from: str) -> None:
+    """Raises UserError where the weights to begin with are not there."""
+    if not init_from.endswith(PUBLISHED):
+        checkpoint_at(init_from)
+    elif not Path(init_from).is_file():
+        raise UserError(f"run.init_from={init_from}: there is no such file")
+
+
+def checkpoint_at(place: str) -> Path:
+    """A checkpoint's own folder, or the newest complete checkpoint of a run. Raises UserError."""
+    if (Path(place) / "manifest.json").is_file():
+        return Path(place)
+    run = RunDirectory.find(place)
+    found = complete(run.checkpoints)
+    if not found:
+        raise UserError(f"{run.path} has no complete checkpoint")
+    return found[-1]

@@ -14,7 +14,7 @@ from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
-from dtrain.tracking.journal import read as read_journal
+from dtrain.training.check import PUBLISHED, check_data, checkpoint_at
 from dtrain.training.engine import Engine
 from dtrain.training.levels import remember
 
@@ -28,12 +28,7 @@ def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest
     lock.acquire()
     try:
         changes = run.reconcile(config)
-        attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
-        if attempts and attempts[-1]["context"]["data"] != manifest.hash:
-            raise UserError(
-                f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "
-                f"give this run a new run.name, or the old data"
-            )
+        check_data(run, manifest)
         run.save_config(config)
         run.outcome_file.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
@@ -70,7 +65,7 @@ def resume(engine: Engine, process: GaussianDiffusion | RectifiedFlow, run: RunD
 def _begin_from(engine: Engine, config: Config) -> None:
     """The weights of another run, or of a published state dict, into the engine of a new run."""
     source = Path(config.run.init_from)
-    if source.suffix in (".pt", ".pth", ".safetensors"):
+    if source.suffix in PUBLISHED:
         if config.model.name != "dit":
             raise UserError(
                 f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}"
@@ -93,14 +88,3 @@ def _load_on_all_ranks(load, path: Path) -> tuple[Checkpoint | None, str | None]
         problem = str(e)
     problems = [p for p in distributed.gather_objects(problem) if p]
     return (None, problems[0]) if problems else (checkpoint, None)
-
-
-def checkpoint_at(place: str) -> Path:
-    """A checkpoint's own folder, or the newest complete checkpoint of a run. Raises UserError."""
-    if (Path(place) / "manifest.json").is_file():
-        return Path(place)
-    run = RunDirectory.find(place)
-    found = complete(run.checkpoints)
-    if not found:
-        raise UserError(f"{run.path} has no complete checkpoint")
-    return found[-1]
