@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from dtrain.cli import checkpoints, data, evaluation, running
+from dtrain.cli import checkpoints, cluster, data, evaluation, running
 from dtrain.errors import USER_ERROR, UserError
 from dtrain.training.output import say_error
 
@@ -27,6 +27,7 @@ for command in (
     evaluation.reference,
     evaluation.sample,
     running.sync,
+    cluster.submit,
 ):
     app.command()(command)
 app.add_typer(data.data, name="data")
@@ -44,7 +45,7 @@ def main(command: str | None = None) -> None:
         say_error(str(e))
         code = USER_ERROR
     except UsageError as e:
-        hint = "; settings are given as key.sub=value" if arguments[:1] == ["train"] else ""
+        hint = "; settings are given as key.sub=value" if arguments[:1] in (["train"], ["submit"]) else ""
         say_error(f"{e.format_message().rstrip('.')}{hint}")
         code = USER_ERROR
     except (KeyboardInterrupt, typer.Abort):

@@ -73,7 +73,8 @@ def train(config: Config) -> Outcome:
         batches = train_batches(config, manifest, rank, world_size, position.images)
         position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)
         if rank == 0:
-            run.write_outcome(outcome, position.step, tracker.attempt)
+            why = stop.reason or "another rank was asked to" if outcome == "stopped" else None
+            run.write_outcome(outcome, position.step, tracker.attempt, why)
     except UserError as e:
         run.write_outcome("user_error", position.step, message=str(e))
         raise

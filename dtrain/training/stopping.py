@@ -64,7 +64,7 @@ def deadline(configured: str | None, started: float) -> float | None:
     configured: a duration from `started` as [D-]HH:MM:SS, or a time in ISO 8601. Raises UserError for anything else.
     """
     if configured:
-        return started + duration(configured) if _DURATION.fullmatch(configured) else _moment(configured)
+        return started + duration(configured) if DURATION.fullmatch(configured) else _moment(configured)
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         return float(end)
     job = os.environ.get("SLURM_JOB_ID")
@@ -77,12 +77,12 @@ def deadline(configured: str | None, started: float) -> float | None:
         return None  # no limit: squeue prints N/A or NONE
 
 
-_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
 
 def duration(text: str) -> float:
     """Seconds of [D-]HH:MM:SS."""
-    days, hours, minutes, seconds = (int(part or 0) for part in _DURATION.fullmatch(text).groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in DURATION.fullmatch(text).groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

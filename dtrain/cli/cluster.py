@@ -1,0 +1,120 @@
+"""`dtrain submit` and `dtrain status`."""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.errors import UserError
+
+AXES = ("checkpoints", "ema", "guidance", "eta", "steps", "seeds")  # options of `dtrain sweep` that take lists
+
+
+def submit(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG [key.sub=value ...]", help="or, after `--`, options of the evaluation or sweep"),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks a node; GPUs where the cluster knows of any")] = 8,
+    time: Annotated[str, typer.Option(help="[D-]HH:MM:SS of one start; a training that needs more is requeued")] = "",
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    constraint: Annotated[str | None, typer.Option()] = None,
+    after: Annotated[str | None, typer.Option(metavar="JOB", help="start when this job has ended well")] = None,
+    evaluate: Annotated[str | None, typer.Option(metavar="RUN", help="evaluate this run instead of training")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="RUN", help="a job array, one task for each combination of settings")
+    ] = None,
+    template: Annotated[Path | None, typer.Option(help="your copy of slurm/train.sbatch, evaluate or sweep")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch script and submit nothing")] = False,
+) -> None:
+    """Submit a training to SLURM, refusing at once what could not start.
+
+    Also: dtrain submit --evaluate RUN --time 2:00:00 -- --n 50000
+    """
+    from dtrain.cluster import slurm
+
+    if not time:
+        raise UserError("--time is missing: give the job's limit as HH:MM:SS or D-HH:MM:SS")
+    request = slurm.Request(nodes, gpus_per_node, time, partition, account, qos, constraint, after)
+    words = arguments or []
+    if evaluate and sweep:
+        raise UserError("--evaluate and --sweep are two jobs; submit one after the other")
+    if evaluate:
+        job, about = _evaluation(evaluate, words, after)
+    elif sweep:
+        job, about = _sweep(sweep, words, after)
+    elif words:
+        job, about = _training(words, request.ranks)
+    else:
+        raise UserError("say what to submit: a CONFIG, --evaluate RUN or --sweep RUN")
+    script = slurm.render(job, request, template)
+    typer.echo(about, err=dry_run)
+    if dry_run:
+        typer.echo(script, nl=False)
+        return
+    number = slurm.submit(job, script)
+    print(f"job {number}: {nodes} nodes with {gpus_per_node} ranks each for {time}")
+    print(f"log: {job.log(f'{number}_*' if job.parts else number)}")
+    print(f"run: {job.run}")
+
+
+def _training(words: list[str], ranks: int):
+    from dtrain import config as configuration
+    from dtrain.cluster import slurm
+    from dtrain.training.check import check_start
+
+    config = configuration.load(words[0], words[1:])
+    return slurm.training(Path(words[0]), words[1:], config), check_start(config, ranks)
+
+
+def _evaluation(run: str, words: list[str], after: str | None):
+    from dtrain.cluster import slurm
+
+    path = _evaluated(run, after)
+    _options("evaluate", run, words)
+    return slurm.evaluation(path, words), f"{path} will be evaluated"
+
+
+def _sweep(run: str, words: list[str], after: str | None):
+    """One task a combination: the options that take lists give each task one value, the others go to all."""
+    from dtrain.cluster import slurm
+
+    path = _evaluated(run, after)
+    given = {k: v for k, v in _options("sweep", run, words).items() if v is not None and k != "run"}
+    if given.get("checkpoints") == "all":
+        from dtrain.checkpoint.directory import complete, step_of
+
+        given["checkpoints"] = ",".join(str(step_of(p)) for p in complete(path / "checkpoints"))
+    lists = [[f"--{axis}={value}" for value in given.pop(axis).split(",")] for axis in AXES if axis in given]
+    if not lists:
+        raise UserError("give the sweep something to vary, such as: -- --steps 10,50 --eta 0,1")
+    parts = [list(part) for part in itertools.product(*lists)]
+    rest = [f"--{name}={value}" for name, value in given.items()]
+    about = (
+        f"{path} will be evaluated at {len(parts)} combinations; the table then: dtrain sweep {run} {' '.join(words)}"
+    )
+    return slurm.sweep(path, rest, parts), about
+
+
+def _evaluated(run: str, after: str | None) -> Path:
+    """The run's directory. One that a job has yet to begin is taken by its path."""
+    from dtrain.checkpoint.directory import complete
+    from dtrain.run import RunDirectory
+
+    if after is not None and not (Path(run) / "config.yaml").exists():
+        return Path(run) if "/" in run else Path("runs") / run
+    found = RunDirectory.find(run)
+    if after is None and not complete(found.checkpoints):
+        raise UserError(f"{found.path} has no complete checkpoint yet; name the job that makes one with --after")
+    return found.path
+
+
+def _options(command: str, run: str, words: list[str]) -> dict:
+    """The options as `dtrain evaluate` or `dtrain sweep` reads them, so that a mistake is told before a job waits."""
+    from dtrain.cli import app
+
+    return typer.main.get_command(app).commands[command].make_context(command, [run, *words]).params
