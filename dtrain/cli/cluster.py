@@ -57,7 +57,8 @@ def submit(
         typer.echo(script, nl=False)
         return
     number = slurm.submit(job, script)
-    print(f"job {number}: {nodes} nodes with {gpus_per_node} ranks each for {time}")
+    print(f"job {number}: {nodes} nodes with {gpus_per_node} ranks on each, {time} at a time")
+    print(f"script: {job.log(number).with_suffix('.sbatch')}")
     print(f"log: {job.log(f'{number}_*' if job.parts else number)}")
     print(f"run: {job.run}")
 

@@ -5,7 +5,6 @@ Values reach bash quoted by shlex and #SBATCH lines in SLURM's own quotes. Impor
 
 import re
 import shlex
-import shutil
 import string
 import subprocess
 import sys
@@ -148,18 +147,17 @@ def _carried(text: str) -> str:
 
 
 def has_gpus(partition: str | None) -> bool:
-    """Whether there are nodes that GPUs can be requested of; without SLURM at hand: yes."""
-    if not shutil.which("sinfo"):
-        return True
+    """Whether there are nodes that GPUs can be requested of; where no SLURM answers: yes."""
     command = ["sinfo", "--noheader", "--format=%G", *([f"--partition={partition}"] if partition else [])]
-    answer = _ask(command)
+    try:
+        answer = _ask(command)
+    except UserError:
+        return True  # a script is only looked at, or sbatch will say what is wrong
     return any(one.startswith("gpu") for line in answer.splitlines() for one in line.split(","))
 
 
 def submit(job: Job, script: str) -> str:
     """Hand a script to sbatch; the job's number. The script is kept beside the job's log. Raises UserError."""
-    if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: submit on a machine of the cluster, or see the script with --dry-run")
     RunDirectory(job.run).make_folders()
     number = _ask(["sbatch", "--parsable"], script).strip().split(";")[0]
     job.log(number).with_suffix(".sbatch").write_text(script)
@@ -169,6 +167,8 @@ def submit(job: Job, script: str) -> str:
 def _ask(command: list[str], text: str | None = None) -> str:
     try:
         answer = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise UserError(f"there is no {command[0]} here: go to a machine of the cluster, or see --dry-run") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within a minute; is SLURM's controller up?") from None
     if answer.returncode:

@@ -1,0 +1,158 @@
+"""`dtrain submit`: refuses in a moment what could not start, shows the script, hands it over."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.stubs import RECORD, Stubs
+from tests.digits import tiny
+from tests.ranks import run_ranks
+from tests.test_cli import contents
+from tests.training.test_loop import train
+
+DTRAIN = [sys.executable, "-c", "from dtrain.cli import main; main()"]
+
+
+@pytest.fixture
+def work(digits, tmp_path, monkeypatch):
+    """A folder with a config, and SLURM's commands in place of which stand-ins answer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
+    stubs = Stubs(tmp_path / "tools", pytest.MonkeyPatch())
+    monkeypatch.setenv("PATH", f"{stubs.bin}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(stubs.record))
+    sbatch = stubs.bin / "sbatch"
+    sbatch.write_text(RECORD + "cat >script; echo '12;cluster'\n")
+    sbatch.chmod(0o755)
+    Path("tiny.yaml").write_text(tiny(digits, Path("runs"), "train.steps=3").dump())
+    return stubs
+
+
+def submit(*arguments, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([*DTRAIN, "submit", *arguments], capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def test_a_submitted_training_is_shown_handed_to_sbatch_and_kept_beside_its_log(work):
+    done = submit("tiny.yaml", "train.steps=5", "--nodes", "2", "--gpus-per-node", "3", "--time", "00:10:00")
+    folder = Path.cwd() / "runs/tiny"
+    assert done.stdout.splitlines() == [
+        "runs/tiny starts: 5 steps of 24 images from 1,437; each rank has 4 of them in micro-batches of 4, "
+        "at ZeRO stage 2 in fp32",
+        "job 12: 2 nodes with 3 ranks on each, 00:10:00 at a time",
+        f"script: {folder}/logs/train-12.sbatch",
+        f"log: {folder}/logs/train-12.log",
+        f"run: {folder}",
+    ]
+    script = Path("script").read_text()
+    assert (folder / "logs/train-12.sbatch").read_text() == script
+    requested = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert requested == [
+        "job-name=tiny",
+        "nodes=2",
+        "ntasks-per-node=1",
+        "cpus-per-task=3",
+        "gpus-per-node=3",
+        "time=00:10:00",
+        "signal=B:USR2@150",
+        "kill-on-invalid-dep=yes",
+        "requeue",
+        "open-mode=append",
+        f'output="{folder}/logs/train-%j.log"',
+    ]
+
+
+def test_what_is_asked_for_is_requested_and_no_gpu_where_the_cluster_knows_none(work):
+    (work.bin / "sinfo").write_text("#!/bin/bash\n[[ $* == *--partition=cpu* ]] && echo '(null)' || echo gpu:8\n")
+    options = ["--time", "2-00:00:00", "--partition", "cpu", "--account", "a", "--qos", "q", "--constraint", "x&y"]
+    script = submit("tiny.yaml", *options, "--gpus-per-node", "4", "--after", "11", "--dry-run").stdout
+    requested = {line for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert not any("gpus" in line for line in requested)
+    assert requested >= {
+        "#SBATCH --partition=cpu",
+        "#SBATCH --account=a",
+        "#SBATCH --qos=q",
+        '#SBATCH --constraint="x&y"',
+        "#SBATCH --dependency=afterok:11",
+        "#SBATCH --signal=B:USR2@300",
+    }
+    assert "ranks_per_node=4" in script
+    assert not Path("runs").exists()  # a dry run leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny.yaml", "model.dept=3"], "unknown key `model.dept` on the command line; did you mean"),
+        (["tiny.yaml", "data.batch_size=25"], "data.batch_size 25 does not divide by 8 ranks; the nearest"),
+        (["tiny.yaml", "--nodes", "5"], "does not divide by 40 ranks"),
+        (["tiny.yaml", "data.shards=nowhere"], "there is no manifest nowhere/manifest.json"),
+        (["tiny.yaml", "data.streams=5000"], "data.streams 5000 exceeds the 1437 samples"),
+        (["tiny.yaml", "run.init_from=nowhere"], "no run at nowhere or runs/nowhere"),
+        (["tiny.yaml", "run.init_from=no.pt"], "run.init_from=no.pt: there is no such file"),
+        (["tiny.yaml", "train.deadline=soon"], "train.deadline 'soon' is neither a duration"),
+        (["absent.yaml"], "cannot read the config absent.yaml: No such file or directory"),
+        (["tiny.yaml", "--template", "absent"], "cannot read the template absent: No such file"),
+        (["tiny.yaml", "--frobnicate"], "No such option: --frobnicate"),
+        (["tiny.yaml", "--partition", "a b"], "--partition 'a b' has characters that no partition has"),
+        ([], "say what to submit: a CONFIG, --evaluate RUN or --sweep RUN"),
+        (["--evaluate", "nowhere"], "no run at nowhere or runs/nowhere"),
+        (["--evaluate", "r", "--sweep", "r"], "--evaluate and --sweep are two jobs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_submitted(work, arguments, message):
+    before = contents(Path.cwd())
+    done = submit("--time", "1:00:00", "--gpus-per-node", "8", *arguments, expect=2)
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert contents(Path.cwd()) == before
+
+
+def test_a_missing_shard_other_data_and_another_identity_are_refused(work, digits):
+    run_ranks(train, 1, tiny(digits, Path("runs"), "train.steps=3"))
+    (Path("runs/tiny/journal.jsonl")).write_text(
+        Path("runs/tiny/journal.jsonl").read_text().replace('"data": "', '"data": "0')
+    )
+    limit = ("--time", "1:00:00", "--gpus-per-node", "2")
+    assert "was trained on another data set" in submit("tiny.yaml", *limit, expect=2).stderr
+    assert "run.seed was 0, is 4" in submit("tiny.yaml", "run.seed=4", *limit, expect=2).stderr
+    subprocess.run(["cp", "-r", digits, "copy"], check=True)
+    shard = sorted(Path("copy/train").glob("*.tar"))[3]
+    shard.unlink()
+    told = submit("tiny.yaml", "data.shards=copy/train", "run.name=new", *limit, expect=2).stderr
+    assert f"cannot find the shard {shard}" in told
+
+
+def test_what_sbatch_says_is_told(work):
+    (work.bin / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid account' >&2; exit 1\n")
+    done = submit("tiny.yaml", "--time", "1:00:00", "--gpus-per-node", "1", expect=2)
+    assert done.stderr == "dtrain: sbatch failed: error: Invalid account\n"
+
+
+def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
+    limit = ("--time", "1:00:00", "--gpus-per-node", "1", "--dry-run")
+    run_ranks(train, 1, tiny(digits, Path("runs"), "train.steps=4", "train.checkpoint_every=2"))
+    script = submit("--evaluate", "tiny", *limit, "--", "--n", "100", "--metrics", "fd,kid").stdout
+    assert f"eval/evaluate.py {Path.cwd()}/runs/tiny --n 100 --metrics fd,kid)" in script
+    assert "No such option: --m" in submit("--evaluate", "tiny", *limit, "--", "--m", "1", expect=2).stderr
+
+    words = ["--checkpoints", "all", "--eta", "0,0.5", "--steps", "5,10", "--n", "100"]
+    done = submit("--sweep", "tiny", *limit, "--", *words)
+    assert "#SBATCH --array=0-7" in done.stdout
+    assert "8 combinations; the table then: dtrain sweep tiny --checkpoints all --eta 0,0.5" in done.stderr
+    parts = [f"--checkpoints={c} --eta={e} --steps={s}" for c in (2, 4) for e in ("0", "0.5") for s in (5, 10)]
+    assert f"parts=({' '.join(parts)})" in done.stdout
+    assert f"eval/sweep.py {Path.cwd()}/runs/tiny --n=100)" in done.stdout
+    assert "give the sweep something to vary" in submit("--sweep", "tiny", *limit, expect=2).stderr
+
+
+def test_an_evaluation_may_wait_for_a_run_that_has_not_begun(work):
+    limit = ("--time", "1:00:00", "--gpus-per-node", "1", "--dry-run")
+    script = submit("--evaluate", "later", "--after", "12", *limit).stdout
+    assert f"eval/evaluate.py {Path.cwd()}/runs/later)" in script
+    assert "#SBATCH --dependency=afterok:12" in script
