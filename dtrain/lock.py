@@ -67,6 +67,12 @@ class RunLock:
             return False
 
 
+def holder(path: Path) -> dict | None:
+    """Who holds this lock now: {"host", "pid", "job", …}; None where nobody alive does."""
+    found = _read(path)
+    return found if found is not None and RunLock(path)._alive(found) else None
+
+
 def _create(path: Path, text: str) -> bool:
     """Write a new file whole; False where there is one. A hard link appears with its contents, or not at all."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")

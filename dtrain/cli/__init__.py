@@ -26,6 +26,7 @@ for command in (
     evaluation.sweep,
     evaluation.reference,
     evaluation.sample,
+    evaluation.report,
     running.sync,
     cluster.submit,
 ):

@@ -1,4 +1,4 @@
-"""`dtrain evaluate | sweep | reference | sample`."""
+"""`dtrain evaluate | sweep | reference | sample | report`."""
 
 import json
 from pathlib import Path
@@ -184,3 +184,13 @@ def sample(
     if distributed.rank() == 0:
         print(f"{n} images in {out}")
     distributed.finalize()
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, or names under runs/")],
+    out: Annotated[Path | None, typer.Option(help="default: report.html in the first run's directory")] = None,
+) -> None:
+    """Write one HTML page about a run, or about several laid over each other; it needs no other file and no network."""
+    from dtrain.report import write_report
+
+    print(write_report(runs, out))

@@ -283,6 +283,7 @@ class Train(Section):
 
 # bpd: the bound on held-out images, in bits/dim
 Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd"]
+HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
 
 class Eval(Section):

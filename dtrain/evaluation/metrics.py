@@ -14,7 +14,6 @@ from dtrain.evaluation.statistics import Statistics
 OF_MOMENTS = {"fd"}
 OF_THE_MODEL = {"bpd"}  # no samples at all; `evaluate` asks the model itself
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
-HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
 
 def needs_features(e: Eval) -> bool:

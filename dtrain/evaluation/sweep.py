@@ -19,10 +19,10 @@ from dtrain import config as configuration
 from dtrain import distributed
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.config import Config
+from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.errors import UserError
 from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, scratch_of, weights_name
 from dtrain.evaluation.features import metric_name
-from dtrain.evaluation.metrics import HIGHER_IS_BETTER
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 

@@ -1,0 +1,172 @@
+"""A curve as SVG that stretches with the page while lines, dots and letters keep their size.
+
+The SVG has a 1000 × 1000 canvas that is stretched to whatever box the page gives (`non-scaling-stroke`); labels are
+HTML placed by per cent. So the same chart is crisp at 400 and at 1280 pixels, without a script.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dtrain.report.numbers import count, duration, log_ticks, short, ticks, time_ticks
+from dtrain.report.redaction import escaped, redacted
+
+MOST_POINTS = 400  # of one line; more are averaged
+LOG_FROM = 12.0  # highest over lowest value from which a positive curve is drawn on a logarithmic axis
+COLOURS, DASHES = 8, 4
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    low: float | None = None  # of the interval around y
+    high: float | None = None
+    label: str = ""  # what is said beside the value
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    points: list[Point]
+    colour: str = "s0"  # a CSS variable: s0 … s7 tell lines apart, l0 … l7 are levels from low to high
+    dash: int = 0
+    dots: bool = False
+    breaks: frozenset[int] = frozenset()  # points that are not joined to the one before
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    series: list[Series]
+    x_name: str = "images seen"
+    y_name: str = ""
+    note: str = ""
+    time: bool = False  # x is seconds
+    x_ends: tuple[float, float] | None = None  # of the x axis; default: what the points need
+    wide: bool = False
+    zero: bool = False  # the axis begins at 0
+
+    def html(self) -> str:
+        """A <figure>; nothing where no series has a point."""
+        series = [s for s in self.series if s.points]
+        if not series:
+            return ""
+        x_range, y_range, log = self._ranges(series)
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            """On the canvas, y downwards."""
+            low, high = (math.log(v) for v in y_range) if log else y_range
+            value = math.log(max(y, y_range[0])) if log else y
+            return 1000 * (x - x_range[0]) / (x_range[1] - x_range[0]), 1000 * (1 - (value - low) / (high - low))
+
+        x_ticks = (time_ticks if self.time else ticks)(*x_range)
+        y_ticks = log_ticks(*y_range) if log else ticks(*y_range, most=5)
+        lines = [f'<path class="grid" d="M0 {place(x_range[0], t)[1]:.1f}H1000"/>' for t in y_ticks]
+        lines += [f'<path class="grid" d="M{place(t, y_range[1])[0]:.1f} 0V1000"/>' for t in x_ticks]
+        y_labels = [
+            f'<span class="y" style="top:{place(x_range[0], t)[1] / 10:.2f}%">{short(t)}</span>' for t in y_ticks
+        ]
+        x_labels = [
+            f'<span class="x{" odd" if i % 2 else ""}" style="left:{place(t, y_range[1])[0] / 10:.2f}%">'
+            f"{(duration if self.time else count)(t)}</span>"
+            for i, t in enumerate(x_ticks)
+        ]
+        drawn = "".join(_drawn(s, number, place) for number, s in enumerate(series))
+        scale = " · logarithmic" if log else ""
+        said = f"{self.title}: {self.y_name or 'value'} over {self.x_name}, {len(series)} lines"
+        note = f'<p class="note">{escaped(self.note)}</p>' if self.note else ""
+        return (
+            f'<figure class="chart{" wide" if self.wide else ""}"><figcaption><b>{escaped(self.title)}</b>'
+            f'<span class="unit">{escaped(self.y_name)}{scale}</span></figcaption>'
+            f'<div class="frame"><div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
+            f'aria-label="{escaped(said)}"><title>{escaped(said)}</title>{"".join(lines)}{drawn}</svg>'
+            f'{"".join(y_labels)}{"".join(x_labels)}<i class="cursor"></i><div class="tip"></div></div></div>'
+            f'<p class="axis">{escaped(self.x_name)}</p>{_legend(series)}{note}'
+            f'<script type="application/json">{_data(series, x_range)}</script></figure>'
+        )
+
+    def _ranges(self, series: list[Series]) -> tuple[tuple[float, float], tuple[float, float], bool]:
+        """(x from, to), (y from, to), whether y is logarithmic."""
+        points = [p for s in series for p in s.points]
+        xs = [p.x for p in points]
+        ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
+        left, right = self.x_ends or (min(xs), max(xs))
+        if left == right:
+            left, right = left - 0.5 * (abs(left) or 1), right + 0.5 * (abs(right) or 1)
+        elif 0 <= left < 0.2 * right:
+            left = 0.0
+        low, high = min(ys), max(ys)
+        means = [p.y for p in points]
+        if not self.zero and min(means) > 0 and max(means) / min(means) >= LOG_FROM:
+            low = max(low, min(means) / 4)  # an interval that reaches zero has no place on this axis
+            return (left, right), (low / 1.15, high * 1.15), True
+        if self.zero or (0 <= low < 0.35 * high):
+            low = min(0.0, low)
+        space = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+        return (left, right), (low - (space if low else 0.0), high + space), False
+
+
+def averaged(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points: means of equally many neighbours, with the lowest and the highest of them as interval."""
+    each = -(-len(points) // most)
+    if each <= 1:
+        return points
+    parts = [points[i : i + each] for i in range(0, len(points), each)]
+    return [
+        Point(
+            sum(p.x for p in part) / len(part),
+            sum(p.y for p in part) / len(part),
+            min(p.y for p in part),
+            max(p.y for p in part),
+        )
+        for part in parts
+    ]
+
+
+def _drawn(series: Series, number: int, place: Callable[[float, float], tuple[float, float]]) -> str:
+    spots = [place(p.x, p.y) for p in series.points]
+    line = "".join(f"{'L' if i and i not in series.breaks else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(spots))
+    inside = [p for p in series.points if p.low is not None and p.high is not None]
+    band = ""
+    if len(inside) > 1 and not series.breaks:
+        upper = [place(p.x, p.high) for p in inside]
+        lower = [place(p.x, p.low) for p in reversed(inside)]
+        band = f'<path class="band" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in upper + lower)}Z"/>'
+    dots = whiskers = ""
+    if series.dots or len(spots) == 1:
+        dots = f'<path class="dots" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in spots)}"/>'
+        ends = [(*place(p.x, p.low), place(p.x, p.high)[1]) for p in inside]
+        whiskers = (
+            f'<path class="whiskers" d="{"".join(f"M{x:.1f} {a:.1f}V{b:.1f}" for x, a, b in ends)}"/>' if ends else ""
+        )
+    return (
+        f'<g class="series dash{series.dash % DASHES}" data-series="{number}" style="--c:var(--{series.colour})">'
+        f'{band}<path class="line" d="{line}"/>{whiskers}{dots}</g>'
+    )
+
+
+def _legend(series: list[Series]) -> str:
+    if len(series) == 1 and not series[0].name:
+        return ""
+    items = [
+        f'<button type="button" class="key dash{s.dash % DASHES}" aria-pressed="true" data-series="{i}" '
+        f'style="--c:var(--{s.colour})"><svg viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
+        f'<path class="line" d="M1 5H27"/></svg>{escaped(s.name)}</button>'
+        for i, s in enumerate(series)
+    ]
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _data(series: list[Series], x_range: tuple[float, float]) -> str:
+    """Every number of the chart in full, for the script that reads them out under the pointer."""
+    lines = [
+        {
+            "name": redacted(s.name),
+            "colour": s.colour,
+            "points": [[p.x, p.y, p.low, p.high, redacted(p.label)] for p in s.points],
+        }
+        for s in series
+    ]
+    return json.dumps({"x": x_range, "series": lines}, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,49 @@
+"""Where each attempt's time went, as far as the journals tell."""
+
+from dtrain.report.markup import table
+from dtrain.report.numbers import duration
+from dtrain.report.redaction import escaped
+from dtrain.report.runs import Run
+
+# In the order of the bar. What a journal says beyond these goes behind them under its own name.
+NAMES = {
+    "productive_s": "productive",
+    "data_wait_s": "waiting for data",
+    "save_stall_s": "stalled by saving",
+    "evaluation_s": "evaluation",
+    "restart_s": "starting",
+}
+
+
+def html(runs: list[Run]) -> str:
+    """A bar and a row for each attempt, and for all of them together."""
+    return "".join(_one(run, len(runs) > 1) for run in runs)
+
+
+def _one(run: Run, several: bool) -> str:
+    last = {line["attempt"]: line["metrics"] for line in run.happened if line["event"] == "goodput"}  # they accumulate
+    if not last:
+        return ""
+    keys = dict.fromkeys(k for metrics in last.values() for k in metrics)
+    names = {k: name for k, name in NAMES.items() if k in keys}
+    names |= {k: k.removesuffix("_s").replace("_", " ") for k in keys if k.endswith("_s") and k not in NAMES}
+    parts = [(f"attempt {attempt}", metrics) for attempt, metrics in sorted(last.items())]
+    if len(parts) > 1:
+        parts.append(("in all", {k: sum(m.get(k, 0.0) for m in last.values()) for k in keys}))
+    bars, rows = [], []
+    for label, metrics in parts:
+        total = sum(metrics.get(k, 0.0) for k in names) or 1.0
+        share = f"{100 * metrics.get('productive_s', 0.0) / total:.1f} %"
+        stack = "".join(
+            f'<i class="g{i % 8}" style="width:{100 * metrics.get(k, 0.0) / total:.3f}%" '
+            f'title="{escaped(name)}: {duration(metrics.get(k, 0.0))}"></i>'
+            for i, (k, name) in enumerate(names.items())
+        )
+        bars.append(f'<div class="lane"><span>{label}</span><div class="stack">{stack}</div><b>{share}</b></div>')
+        lost = f"{metrics['lost_steps']:,.0f}" if "lost_steps" in metrics else "–"
+        rows.append([label, *(duration(metrics.get(k, 0.0)) for k in names), lost, share])
+    shown = [escaped(name) for name in names.values()]
+    key = "".join(f'<span class="key"><i class="g{i % 8}"></i>{name}</span>' for i, name in enumerate(shown))
+    title = f"<h3>{escaped(run.name)}</h3>" if several else ""
+    head = ["", *shown, "steps lost", "goodput"]
+    return f'<div class="goodput">{title}{"".join(bars)}<div class="legend">{key}</div>{table(head, rows)}</div>'

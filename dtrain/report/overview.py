@@ -1,0 +1,125 @@
+"""The head of the page: each run on a card, several in a table, and what tells their configs apart."""
+
+import statistics
+from typing import Any
+
+import yaml
+
+from dtrain.config import flat
+from dtrain.report.evaluations import best_of, interval
+from dtrain.report.markup import details, plural, table
+from dtrain.report.numbers import count, duration, short
+from dtrain.report.redaction import escaped
+from dtrain.report.runs import Run
+from dtrain.report.timeline import attempts
+
+STATES = {
+    "finished": "finished",
+    "stopped": "stopped",
+    "user_error": "ended by a mistake",
+    "hang": "hung",
+    "running": "running",
+    "crashed": "crashed",
+}
+GOOD, WAITING = ("finished",), ("running", "stopped")
+
+
+def cards(runs: list[Run]) -> str:
+    return "".join(_card(run, number, len(runs) > 1) for number, run in enumerate(runs))
+
+
+def comparison(runs: list[Run]) -> str:
+    """For several runs: one row each, and the config keys in which they differ."""
+    if len(runs) < 2:
+        return ""
+    rows = []
+    for number, run in enumerate(runs):
+        best = best_of(run)
+        shown = "<br>".join(f"{escaped(metric)} {short(line['metrics'][metric])}" for metric, _, line in best) or "–"
+        of = "<br>".join(f"{escaped(how)}, step {line['step']:,}" for _, how, line in best)
+        state, images = STATES.get(run.state, escaped(run.state)), f"{run.last['images']:,}"
+        row = [_named(run, number), state, _steps(run), images, f"<b>{shown}</b>", of, _speed(run)]
+        rows.append([*row, duration(_seconds(run))])
+    head = ["run", "state", "steps", "images", "best distance", "of", "images/s", "time in attempts"]
+    return table(head, rows, "left") + _differences(runs)
+
+
+def _named(run: Run, number: int) -> str:
+    return f'<i class="swatch" style="--c:var(--s{number % 8})"></i>{escaped(run.name)}'
+
+
+def _differences(runs: list[Run]) -> str:
+    configs = [flat(run.config) for run in runs]
+    keys = [k for k in dict.fromkeys(k for c in configs for k in c) if len({str(c.get(k)) for c in configs}) > 1]
+    rows = [[f"<code>{escaped(k)}</code>", *(escaped(c.get(k, "–")) for c in configs)] for k in keys if k != "run.name"]
+    if not rows:
+        return '<p class="note">Their configs are the same but for the name.</p>'
+    return "<h3>What differs</h3>" + table(["key", *(escaped(run.name) for run in runs)], rows, "left")
+
+
+def _card(run: Run, number: int, several: bool) -> str:
+    name = _named(run, number) if several else escaped(run.name)
+    kind = "good" if run.state in GOOD else "waiting" if run.state in WAITING else "bad"
+    ended = run.directory.outcome() or {}
+    message = f'<p class="message">{escaped(ended["message"])}</p>' if ended.get("message") else ""
+    facts = [("steps", _steps(run)), ("images", count(run.last["images"]))]
+    for metric, how, line in best_of(run):
+        low, high = interval(line, metric)
+        spread = f"<small>{short(low)} – {short(high)}</small>" if low is not None else ""
+        where = f"<small>{escaped(how)}<br>step {line['step']:,}</small>"
+        facts.append((f"best {metric}", f"{short(line['metrics'][metric])}{spread}{where}"))
+    losses = [line["metrics"]["loss"] for line in run.of("train") if "loss" in line["metrics"]]
+    facts += [("loss", short(losses[-1]))] if losses else []
+    facts += [("images/s", f"{_speed(run)}<small>median</small>")] if losses else []
+    tries = attempts(run)
+    facts.append(("time", f"{duration(_seconds(run))}<small>in {plural(len(tries), 'attempt')}</small>"))
+    bad = sum(line["event"] == "bad_sample" for line in [*run.lines, *run.elsewhere])
+    facts += [("bad samples", f"{bad:,}")] if bad else []
+    faults = sum(line["event"] == "fault" for line in run.happened)
+    facts += [("faults", f"{faults:,}")] if faults else []
+    shown = "".join(f"<div><dt>{escaped(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
+    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    return (
+        f'<section class="card"><h2>{name} <span class="state {kind}">'
+        f"{STATES.get(run.state, escaped(run.state))}</span></h2>{message}<dl>{shown}</dl>"
+        f'<p class="note">{escaped(" · ".join(_highlights(run)))}</p>'
+        f"{details('Config', f'<pre>{escaped(text)}</pre>')}</section>"
+    )
+
+
+def _highlights(run: Run) -> list[str]:
+    """What people ask first about a run's config."""
+    get = run.setting
+    model = get("model", {}) if isinstance(get("model"), dict) else {}
+    sizes = [f"{k} {v}" for k, v in model.items() if k in ("size", "depth", "width", "patch") and v is not None]
+    process = get("diffusion.process", "gaussian")
+    how = [get("diffusion.schedule"), get("diffusion.prediction")] if process == "gaussian" else []
+    size, channels, classes = get("data.image_size"), get("data.channels", 3), get("model.num_classes", 0)
+    world = next((line["context"].get("world_size") for line in reversed(run.of("attempt"))), None)
+    found: list[Any] = [
+        " ".join([{"dit": "DiT", "unet": "UNet"}.get(model.get("name"), "model"), *sizes]),
+        f"images {size} × {size} × {channels}" + (f", {classes} classes" if classes else ""),
+        ", ".join([process, *filter(None, how)]),
+        f"batch {get('data.batch_size')}, learning rate {get('optim.lr')}",
+        f"ZeRO {get('deepspeed.zero_stage', 2)}, {get('deepspeed.precision', 'fp32')}",
+    ]
+    decays = [p.get("decay") for p in get("ema", []) if isinstance(p, dict)]
+    found += [f"EMA {', '.join(map(str, decays))}"] if decays else []
+    found += [plural(world, "rank")] if world else []
+    return found
+
+
+def _steps(run: Run) -> str:
+    planned, done = run.setting("train.steps"), run.last["step"]
+    return f"{done:,}" if planned == done or not isinstance(planned, int) else f"{done:,} of {planned:,}"
+
+
+def _speed(run: Run) -> str:
+    speeds = [
+        line["metrics"]["images_per_second"] for line in run.of("train") if "images_per_second" in line["metrics"]
+    ]
+    return short(statistics.median(speeds)) if speeds else "–"
+
+
+def _seconds(run: Run) -> float:
+    return sum(part[-1]["time"] - part[0]["time"] for part in attempts(run))

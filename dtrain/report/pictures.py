@@ -1,0 +1,82 @@
+"""Pictures inside the page: sample grids over training, no larger than a page can bear."""
+
+import base64
+import io
+from pathlib import Path
+
+from dtrain.report.evaluations import at
+from dtrain.report.redaction import escaped
+from dtrain.report.runs import Line, Run
+
+MOST_GRIDS = 12  # of a run, spread over its training, the last one among them
+MOST_BYTES = 250_000  # of a picture that is taken as it is
+LONGEST = 1400  # pixels, of one that is not
+
+
+def data_uri(picture: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def grids(runs: list[Run]) -> str:
+    """A row of thumbnails a run, with one of them large; a script lets a slider move through them."""
+    found = []
+    for run in runs:
+        lines = _with_grids(run)
+        taken = _spread(lines, MOST_GRIDS)
+        shown = [(line, uri) for line in taken if (uri := _read(run.directory.path / line["context"]["artifact"]))]
+        if not shown:
+            continue
+        thumbs = "".join(
+            f'<button type="button" class="thumb" aria-label="samples at {at(line)}">'
+            f'<img src="{uri}" alt="samples at {at(line)}" loading="lazy"><span>{at(line)}</span></button>'
+            for line, uri in shown
+        )
+        name = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
+        of = f"{len(shown)} of {len(lines)} grids. " if len(shown) < len(lines) else ""
+        found.append(
+            f'<div class="grids">{name}<p class="note">{of}The same noise and labels at every step, '
+            f"a column a class where there are classes; {escaped(run.ema(_weights(lines)))}.</p>"
+            f'<figure class="large" hidden><img alt=""><figcaption></figcaption></figure>'
+            f'<input type="range" min="0" max="{len(shown) - 1}" value="{len(shown) - 1}" hidden '
+            f'aria-label="step of the samples"><div class="scroll thumbs">{thumbs}</div></div>'
+        )
+    return "".join(found)
+
+
+def _with_grids(run: Run) -> list[Line]:
+    """Evaluations that drew a grid, by step; a path that leaves the run directory is none."""
+    root = run.directory.path.resolve()
+    lines = {
+        line["step"]: line
+        for line in run.of("eval")
+        if isinstance(file := line["context"].get("artifact"), str) and (root / file).resolve().is_relative_to(root)
+    }
+    return [lines[step] for step in sorted(lines)]
+
+
+def _weights(lines: list[Line]) -> str:
+    return str(lines[-1]["context"].get("ema", "?"))
+
+
+def _spread(lines: list[Line], most: int) -> list[Line]:
+    if len(lines) <= most:
+        return lines
+    return [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
+
+
+def _read(path: Path) -> str | None:
+    """A picture as a data URI, smaller where it is large; None where it is gone or damaged."""
+    from PIL import Image
+
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            if len(content) <= MOST_BYTES and picture.format in ("PNG", "JPEG", "WEBP"):
+                picture.verify()
+                return data_uri(content, picture.format.lower())
+            picture.thumbnail((LONGEST, LONGEST))
+            smaller = io.BytesIO()
+            picture.convert("RGB").save(smaller, "WEBP", quality=85)
+            return data_uri(smaller.getvalue(), "webp")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

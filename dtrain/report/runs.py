@@ -1,0 +1,121 @@
+"""What is known of a run: its directory read once, without torch."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain.errors import UserError
+from dtrain.lock import holder
+from dtrain.report.redaction import masked
+from dtrain.run import RunDirectory
+from dtrain.tracking.journal import events, valid
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run directory as a report sees it.
+
+    config: plain data with secrets masked. lines: the journal's lines that count; happened: void ones too, which
+    belong to the time line alone; elsewhere: what other ranks wrote in journals of their own.
+    """
+
+    directory: RunDirectory
+    name: str
+    config: dict[str, Any]
+    lines: list[Line]
+    happened: list[Line]
+    elsewhere: list[Line]
+    sweeps: list[Line]
+
+    @classmethod
+    def read(cls, place: str | Path) -> "Run":
+        """Raises UserError where there is no run, or one that has not written anything yet."""
+        directory = RunDirectory.find(place)
+        happened = events(directory.journal_file)
+        if not happened:
+            raise UserError(f"{directory.path} has nothing in its journal.jsonl yet; start the run first")
+        journals = sorted(directory.path.glob("journal-*.jsonl"))
+        return cls(
+            directory,
+            directory.path.resolve().name,
+            masked(_config(directory.config_file)),
+            valid(happened),
+            happened,
+            [line for path in journals for line in events(path)],
+            _sweep_lines(directory.path / "sweep.jsonl"),
+        )
+
+    def of(self, event: str) -> list[Line]:
+        """The lines of one event that count, in the order of the journal."""
+        return [line for line in self.lines if line["event"] == event]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A config value by its dotted key."""
+        node: Any = self.config
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return default
+            node = node[part]
+        return node
+
+    @cached_property
+    def state(self) -> str:
+        """finished, stopped, user_error, hang as outcome.json says; else running, or crashed."""
+        ended = self.directory.outcome()
+        if ended is not None:
+            return str(ended.get("outcome"))
+        return "running" if holder(self.directory.lock_file) else "crashed"
+
+    @property
+    def last(self) -> Line:
+        """The line of the furthest step."""
+        return max(self.lines, key=lambda line: line["step"])
+
+    def ema(self, weights: str) -> str:
+        """`ema_0` with the decay that its profile has in the config."""
+        if not weights.startswith("ema_"):
+            return f"{weights} weights"
+        profiles, number = self.setting("ema", []), weights.removeprefix("ema_")
+        known = isinstance(profiles, list) and number.isdigit() and int(number) < len(profiles)
+        return f"EMA {profiles[int(number)].get('decay')}" if known else weights
+
+
+def read_runs(places: list[str | Path]) -> list[Run]:
+    """Each run once, under names that tell them apart. Raises UserError."""
+    found = {run.directory.path.resolve(): run for run in map(Run.read, places)}
+    runs = list(found.values())
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            object.__setattr__(run, "name", str(run.directory.path))
+    return runs
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Plain data, not validated: a run of another version may still be looked at."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no config of a run: it must be a mapping of sections")
+    return tree
+
+
+def _sweep_lines(path: Path) -> list[Line]:
+    """Of each combination its last line; torn ones, of a sweep that was killed, do not count."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            if isinstance(line["metrics"], dict) and isinstance(line["context"], dict):
+                found[line["key"]] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return list(found.values())

@@ -1,0 +1,136 @@
+"""What happened to a run by the clock: attempts, evaluations, checkpoints, faults."""
+
+import itertools
+
+from dtrain.report.markup import details, plural, table
+from dtrain.report.numbers import clock, duration, short, time_ticks
+from dtrain.report.redaction import MASK, escaped, is_secret
+from dtrain.report.runs import Line, Run
+
+MOST_ROWS = 500  # of the table of events
+NOTABLE = ("fault", "config", "bad_sample")  # drawn in the lane of events
+
+
+def html(runs: list[Run]) -> str:
+    return "".join(_timeline(run, len(runs) > 1) for run in runs)
+
+
+def attempts(run: Run) -> list[list[Line]]:
+    """All lines of each attempt, void ones too, from the first to the last."""
+    found: dict[int, list[Line]] = {}
+    for line in run.happened:
+        found.setdefault(line["attempt"], []).append(line)
+    return [found[attempt] for attempt in sorted(found)]
+
+
+def lost_steps(run: Run) -> list[int]:
+    """Of each attempt the steps that a later one went through again, as far as they were journaled."""
+    begins = [(line["attempt"], line["step"]) for line in run.happened if line["event"] == "attempt"]
+    found = []
+    for lines in attempts(run):
+        reached = max(line["step"] for line in lines)
+        resumed = min((step for number, step in begins if number > lines[0]["attempt"]), default=reached)
+        found.append(max(0, reached - resumed))
+    return found
+
+
+def _timeline(run: Run, several: bool) -> str:
+    valid = {id(line) for line in run.lines}
+    everything = sorted([*run.happened, *run.elsewhere], key=lambda line: line["time"])
+    begin, end = everything[0]["time"], max(everything[-1]["time"], everything[0]["time"] + 1)
+
+    def left(time: float) -> float:
+        return 100 * (time - begin) / (end - begin)
+
+    def bar(kind: str, start: float, stop: float, title: str, text: str = "") -> str:
+        width = max(0.0, left(stop) - left(start))
+        shown = f"<span>{escaped(text)}</span>" if text and width > 5 else ""
+        place = f"left:{left(start):.3f}%;width:{width:.3f}%"
+        return f'<i class="{kind}" style="{place}" title="{escaped(title)}">{shown}</i>'
+
+    lanes = {"attempts": [], "evaluations": [], "checkpoints": [], "events": []}
+    parts = attempts(run)
+    for lines, lost in zip(parts, lost_steps(run), strict=True):
+        number, first, last = lines[0]["attempt"], lines[0], lines[-1]
+        ranks = next((line["context"].get("world_size") for line in lines if line["event"] == "attempt"), None)
+        title = f"attempt {number}: steps {first['step']:,} to {max(line['step'] for line in lines):,}"
+        title += f", {plural(ranks, 'rank')}" if ranks else ""
+        title += f", {duration(last['time'] - first['time'])}"
+        lanes["attempts"].append(bar("attempt", first["time"], last["time"], title, str(number)))
+        if lost:
+            void = [line for line in lines if id(line) not in valid]
+            since = void[0]["time"] if void else last["time"]
+            title = f"{lost:,} steps that a later attempt went through again"
+            lanes["attempts"].append(bar("lost", since, last["time"], title))
+    for line in run.of("eval"):
+        seconds = line["metrics"].get("seconds", 0.0)
+        title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
+        lanes["evaluations"].append(bar("eval", max(begin, line["time"] - seconds), line["time"], title))
+    for line in run.of("checkpoint"):
+        title = f"checkpoint of step {line['step']:,}"
+        lanes["checkpoints"].append(bar("save", line["time"], line["time"], title))
+    for line in everything:
+        if line["event"] in NOTABLE:
+            kind = "fault" if line["event"] == "fault" else "notice"
+            lanes["events"].append(bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
+    state = "" if run.state == "running" else f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>'
+    lanes["attempts"].append(state)
+    rows = "".join(
+        f'<div class="lane"><span>{name}</span><div class="track">{"".join(marks)}</div></div>'
+        for name, marks in lanes.items()
+        if marks
+    )
+    axis = "".join(
+        f'<span class="x{" odd" if i % 2 else ""}" style="left:{left(begin + t):.2f}%">{duration(t)}</span>'
+        for i, t in enumerate(time_ticks(0, end - begin))
+    )
+    away = sum(max(0.0, b[0]["time"] - a[-1]["time"]) for a, b in itertools.pairwise(parts))
+    between = f", of which {duration(away)} between attempts" if len(parts) > 1 else ""
+    title = f"<h3>{escaped(run.name)}</h3>" if several else ""
+    span = f"{clock(begin)} to {clock(end)}: {duration(end - begin)}{between}."
+    scale = f'<div class="lane"><span></span><div class="times">{axis}</div></div>'
+    return f'<div class="timeline">{title}<p class="note">{span}</p>{rows}{scale}{_events(run, everything)}</div>'
+
+
+def _events(run: Run, everything: list[Line]) -> str:
+    """The time line as a table, for those who cannot see it and those who want to know."""
+    wanted = [line for line in everything if line["event"] in ("attempt", "eval", "checkpoint", *NOTABLE)]
+    rows = [
+        [clock(line["time"]), str(line["attempt"]), f"{line['step']:,}", escaped(line["event"]), escaped(_said(line))]
+        for line in _counted(run, wanted)
+    ]
+    last = f" (the last {MOST_ROWS})" if len(rows) > MOST_ROWS else ""
+    listed = table(["time", "attempt", "step", "event", "what"], rows[-MOST_ROWS:], "left")
+    return details(plural(len(rows), "event") + last, listed)
+
+
+def _counted(run: Run, lines: list[Line]) -> list[Line]:
+    """Checkpoints and evaluations only where they count; attempts and faults always, for they happened."""
+    valid = {id(line) for line in run.lines}
+    return [line for line in lines if line["event"] not in ("eval", "checkpoint") or id(line) in valid]
+
+
+def _said(line: Line) -> str:
+    """A line's context in words."""
+    context = line["context"]
+    if line["event"] == "config":
+        changed = context.get("changed", {})
+        parts = [f"{k} {_change(k, v)}" for k, v in changed.items()] if isinstance(changed, dict) else []
+        return "config changed: " + ", ".join(parts)
+    if line["event"] == "attempt":
+        ranks, stage = context.get("world_size"), context.get("zero_stage")
+        return f"on {plural(ranks, 'rank')} at ZeRO stage {stage}" if ranks else ""
+    if line["event"] == "checkpoint":
+        return str(context.get("path", ""))
+    if line["event"] == "eval":
+        return ", ".join(f"{name} {short(value)}" for name, value in line["metrics"].items() if name != "seconds")
+    kind = [str(context["kind"]).replace("_", " ")] if "kind" in context else []
+    words = [str(context[k]) for k in ("message", "reason") if context.get(k)]
+    rest = [f"{k} {v}" for k, v in context.items() if k not in ("kind", "message", "reason") and not is_secret(k)]
+    return ": ".join([*kind, *(words or [", ".join(rest)])]) or line["event"].replace("_", " ")
+
+
+def _change(key: str, values: object) -> str:
+    if is_secret(key):
+        return MASK
+    return " → ".join(map(str, values)) if isinstance(values, list) else str(values)
