@@ -189,8 +189,21 @@ def sample(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, or names under runs/")],
     out: Annotated[Path | None, typer.Option(help="default: report.html in the first run's directory")] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="samples to show beside the nearest of all training images")
+    ] = 0,
+    features: Annotated[str | None, typer.Option(help=f"of --neighbours: {FEATURES_HELP}")] = None,
+    weights: Weights = None,
 ) -> None:
     """Write one HTML page about a run, or about several laid over each other; it needs no other file and no network."""
     from dtrain.report import write_report
 
-    print(write_report(runs, out))
+    if not neighbours:
+        print(write_report(runs, out))
+        return
+    from dtrain import distributed
+
+    distributed.set_thread_counts()
+    with progress("searching the training images") as on_block:
+        path = write_report(runs, out, neighbours, features, weights, on_block)
+    print(path)

@@ -12,6 +12,8 @@ from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
 from dtrain.randomness import Draws, Purpose
 
+GRID_IDS = 2**40  # ids of samples to look at begin here, apart from those that metrics are computed on
+
 
 @dataclass(frozen=True)
 class Sampler:

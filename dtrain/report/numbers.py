@@ -20,16 +20,13 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 02 min, 3 d 4 h."""
+    """12 s, 3 min 20 s, 5 h 2 min, 3 d 4 h; what is zero is left out."""
     if 0 < seconds < 10:
         return f"{seconds:.1f} s"
     seconds = round(seconds)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"
+    sizes = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
+    first = next((i for i, (value, _) in enumerate(sizes) if value), 3)
+    return " ".join(f"{value} {unit}" for value, unit in sizes[first : first + 2] if value) or "0 s"
 
 
 def clock(seconds: float) -> str:

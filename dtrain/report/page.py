@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,18 +15,27 @@ from dtrain.report.redaction import escaped
 from dtrain.report.runs import Run, read_runs
 
 
-def write_report(runs: list[Path], out: Path | None = None, neighbours: str = "") -> Path:
+def write_report(
+    runs: list[str | Path],
+    out: Path | None = None,
+    neighbours: int = 0,
+    features: str | None = None,
+    weights: str | None = None,
+    on_block: Callable[[int, int], None] = lambda done, of: None,
+) -> Path:
     """Write the page about one run or several; its path.
 
-    runs: run directories, or names under runs/. out: default, report.html in the first run's directory. neighbours:
-    HTML to put in, as `dtrain.report.neighbours.html` makes it. Raises UserError, one line, where there is no such run
-    or `out` cannot be written.
+    runs: run directories, or names under runs/. out: default, report.html in the first run's directory. neighbours: the
+    number of samples whose nearest training images are looked for, under `features` (default: those of the run's
+    evaluations; `weights` as in eval.weights); this alone needs torch. Raises UserError, one line, where there is no
+    such run or `out` cannot be written.
     """
     found = read_runs(runs)
     out = Path(out) if out is not None else found[0].directory.path / "report.html"
+    content = page(found, _neighbours(found, neighbours, features, weights, on_block) if neighbours else "")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        temporary.write_text(page(found, neighbours), encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, out)
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -60,6 +70,15 @@ def page(runs: list[Run], neighbours: str = "") -> str:
         f"<footer>dtrain {__version__}, {clock(time.time())}</footer>"
         f"<script>{(here / 'page.js').read_text()}</script></body></html>\n"
     )
+
+
+def _neighbours(
+    runs: list[Run], count: int, features: str | None, weights: str | None, on_block: Callable[[int, int], None]
+) -> str:
+    from dtrain.report.neighbours import html, nearest
+
+    found = [nearest(run.directory, run.directory.config(), count, features, weights, on_block) for run in runs]
+    return "".join(html(run, one, len(runs) > 1) for run, one in zip(runs, found, strict=True))
 
 
 def _charts(charts: list[Chart]) -> str:

@@ -52,29 +52,29 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
                 return '<td class="none">–</td>'
             share = 0.0 if high == low else (values[setting] - low) / (high - low)
             good = share if higher_is_better(metric) else 1 - share
-            spread = f"<small> ± {short(statistics.stdev(cells[setting]))}</small>" if len(cells[setting]) > 1 else ""
+            spread = f"<small> ± {statistics.stdev(cells[setting]):.2g}</small>" if len(cells[setting]) > 1 else ""
             mark, label = (' class="best"', "★ ") if setting == best else ("", "")
             return f'<td{mark} style="--good:{100 * good:.0f}%">{label}{short(values[setting])}{spread}</td>'
 
         columns = choices[column] if column is not None else [None]
         rows = choices[row] if row is not None else [None]
-        head = "".join(f'<th scope="col">{_shown(column, value)}</th>' for value in columns)
+        head = "".join(f'<th scope="col">{_shown(column, value, run)}</th>' for value in columns)
         body = "".join(
-            f'<tr><th scope="row">{_shown(row, r)}</th>{"".join(cell(r, c) for c in columns)}</tr>' for r in rows
+            f'<tr><th scope="row">{_shown(row, r, run)}</th>{"".join(cell(r, c) for c in columns)}</tr>' for r in rows
         )
         corner = " \\ ".join(labels[i] for i in (row, column) if i is not None)
-        said = ", ".join(f"{labels[i]} {_shown(i, v)}" for i, v in zip(panels, panel, strict=True))
+        said = ", ".join(f"{labels[i]} {_shown(i, v, run)}" for i, v in zip(panels, panel, strict=True))
         tables.append(
             f'<div class="scroll">{f"<p><b>{said}</b></p>" if said else ""}<table class="heat"><thead><tr>'
             f"<th>{escaped(corner)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
     context = lines[0]["context"]
     seeds = len({line["context"].get("seed") for line in lines})
-    fixed = [f"{labels[i]} {_shown(i, choices[i][0])}" for i in range(len(AXES)) if i not in varying]
+    fixed = [f"{labels[i]} {_shown(i, choices[i][0], run)}" for i in range(len(AXES)) if i not in varying]
     n = context.get("n")
     facts = [f"N {n:,}" if isinstance(n, int) else "N unknown", str(context.get("sampler", "")), *fixed]
     facts += [f"mean ± standard deviation over {seeds} seeds"] if seeds > 1 else []
-    setting = ", ".join(f"{labels[i]} {_shown(i, best[i])}" for i in varying) or "the only setting"
+    setting = ", ".join(f"{labels[i]} {_shown(i, best[i], run)}" for i in varying) or "the only setting"
     title = f"{metric}{f' · {run.name}' if several_runs else ''}"
     return (
         f'<div class="sweep"><h3>{escaped(title)}</h3><p class="note">{escaped(" · ".join(filter(None, facts)))}</p>'
@@ -92,9 +92,11 @@ def _order(value) -> tuple:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
-def _shown(axis: int | None, value) -> str:
+def _shown(axis: int | None, value, run: Run) -> str:
     if axis is None or value is None:
         return ""
+    if list(AXES)[axis] == "ema":
+        return escaped(run.ema(str(value)))
     if value == "sigma_hat":
         return "σ̂"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else escaped(value)

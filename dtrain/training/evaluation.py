@@ -8,7 +8,7 @@ import torch
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.evaluation.evaluate import evaluate, weights_name
-from dtrain.evaluation.generate import Sampler, grid
+from dtrain.evaluation.generate import GRID_IDS, Sampler, grid
 from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
 from dtrain.models.build import allocate
@@ -17,7 +17,6 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
 from dtrain.training.progress import TrainingProgress
 
-GRID_IDS = 2**40  # the grid's sample ids begin here, apart from those that metrics are computed on
 GRID_ROWS = 8
 
 

@@ -1,0 +1,199 @@
+"""The training images nearest to samples: whether a model draws what it has seen. The one section that needs torch.
+
+The training set is read once from beginning to end, block by block; what is kept is k distances a sample.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dtrain import distributed
+from dtrain.config import Config
+from dtrain.data import manifest as manifests
+from dtrain.data.manifest import Manifest
+from dtrain.data.samples import read_split
+from dtrain.errors import BadSample
+from dtrain.evaluation.evaluate import open_sampler, weights_name
+from dtrain.evaluation.features import Extractor, extractor
+from dtrain.evaluation.generate import GRID_IDS
+from dtrain.report.markup import table
+from dtrain.report.numbers import short
+from dtrain.report.pictures import data_uri
+from dtrain.report.redaction import escaped
+from dtrain.report.runs import Run
+from dtrain.run import RunDirectory
+
+NEAREST = 5  # training images shown of each sample
+BLOCK = 512  # training images in memory at a time
+SHOWN = 96  # pixels, of one picture in the page
+
+OnBlock = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Samples of a run's newest checkpoint and what is nearest to them.
+
+    samples: uint8 (N, C, H, W). distances: (N, k) in the features' own units, rising. numbers: (N, k) of images counted
+    through the training manifests. neighbours: uint8 (N, k, C, H, W), as they were nearest: mirrored where the run
+    mirrors. held_out: (M,), from M held-out images each to its nearest training image, to compare with; M ≤ N.
+    """
+
+    step: int
+    features: str
+    samples: Tensor
+    distances: Tensor
+    numbers: Tensor
+    neighbours: Tensor
+    held_out: Tensor
+    searched: int
+
+
+def nearest(
+    run: RunDirectory, config: Config, count: int, features: str | None, weights: str | None, on_block: OnBlock
+) -> Found:
+    """Search all training images for those nearest to `count` samples, the first of the run's own sample grid.
+
+    Raises UserError where the run has no checkpoint, or its data are not where its config says.
+    """
+    device, data = distributed.device(), config.data
+    manifest = manifests.load_all(data)
+    manifests.check_all(manifest, data)
+    measure = extractor(
+        features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
+    )
+    sampler, step, _ = open_sampler(run, config, weights_name(config), device)
+    labels = torch.arange(count) % max(1, min(config.model.num_classes, 10))
+    size = config.eval.batch_size
+    samples = torch.cat(
+        [
+            sampler.draw(
+                [GRID_IDS + i for i in range(start, min(start + size, count))],
+                labels[start : start + size],
+                config.eval,
+            )
+            for start in range(0, count, size)
+        ]
+    )
+    held_out = _held_out(config, count)
+    wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])
+    distances, numbers = _search(wanted, measure, config, manifest, on_block)
+    pictures = torch.stack([_picture(n, config, manifest) for n in numbers[:count].flatten().tolist()])
+    return Found(
+        step,
+        measure.name,
+        samples,
+        distances[:count],
+        numbers[:count] // 2,
+        pictures.unflatten(0, (count, -1)),
+        distances[count:, 0],
+        sum(m.samples for m in (manifest, *manifest.mixed)),
+    )
+
+
+def html(run: Run, found: Found, several: bool) -> str:
+    """A row a sample: itself, then what is nearest with the distance below."""
+    rows = []
+    for sample, distances, numbers, pictures in zip(
+        found.samples, found.distances, found.numbers, found.neighbours, strict=True
+    ):
+        cells = [
+            f'<img src="{_uri(p)}" alt="training image {n:,}"><small>{short(d)}</small>'
+            for p, n, d in zip(pictures, numbers.tolist(), distances.tolist(), strict=True)
+        ]
+        rows.append([f'<img src="{_uri(sample)}" alt="sample {len(rows)}">', *cells])
+    facts = [
+        f"Samples of step {found.step:,} and the nearest of {found.searched:,} training images, with their Euclidean "
+        f"distance in {found.features} features"
+        + (", training images also mirrored" if run.setting("data.flip") else "")
+        + f". Median distance to the nearest: {short(float(found.distances[:, 0].median()))}"
+    ]
+    if len(found.held_out):
+        facts.append(f", of {len(found.held_out)} held-out images {short(float(found.held_out.median()))}")
+    name = f"<h3>{escaped(run.name)}</h3>" if several else ""
+    head = ["sample", *(["nearest", *map(str, range(2, NEAREST + 1))][: found.distances.shape[1]])]
+    return f'{name}<p class="note">{escaped("".join(facts))}.</p>{table(head, rows, "neighbours")}'
+
+
+def _held_out(config: Config, count: int) -> Tensor:
+    data = config.data
+    if not data.holdout:
+        return torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
+    manifest = manifests.load(data.holdout)
+    many = min(count, manifest.samples)
+    return read_split(manifest, manifest.path.parent, data.image_size, data.channels, 0, many)[0]
+
+
+def _sources(config: Config, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
+    """Each training manifest with the place of its shards and the number of its first image among all."""
+    first = 0
+    for one, source in zip((manifest, *manifest.mixed), (config.data, *config.data.mix), strict=True):
+        yield one, source.shards, first
+        first += one.samples
+
+
+def _search(
+    wanted: Tensor, measure: Extractor, config: Config, manifest: Manifest, on_block: OnBlock
+) -> tuple[Tensor, Tensor]:
+    """(distances, numbers), both (N, k) by rising distance, on the CPU; numbers are 2·image, plus 1 where mirrored."""
+    data = config.data
+    nearest, numbers = wanted.new_empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.int64)
+    total = sum(one.samples for one, _, _ in _sources(config, manifest))
+    for one, place, first in _sources(config, manifest):
+        for start in range(0, one.samples, BLOCK):
+            stop = min(start + BLOCK, one.samples)
+            images, rows = _read(one, place, config, start, stop)
+            for mirrored in (False, True) if data.flip else (False,):
+                if not len(images):
+                    continue
+                found = measure((images.flip(-1) if mirrored else images).to(wanted.device))
+                both = torch.cat([nearest, torch.cdist(wanted, found)], 1)
+                of = 2 * (first + rows) + mirrored
+                all_numbers = torch.cat([numbers, of.expand(len(wanted), -1)], 1)
+                nearest, order = both.topk(min(NEAREST, both.shape[1]), dim=1, largest=False, sorted=True)
+                numbers = all_numbers.gather(1, order.cpu())
+            on_block(first + stop, total)
+    return nearest.cpu(), numbers
+
+
+def _read(manifest: Manifest, place: str, config: Config, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(images, their numbers) from start to stop; without damaged ones where the run goes on without them."""
+    data = config.data
+    try:
+        return read_split(manifest, place, data.image_size, data.channels, start, stop)[0], torch.arange(start, stop)
+    except BadSample:
+        if data.on_error != "replace":
+            raise
+    images, rows = [], []
+    for number in range(start, stop):
+        try:
+            images.append(read_split(manifest, place, data.image_size, data.channels, number, number + 1)[0])
+            rows.append(number)
+        except BadSample:
+            continue
+    return torch.cat(images) if images else torch.empty(0), torch.tensor(rows, dtype=torch.int64)
+
+
+def _picture(number: int, config: Config, manifest: Manifest) -> Tensor:
+    """uint8 (C, H, W) of a training image, mirrored where its number is odd."""
+    image, mirrored = divmod(number, 2)
+    source = next(s for s in reversed(list(_sources(config, manifest))) if s[2] <= image)
+    at = image - source[2]
+    picture = read_split(source[0], source[1], config.data.image_size, config.data.channels, at, at + 1)[0][0]
+    return picture.flip(-1) if mirrored else picture
+
+
+def _uri(image: Tensor) -> str:
+    """A picture of an image uint8 (C, H, W), large enough to be seen."""
+    picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+    if picture.width <= SHOWN // 2:
+        scale = SHOWN // picture.width
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    picture.thumbnail((SHOWN, SHOWN))
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return data_uri(content.getvalue(), "png")
