@@ -95,7 +95,7 @@ class Chart:
         left, right = self.x_ends or (min(xs), max(xs))
         if left == right:
             left, right = left - 0.5 * (abs(left) or 1), right + 0.5 * (abs(right) or 1)
-        elif 0 <= left < 0.2 * right:
+        elif 0 <= left < 0.5 * right:
             left = 0.0
         low, high = min(ys), max(ys)
         means = [p.y for p in points]
@@ -169,4 +169,4 @@ def _data(series: list[Series], x_range: tuple[float, float]) -> str:
         }
         for s in series
     ]
-    return json.dumps({"x": x_range, "series": lines}, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps({"x": x_range, "series": lines}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

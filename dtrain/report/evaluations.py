@@ -4,6 +4,7 @@ A line never joins evaluations that differ in any of these: a Fréchet distance 
 """
 
 import json
+import math
 from dataclasses import dataclass
 
 from dtrain.config.sections import HIGHER_IS_BETTER
@@ -57,7 +58,7 @@ def curves(runs: list[Run]) -> dict[str, list[Curve]]:
         for line in run.of("eval"):
             context = {k: v for k, v in line["context"].items() if k != "artifact"}
             for metric in metrics_of(line):
-                if line["metrics"][metric] == line["metrics"][metric]:  # no NaN
+                if math.isfinite(line["metrics"][metric]):
                     group = groups.setdefault((metric, number, json.dumps(context, sort_keys=True)), {})
                     group[line["images"]] = line  # repeated: the last one counts
     found: dict[str, list[Curve]] = {}
@@ -67,15 +68,14 @@ def curves(runs: list[Run]) -> dict[str, list[Curve]]:
     return dict(sorted(found.items(), key=lambda item: (not is_distance(item[0]), item[0])))
 
 
-def interval(line: Line, metric: str) -> tuple[float | None, float | None]:
+def interval(line: Line, metric: str) -> tuple[float, float] | tuple[None, None]:
     """The ends of what is known of the value's spread."""
     found = line["metrics"]
-    if f"{metric}_low" in found:
-        return found[f"{metric}_low"], found[f"{metric}_high"]
-    for suffix in SPREADS:
-        if metric + suffix in found:
-            return found[metric] - found[metric + suffix], found[metric] + found[metric + suffix]
-    return None, None
+    ends = [(found.get(f"{metric}_low", math.nan), found.get(f"{metric}_high", math.nan))]
+    ends += [
+        (found[metric] - s, found[metric] + s) for suffix in SPREADS if (s := found.get(metric + suffix)) is not None
+    ]
+    return next(((low, high) for low, high in ends if math.isfinite(low + high)), (None, None))
 
 
 def charts(runs: list[Run]) -> list[Chart]:
@@ -109,7 +109,7 @@ def best_of(run: Run) -> list[tuple[str, str, Line]]:
             key, line = (metric, curve.context.get("n")), curve.best
             if key not in found or line["metrics"][metric] < found[key][2]["metrics"][metric]:
                 found[key] = metric, described(curve.context, run), line
-    return sorted(found.values(), key=lambda f: (f[0], -(f[2]["context"].get("n") or 0)))
+    return sorted(found.values(), key=lambda f: (f[0], -_size(f[2]["context"])))
 
 
 def described(context: dict, run: Run) -> str:
@@ -122,6 +122,11 @@ def described(context: dict, run: Run) -> str:
     if context.get("guidance", 1) != 1:
         how.append(f"guidance {context['guidance']:g}")
     return " · ".join([*parts, ", ".join(how)] if how else parts)
+
+
+def _size(context: dict) -> int:
+    n = context.get("n")
+    return n if isinstance(n, int) else 0
 
 
 def table(runs: list[Run]) -> str:

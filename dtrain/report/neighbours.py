@@ -20,7 +20,6 @@ from dtrain.errors import BadSample
 from dtrain.evaluation.evaluate import open_sampler, weights_name
 from dtrain.evaluation.features import Extractor, extractor
 from dtrain.evaluation.generate import GRID_IDS
-from dtrain.report.markup import table
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri
 from dtrain.report.redaction import escaped
@@ -97,15 +96,18 @@ def nearest(
 
 def html(run: Run, found: Found, several: bool) -> str:
     """A row a sample: itself, then what is nearest with the distance below."""
-    rows = []
-    for sample, distances, numbers, pictures in zip(
-        found.samples, found.distances, found.numbers, found.neighbours, strict=True
-    ):
-        cells = [
-            f'<img src="{_uri(p)}" alt="training image {n:,}"><small>{short(d)}</small>'
-            for p, n, d in zip(pictures, numbers.tolist(), distances.tolist(), strict=True)
-        ]
-        rows.append([f'<img src="{_uri(sample)}" alt="sample {len(rows)}">', *cells])
+    rows = ""
+    for number, sample in enumerate(found.samples):
+        near = zip(
+            found.neighbours[number], found.numbers[number].tolist(), found.distances[number].tolist(), strict=True
+        )
+        cells = "".join(
+            f'<figure><img src="{_uri(picture)}" alt="training image {n:,}" title="training image {n:,}">'
+            f"<figcaption>{short(distance)}</figcaption></figure>"
+            for picture, n, distance in near
+        )
+        own = f'<figure><img src="{_uri(sample)}" alt="sample {number}"><figcaption>sample</figcaption></figure>'
+        rows += f'<div class="scroll near" tabindex="0">{own}{cells}</div>'
     facts = [
         f"Samples of step {found.step:,} and the nearest of {found.searched:,} training images, with their Euclidean "
         f"distance in {found.features} features"
@@ -115,8 +117,7 @@ def html(run: Run, found: Found, several: bool) -> str:
     if len(found.held_out):
         facts.append(f", of {len(found.held_out)} held-out images {short(float(found.held_out.median()))}")
     name = f"<h3>{escaped(run.name)}</h3>" if several else ""
-    head = ["sample", *(["nearest", *map(str, range(2, NEAREST + 1))][: found.distances.shape[1]])]
-    return f'{name}<p class="note">{escaped("".join(facts))}.</p>{table(head, rows, "neighbours")}'
+    return f'{name}<p class="note">{escaped("".join(facts))}.</p><div class="neighbours">{rows}</div>'
 
 
 def _held_out(config: Config, count: int) -> Tensor:

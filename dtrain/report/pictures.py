@@ -28,7 +28,7 @@ def grids(runs: list[Run]) -> str:
             continue
         thumbs = "".join(
             f'<button type="button" class="thumb" aria-label="samples at {at(line)}">'
-            f'<img src="{uri}" alt="samples at {at(line)}" loading="lazy"><span>{at(line)}</span></button>'
+            f'<img src="{uri}" alt="samples at {at(line)}" loading="lazy"><span>step {line["step"]:,}</span></button>'
             for line, uri in shown
         )
         name = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
@@ -36,9 +36,9 @@ def grids(runs: list[Run]) -> str:
         found.append(
             f'<div class="grids">{name}<p class="note">{of}The same noise and labels at every step, '
             f"a column a class where there are classes; {escaped(run.ema(_weights(lines)))}.</p>"
-            f'<figure class="large" hidden><img alt=""><figcaption></figcaption></figure>'
             f'<input type="range" min="0" max="{len(shown) - 1}" value="{len(shown) - 1}" hidden '
-            f'aria-label="step of the samples"><div class="scroll thumbs">{thumbs}</div></div>'
+            f'aria-label="step of the samples"><div class="both"><figure class="large" hidden><img alt="">'
+            f'<figcaption></figcaption></figure><div class="scroll thumbs">{thumbs}</div></div></div>'
         )
     return "".join(found)
 

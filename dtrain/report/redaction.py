@@ -12,7 +12,7 @@ _SECRET_KEY = re.compile(
 )
 _USER = re.compile(r"(\b[a-z][a-z0-9+.\-]*://)[^\s/@]*(?:@[^\s/@]*)*@", re.IGNORECASE)
 _QUERY = re.compile(r"(\b[a-z][a-z0-9+.\-]*://[^\s?#\"']*)[?#][^\s\"'<>]*", re.IGNORECASE)
-_PIPE = re.compile(r"\bpipe:.*", re.DOTALL)
+_PIPE = re.compile(r"\bpipe:(?!•).*", re.DOTALL)  # to the end of the value: a command may say anything
 _BEARER = re.compile(r"\b(bearer|basic|token)\s+[\w.~+/\-]{8,}=*", re.IGNORECASE)
 _KNOWN = re.compile(r"\b(AKIA[0-9A-Z]{16}|gh[pousr]_\w{20,}|hf_\w{20,}|sk-[\w\-]{20,}|glpat-[\w\-]{15,})")
 

@@ -37,6 +37,7 @@ class Run:
     def read(cls, place: str | Path) -> "Run":
         """Raises UserError where there is no run, or one that has not written anything yet."""
         directory = RunDirectory.find(place)
+        config = masked(_config(directory.config_file))
         happened = events(directory.journal_file)
         if not happened:
             raise UserError(f"{directory.path} has nothing in its journal.jsonl yet; start the run first")
@@ -44,7 +45,7 @@ class Run:
         return cls(
             directory,
             directory.path.resolve().name,
-            masked(_config(directory.config_file)),
+            config,
             valid(happened),
             happened,
             [line for path in journals for line in events(path)],
