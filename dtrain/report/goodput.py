@@ -11,6 +11,7 @@ NAMES = {
     "data_wait_s": "waiting for data",
     "save_stall_s": "stalled by saving",
     "evaluation_s": "evaluation",
+    "bad_step_s": "refused steps",
     "restart_s": "starting",
 }
 
@@ -26,7 +27,9 @@ def _one(run: Run, several: bool) -> str:
         return ""
     keys = dict.fromkeys(k for metrics in last.values() for k in metrics)
     names = {k: name for k, name in NAMES.items() if k in keys}
-    names |= {k: k.removesuffix("_s").replace("_", " ") for k in keys if k.endswith("_s") and k not in NAMES}
+    names |= {
+        k: k.removesuffix("_s").replace("_", " ") for k in keys if k.endswith("_s") and k not in (*NAMES, "wall_s")
+    }
     parts = [(f"attempt {attempt}", metrics) for attempt, metrics in sorted(last.items())]
     if len(parts) > 1:
         parts.append(("in all", {k: sum(m.get(k, 0.0) for m in last.values()) for k in keys}))

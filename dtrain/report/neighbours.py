@@ -152,7 +152,9 @@ def _search(
                 if not len(images):
                     continue
                 found = measure((images.flip(-1) if mirrored else images).to(wanted.device))
-                both = torch.cat([nearest, torch.cdist(wanted, found)], 1)
+                # By differences: by products, an exact copy would not be at distance 0.
+                distances = torch.cdist(wanted, found, compute_mode="donot_use_mm_for_euclid_dist")
+                both = torch.cat([nearest, distances], 1)
                 of = 2 * (first + rows) + mirrored
                 all_numbers = torch.cat([numbers, of.expand(len(wanted), -1)], 1)
                 nearest, order = both.topk(min(NEAREST, both.shape[1]), dim=1, largest=False, sorted=True)
