@@ -74,12 +74,12 @@ class Chart:
             for i, t in enumerate(x_ticks)
         ]
         drawn = "".join(_drawn(s, number, place) for number, s in enumerate(series))
-        scale = " · logarithmic" if log else ""
+        unit = " · ".join(filter(None, [self.y_name, "logarithmic" if log else ""]))
         said = f"{self.title}: {self.y_name or 'value'} over {self.x_name}, {len(series)} lines"
         note = f'<p class="note">{escaped(self.note)}</p>' if self.note else ""
         return (
             f'<figure class="chart{" wide" if self.wide else ""}"><figcaption><b>{escaped(self.title)}</b>'
-            f'<span class="unit">{escaped(self.y_name)}{scale}</span></figcaption>'
+            f'<span class="unit">{escaped(unit)}</span></figcaption>'
             f'<div class="frame"><div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
             f'aria-label="{escaped(said)}"><title>{escaped(said)}</title>{"".join(lines)}{drawn}</svg>'
             f'{"".join(y_labels)}{"".join(x_labels)}<i class="cursor"></i><div class="tip"></div></div></div>'

@@ -21,6 +21,7 @@ STATES = {
     "running": "running",
     "crashed": "crashed",
 }
+FEW = 12  # config keys that are shown without being asked for
 GOOD, WAITING = ("finished",), ("running", "stopped")
 
 
@@ -54,7 +55,9 @@ def _differences(runs: list[Run]) -> str:
     rows = [[f"<code>{escaped(k)}</code>", *(escaped(c.get(k, "–")) for c in configs)] for k in keys if k != "run.name"]
     if not rows:
         return '<p class="note">Their configs are the same but for the name.</p>'
-    return "<h3>What differs</h3>" + table(["key", *(escaped(run.name) for run in runs)], rows, "left")
+    found = table(["key", *(escaped(run.name) for run in runs)], rows, "left")
+    title = f"{plural(len(rows), 'config key')} in which they differ"
+    return f"<h3>{title}</h3>{found}" if len(rows) <= FEW else details(title, found)
 
 
 def _card(run: Run, number: int, several: bool) -> str:

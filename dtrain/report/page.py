@@ -58,7 +58,7 @@ def page(runs: list[Run], neighbours: str = "") -> str:
     shown = [(name, name.lower().replace(" ", "-"), content) for name, content in sections if content]
     links = "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for name, anchor, content in shown)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = ", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     here = files("dtrain.report")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

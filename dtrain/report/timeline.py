@@ -86,6 +86,8 @@ def _timeline(run: Run, several: bool) -> str:
     )
     away = sum(max(0.0, b[0]["time"] - a[-1]["time"]) for a, b in itertools.pairwise(parts))
     between = f", of which {duration(away)} between attempts" if len(parts) > 1 else ""
+    if any(lost_steps(run)):
+        between += ". Hatched: steps that a later attempt went through again"
     title = f"<h3>{escaped(run.name)}</h3>" if several else ""
     span = f"{clock(begin)} to {clock(end)}: {duration(end - begin)}{between}."
     scale = f'<div class="lane"><span></span><div class="times">{axis}</div></div>'

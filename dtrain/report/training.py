@@ -1,7 +1,9 @@
 """The training's own curves: loss, loss by noise level, step size and gradient, speed."""
 
+import itertools
 import math
 import re
+import statistics
 
 from dtrain.report.chart import Chart, Point, Series, averaged
 from dtrain.report.runs import Line, Run
@@ -32,11 +34,15 @@ def speed(runs: list[Run]) -> list[Chart]:
         for number, run in enumerate(runs):
             begin = run.happened[0]["time"]
             points, breaks, attempt = [], set(), None
-            for line in _thinned(run.of("train")):
+            lines = _thinned(run.of("train"))
+            pauses = [b["time"] - a["time"] for a, b in itertools.pairwise(lines)]
+            long = 5 * statistics.median(pauses) if pauses else math.inf
+            for line in lines:
                 value = _data_wait(line) if name == "data_wait" else line["metrics"].get(name)
                 if value is None or not math.isfinite(value):
                     continue
-                if line["attempt"] != attempt:
+                since = line["time"] - begin - points[-1].x if points else 0.0
+                if line["attempt"] != attempt or since > long:  # a stop, or an evaluation
                     breaks.add(len(points))
                     attempt = line["attempt"]
                 label = f"step {line['step']:,}, attempt {attempt}"

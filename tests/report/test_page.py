@@ -83,7 +83,7 @@ def test_a_curve_is_drawn_where_its_axes_say(run, chart):
     """Points on the canvas, read through the labels of the axes as a person would, are the numbers of the journal."""
     source = write_report([run]).read_text()
     figure = next(f for f in re.findall(r'<figure class="chart.*?</figure>', source, re.S) if f"<b>{chart}</b>" in f)
-    logarithmic = "· logarithmic" in figure
+    logarithmic = ">logarithmic<" in figure
     assert logarithmic == (chart == "loss by noise level")
 
     def axis(kind: str, side: str) -> list[tuple[float, float]]:
@@ -132,7 +132,7 @@ def test_several_runs_lie_over_each_other_and_what_differs_is_told(run, tmp_path
         ("other · EMA 0.995 · N 48", "s1"),
     ]
     assert [s["name"] for s in found.charts["loss"]["series"]] == ["made", "other"]
-    assert re.search(r"key\nmade\nother\n+optim\.lr\n0\.0005\n0\.125\n", found.text)
+    assert re.search(r"1 config key in which they differ\nkey\nmade\nother\n+optim\.lr\n0\.0005\n0\.125\n", found.text)
     assert found.text.count("optim.lr") == 1
     assert "crashed" in found.text  # no outcome, and nobody holds its lock
     assert "finished" in found.text
