@@ -18,7 +18,15 @@ from dtrain.report.runs import Line, Run
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
 NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
-BESIDE = ("ema", "n", "features", "extractor", "reference", "artifact")  # said of every line, or in the metric's name
+BESIDE = (
+    "ema",
+    "n",
+    "features",
+    "extractor",
+    "reference",
+    "artifact",
+    "differs",
+)  # said of every line, or in the metric's name
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ Line = dict[str, Any]
 class Run:
     """A run directory as a report sees it.
 
-    config: plain data with secrets masked. lines: the journal's lines that count; happened: void ones too, which
-    belong to the time line alone; elsewhere: what other ranks wrote in journals of their own.
+    config: plain data with secrets masked. lines: those that count, of the journal and of evaluations beside it.
+    happened: all of the journal, void ones too, which belong to the time line alone. elsewhere: what other ranks wrote.
     """
 
     directory: RunDirectory
@@ -41,14 +41,17 @@ class Run:
         happened = events(directory.journal_file)
         if not happened:
             raise UserError(f"{directory.path} has nothing in its journal.jsonl yet; start the run first")
-        journals = sorted(directory.path.glob("journal-*.jsonl"))
+        evaluated, elsewhere = (
+            [line for path in sorted(directory.path.glob(pattern)) for line in events(path)]
+            for pattern in ("journal-eval-*.jsonl", "journal-rank-*.jsonl")
+        )
         return cls(
             directory,
             directory.path.resolve().name,
             config,
-            valid(happened),
+            valid(happened + evaluated),
             happened,
-            [line for path in journals for line in events(path)],
+            elsewhere,
             _sweep_lines(directory.path / "sweep.jsonl"),
         )
 

@@ -62,7 +62,10 @@ def _timeline(run: Run, several: bool) -> str:
             since = void[0]["time"] if void else last["time"]
             title = f"{lost:,} steps that a later attempt went through again"
             lanes["attempts"].append(bar("lost", since, last["time"], title))
+    happened = {id(line) for line in run.happened}
     for line in run.of("eval"):
+        if id(line) not in happened:
+            continue  # of a job of its own, perhaps days later
         seconds = line["metrics"].get("seconds", 0.0)
         title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
         lanes["evaluations"].append(bar("eval", max(begin, line["time"] - seconds), line["time"], title))

@@ -123,6 +123,33 @@ def test_evaluations_of_other_samples_or_settings_never_share_a_line(run):
     assert re.search(r"best fd_pixels\n+3\.333\n3 – 4\nN 48", found.text)
 
 
+def test_evaluations_beside_the_journal_are_part_of_the_curve(run):
+    """Of a job of its own, under the same settings: what a later attempt made void is void there too."""
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    (run / "journal-eval-a.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"event": "eval", "step": step, "images": step * BATCH, "attempt": attempt, "time": 1.9e9}
+                | {"metrics": {"fd_pixels": value}, "context": CONTEXT | {"ema": "ema_0", "n": 48}}
+            )
+            + "\n"
+            for step, attempt, value in ((6, 1, VOID_DISTANCE), (2, 1, 30.0), (10, 2, 4.5))
+        )
+    )
+    found = page(run)
+    (points,) = found.points("fd_pixels").values()
+    assert [p[:2] for p in points] == [
+        [2 * 24, 30.0],
+        [4 * 24, 10.0],
+        [8 * 24, 5.0],
+        [10 * 24, 4.5],
+        [12 * 24, 40 / 12],
+    ]
+    assert f"{VOID_DISTANCE:,.0f}" not in found.text
+    assert lines[-1]["time"] < 1.9e9
+    assert "2030" not in found.text  # the time line is the training's
+
+
 def test_several_runs_lie_over_each_other_and_what_differs_is_told(run, tmp_path, monkeypatch):
     other = make_run(tmp_path, monkeypatch, "other", "optim.lr=0.125", outcome=None)
     found = page(run, other, run)
