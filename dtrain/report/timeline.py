@@ -7,7 +7,7 @@ from dtrain.report.numbers import clock, duration, short, time_ticks
 from dtrain.report.redaction import MASK, escaped, is_secret
 from dtrain.report.runs import Line, Run
 
-MOST_ROWS = 500  # of the table of events
+MOST_ROWS = 500  # of the table of events, and of marks in a lane
 NOTABLE = ("fault", "config", "bad_sample")  # drawn in the lane of events
 
 
@@ -79,7 +79,7 @@ def _timeline(run: Run, several: bool) -> str:
     state = "" if run.state == "running" else f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>'
     lanes["attempts"].append(state)
     rows = "".join(
-        f'<div class="lane"><span>{name}</span><div class="track">{"".join(marks)}</div></div>'
+        f'<div class="lane"><span>{name}</span><div class="track">{_some(marks)}</div></div>'
         for name, marks in lanes.items()
         if marks
     )
@@ -95,6 +95,11 @@ def _timeline(run: Run, several: bool) -> str:
     span = f"{clock(begin)} to {clock(end)}: {duration(end - begin)}{between}."
     scale = f'<div class="lane"><span></span><div class="times">{axis}</div></div>'
     return f'<div class="timeline">{title}<p class="note">{span}</p>{rows}{scale}{_events(run, everything)}</div>'
+
+
+def _some(marks: list[str]) -> str:
+    """All of them, or every so many-th."""
+    return "".join(marks[:: -(-len(marks) // MOST_ROWS)])
 
 
 def _events(run: Run, everything: list[Line]) -> str:
