@@ -108,6 +108,11 @@ class Chart:
         return (left, right), (low - (space if low else 0.0), high + space), False
 
 
+def line_of(number: int) -> tuple[str, int]:
+    """(colour, dash) of the number-th of several lines: another dash when the colours are used up."""
+    return f"s{number % COLOURS}", number // COLOURS
+
+
 def averaged(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most `most` points: means of equally many neighbours, with the lowest and the highest of them as interval."""
     each = -(-len(points) // most)

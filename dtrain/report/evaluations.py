@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from dtrain.config.sections import HIGHER_IS_BETTER
-from dtrain.report.chart import Chart, Point, Series
+from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.markup import details, plural
 from dtrain.report.markup import table as make_table
 from dtrain.report.numbers import count, short
@@ -96,9 +96,10 @@ def charts(runs: list[Run]) -> list[Chart]:
         series, within = [], {}
         for place, (curve, name) in enumerate(zip(drawn, names, strict=True)):
             order = within[curve.number] = within.get(curve.number, -1) + 1
-            colour, dash = (curve.number, order) if len(runs) > 1 else (place, 0)
+            colour, dash = line_of(curve.number) if len(runs) > 1 else line_of(place)
+            dash += order if len(runs) > 1 else 0
             points = [_point(line, metric) for line in curve.lines]
-            series.append(Series(name, points, f"s{colour % 8}", dash, dots=True))
+            series.append(Series(name, points, colour, dash, dots=True))
         apart = len(all_curves) - len(drawn)
         notes = [_spread_note(drawn, metric)]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]

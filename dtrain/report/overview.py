@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from dtrain.config import flat
+from dtrain.report.chart import line_of
 from dtrain.report.evaluations import best_of, interval
 from dtrain.report.markup import details, plural, table
 from dtrain.report.numbers import count, duration, short
@@ -46,7 +47,7 @@ def comparison(runs: list[Run]) -> str:
 
 
 def _named(run: Run, number: int) -> str:
-    return f'<i class="swatch" style="--c:var(--s{number % 8})"></i>{escaped(run.name)}'
+    return f'<i class="swatch" style="--c:var(--{line_of(number)[0]})"></i>{escaped(run.name)}'
 
 
 def _differences(runs: list[Run]) -> str:

@@ -76,13 +76,9 @@ def _timeline(run: Run, several: bool) -> str:
         if line["event"] in NOTABLE:
             kind = "fault" if line["event"] == "fault" else "notice"
             lanes["events"].append(bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
-    state = "" if run.state == "running" else f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>'
-    lanes["attempts"].append(state)
-    rows = "".join(
-        f'<div class="lane"><span>{name}</span><div class="track">{_some(marks)}</div></div>'
-        for name, marks in lanes.items()
-        if marks
-    )
+    if run.state != "running":
+        lanes["attempts"].append(f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>')
+    rows = "".join(_lane(name, marks) for name, marks in lanes.items() if marks)
     axis = "".join(
         f'<span class="x{" odd" if i % 2 else ""}" style="left:{left(begin + t):.2f}%">{duration(t)}</span>'
         for i, t in enumerate(time_ticks(0, end - begin))
@@ -97,9 +93,11 @@ def _timeline(run: Run, several: bool) -> str:
     return f'<div class="timeline">{title}<p class="note">{span}</p>{rows}{scale}{_events(run, everything)}</div>'
 
 
-def _some(marks: list[str]) -> str:
-    """All of them, or every so many-th."""
-    return "".join(marks[:: -(-len(marks) // MOST_ROWS)])
+def _lane(name: str, marks: list[str]) -> str:
+    """All marks, or every so many-th."""
+    said = f"{plural(len(marks), 'mark')}: {name}"
+    shown = "".join(marks[:: -(-len(marks) // MOST_ROWS)])
+    return f'<div class="lane"><span>{name}</span><div class="track" role="img" aria-label="{said}">{shown}</div></div>'
 
 
 def _events(run: Run, everything: list[Line]) -> str:

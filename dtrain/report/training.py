@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 
-from dtrain.report.chart import Chart, Point, Series, averaged
+from dtrain.report.chart import Chart, Point, Series, averaged, line_of
 from dtrain.report.runs import Line, Run
 
 LEVEL = re.compile(r"loss_level_(\d+)$")
@@ -47,7 +47,7 @@ def speed(runs: list[Run]) -> list[Chart]:
                     attempt = line["attempt"]
                 label = f"step {line['step']:,}, attempt {attempt}"
                 points.append(Point(line["time"] - begin, factor * value, label=label))
-            series.append(Series(_name(run, runs), points, f"s{number % 8}", breaks=frozenset(breaks)))
+            series.append(Series(_name(run, runs), points, *line_of(number), breaks=frozenset(breaks)))
         title, unit = titles[name]
         found.append(Chart(title, series, "time since the first start", unit, time=True, zero=True))
     return found
@@ -62,7 +62,7 @@ def _over_images(runs: list[Run], metric: str, title: str, unit: str = "") -> Ch
         lost += len(values) - len(points)
         fewer = averaged(points)
         averaging |= len(fewer) < len(points)
-        series.append(Series(_name(run, runs), fewer, f"s{number % 8}"))
+        series.append(Series(_name(run, runs), fewer, *line_of(number)))
     notes = ["Lines are means of neighbouring values; bands reach from the lowest to the highest."] if averaging else []
     notes += [f"{lost} values are not finite and have no place here."] if lost else []
     return Chart(title, series, y_name=unit, note=" ".join(notes))
@@ -91,7 +91,7 @@ def _levels(runs: list[Run]) -> list[Chart]:
         names = sorted((n for n in line["metrics"] if LEVEL.match(n)), key=_level)
         points = [Point((_level(n) + 0.5) / len(names), line["metrics"][n]) for n in names]
         name = f"{_name(run, runs) + ' · ' if len(runs) > 1 else ''}step {line['step']:,}"
-        ends.append(Series(name, [p for p in points if math.isfinite(p.y)], f"s{number % 8}", dots=True))
+        ends.append(Series(name, [p for p in points if math.isfinite(p.y)], *line_of(number), dots=True))
     unit = "training's loss at the middle of each eighth"
     place = "place in the process: 0 clean data, 1 noise"
     held_out = Chart("held-out loss by noise level", ends, place, unit, x_ends=(0.0, 1.0))

@@ -36,6 +36,9 @@ f.onload = () => {{
       if (kind == "x" ? own[i].right > b.left : own[i].bottom > b.top + 1) overlap.push(plot.textContent);
     }});
   }}
+  d.querySelector(".large img").click();
+  const opened = d.querySelector("dialog").open;
+  d.querySelector("dialog").click();
   const key = d.querySelector("button.key"), line = d.querySelector('g[data-series="0"]');
   key.click();
   const hidden = w.getComputedStyle(line).display;
@@ -44,7 +47,8 @@ f.onload = () => {{
   const last = {{ clientX: at.left + at.width - 2, clientY: at.top + 9, bubbles: true }};
   plot.dispatchEvent(new w.PointerEvent("pointermove", last));
   document.title = JSON.stringify({{
-    inner: w.innerWidth, scroll: d.documentElement.scrollWidth, wide, overlap, labels: labels.length, hidden,
+    inner: w.innerWidth, scroll: d.documentElement.scrollWidth, wide, overlap, labels: labels.length, hidden, opened,
+    closed: !d.querySelector("dialog").open,
     shown: w.getComputedStyle(line).display, tip: d.querySelector(".tip").textContent,
     dark: w.getComputedStyle(d.body).backgroundColor, large: d.querySelector(".large img").naturalWidth,
     cut: labels.filter((e) => box(e).left < 0 || box(e).right > w.innerWidth).map((e) => e.textContent),
@@ -85,6 +89,8 @@ def test_nothing_overflows_or_overlaps(page, width, dark, tmp_path):
     assert (found["hidden"], found["shown"]) == ("none", "inline")
     assert "3.3333" in found["tip"]  # the last point under the pointer
     assert found["large"] == 100
+    assert found["opened"]
+    assert found["closed"]
     assert found["dark"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
 
 
