@@ -11,6 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
+from dtrain.lock import RunLock
 from dtrain.report import write_report
 from tests.report.made import BATCH, CONTEXT, VOID_DISTANCE, VOID_LOSS, Page, append, make_run, picture
 
@@ -163,6 +164,20 @@ def test_several_runs_lie_over_each_other_and_what_differs_is_told(run, tmp_path
     assert found.text.count("optim.lr") == 1
     assert "crashed" in found.text  # no outcome, and nobody holds its lock
     assert "finished" in found.text
+
+
+def test_a_run_is_running_while_somebody_alive_holds_its_lock(tmp_path, monkeypatch):
+    run = make_run(tmp_path, monkeypatch, outcome=None)
+
+    def state() -> str:
+        return re.search(r"made \n([a-z]+)\n", page(run).text)[1]
+
+    assert state() == "crashed"
+    lock = RunLock(run / "lock")
+    lock.acquire()
+    assert state() == "running"
+    lock.release()
+    assert state() == "crashed"
 
 
 def test_what_happened_is_told_by_the_clock(run):
