@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: which are complete, which stay. Imports no torch."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,6 +21,11 @@ def complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first: a name without `.partial` was given after every byte was durable."""
     found = [p for p in directory.glob(COMPLETE) if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=step_of)
+
+
+def manifest_hash(path: Path) -> str:
+    """Of a complete checkpoint: its manifest names all that the checkpoint holds by hash."""
+    return hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
 
 
 def remove_partial(directory: Path) -> None:

@@ -47,22 +47,25 @@ def evaluate(
 ) -> None:
     """Draw samples from a run's checkpoint and compare them with its held-out split.
 
-    Killed and started again with the same settings it goes on where it was.
+    Killed and started again with the same settings it goes on where it was. The result is kept beside the run's
+    journal and sent to MLflow, also while the run trains.
     """
     from dtrain import distributed
-    from dtrain.run import RunDirectory
+    from dtrain.run import Position, RunDirectory
 
     directory = RunDirectory.find(run)
     chosen = {"num_samples": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap}
     chosen["metrics"] = metrics.split(",") if metrics else None
-    settings = with_eval(directory.config(), chosen, raw)
+    own = directory.config()
+    settings = with_eval(own, chosen, raw)
     distributed.set_thread_counts()
     distributed.initialize()
+    from dtrain.evaluation.evaluate import differences, open_sampler, scratch_of, weights_name
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
-    from dtrain.evaluation.evaluate import open_sampler, scratch_of, weights_name
     from dtrain.evaluation.reference import Reference
+    from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
     drawn, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
@@ -72,9 +75,13 @@ def evaluate(
     with progress("sampling") as on_block:
         found, context = run_evaluation(drawn, settings, compared, on_block, scratch)
     if distributed.rank() == 0:
+        context |= {"differs": changed} if (changed := differences(own, settings)) else {}
+        unsent = record_evaluation(directory, Position(at_step, images), found, context)
         scratch.remove()
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
         print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
+        if unsent:
+            print(unsent)
         if as_json:
             print(json.dumps({"step": at_step, "images": images, "metrics": found, "context": context}))
     distributed.finalize()
@@ -109,6 +116,7 @@ def sweep(
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
     from dtrain.evaluation.features import metric_name
+    from dtrain.tracking.tracker import ship
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
     axes = {name: values(text) for name, text in lists.items() if text}
@@ -126,6 +134,8 @@ def sweep(
         picture = out or directory.path / "sweep.png"
         if sweeps.heat_map(rows, key, picture):
             print(f"heat map: {picture}")
+        if unsent := ship(directory):
+            print(unsent)
     distributed.finalize()
 
 

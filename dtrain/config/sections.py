@@ -1,10 +1,13 @@
 """The sections of a run's configuration, key by key; what cannot be combined within one is refused by it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+from dtrain.credentials import without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -323,5 +326,12 @@ class Eval(Section):
 
 class Tracking(Section):
     enabled: bool = True  # false: only the journal is written; `dtrain sync` sends it later, from where MLflow is
-    uri: str | None = None  # default: SQLite beside the runs
+    # default: MLFLOW_TRACKING_URI, else SQLite beside the runs
+    uri: str | None = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, repr=False)
     experiment: str = "dtrain"
+    system_every: Annotated[float, Field(ge=0)] = 30.0  # seconds between looks at a node's CPU, memory, GPUs; 0: none
+
+    @field_serializer("uri")
+    def _uri_as_kept(self, uri: str | None) -> str | None:
+        """A password serves the process it was given to; config.yaml, checkpoints and MLflow do without."""
+        return uri and without_credentials(uri)

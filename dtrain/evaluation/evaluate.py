@@ -4,7 +4,6 @@ Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communi
 together, so ranks may be unequally fast.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.checkpoint.directory import step_path
+from dtrain.checkpoint.directory import manifest_hash, step_path
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
@@ -129,14 +128,22 @@ def open_sampler(
 
 def identity(run: RunDirectory, config: Config, step: int, reference: Reference) -> dict[str, Any]:
     """All that determines the samples of an evaluation of checkpoint `step`: of every id, so not their number."""
-    manifest = step_path(run.checkpoints, step) / "manifest.json"  # it names all that the checkpoint holds by hash
     uniform = config.eval.labels == "uniform" or reference.manifest is None
     return {
-        "checkpoint": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "checkpoint": manifest_hash(step_path(run.checkpoints, step)),
         "weights": weights_name(config),
         **{key: getattr(config.eval, key) for key in SAMPLING_KEYS},
         "labels": "uniform" if uniform else reference.manifest.hash,
     }
+
+
+def differences(was: Config, now: Config) -> dict[str, Any]:
+    """What an evaluation changed of the run's own settings, so that its numbers belong to no curve of the run.
+
+    Weights and number of samples are told of every evaluation anyhow; the batch only changes rounding.
+    """
+    keys = {*SAMPLING_KEYS, "labels", "reference"} - {"batch_size"}
+    return {key: getattr(now.eval, key) for key in sorted(keys) if getattr(now.eval, key) != getattr(was.eval, key)}
 
 
 def scratch_of(run: RunDirectory, config: Config, step: int, reference: Reference) -> Scratch:

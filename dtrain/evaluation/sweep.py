@@ -1,7 +1,7 @@
 """Evaluate a run at every combination of checkpoints, weights and sampler settings; a table, a picture, the best one.
 
-RUN/sweep.jsonl keeps one line a combination, under a key of all that its numbers depend on. A sweep that is started
-again, or widened, computes only what is not there.
+RUN/sweep.jsonl keeps one line a combination, a journal's "sweep" event under a key of all that its numbers depend on. A
+sweep that is started again, or widened, computes only what is not there.
 """
 
 import hashlib
@@ -92,7 +92,15 @@ def sweep(
                 on_block(number * of + done, len(settings) * of)
 
             metrics, context = evaluate(sampler, at, reference, of_all, scratch)
-            line = {"key": key, "step": step_taken, "images": images, "metrics": metrics, "context": context}
+            line = {
+                "event": "sweep",
+                "key": key,
+                "setting": setting,
+                "step": step_taken,
+                "images": images,
+                "attempt": 0,
+            }
+            line |= {"metrics": metrics, "context": context}
             lines[key] = distributed.on_rank_0(_append, path, line)
         if distributed.rank() == 0:
             scratch.remove()  # also what a job left that was killed after its line was written

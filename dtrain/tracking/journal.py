@@ -6,12 +6,21 @@ It is the truth that curves, reports and MLflow are made from, so it needs nothi
 A line counts when its newline is there. An `attempt` line says where a resume went on: what earlier attempts wrote past
 that step is void, because the run goes through those steps again. Strict JSON has no NaN: in `metrics`, where every
 value is a number, non-finite ones are the strings "NaN", "Infinity" and "-Infinity", and readers give floats back.
+
+A file has one writer, because two machines on one file system would overwrite each other's lines. So what others know
+of a run lies beside rank 0's journal.jsonl, in the same form:
+
+    journal-rank-N.jsonl       rank N: what rank 0 cannot know, such as bad samples
+    journal-eval-WHO.jsonl     an evaluation of one of its checkpoints, also while the training goes on
+    system-rank-N.jsonl        how busy the node of rank N is
+    sweep.jsonl                an evaluation for every setting of a sweep
 """
 
 import errno
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +28,8 @@ from typing import Any
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 SYNCED = {"attempt", "checkpoint", "eval"}  # events worth an fsync: rare, and decisions are taken by them
+EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
+NEVER_VOID = {"system", "sweep"}  # true of the machines, or of a checkpoint, whatever steps are gone through again
 _FIELDS = {
     "event": str,
     "step": int,
@@ -45,9 +56,11 @@ class Journal:
         self._descriptor: int | None = None
         self._torn = False  # the file does not end with a newline
 
-    def begin_attempt(self, step: int, images: int, context: dict[str, Any] | None = None) -> int:
-        """Open the next attempt, which goes on after `step`; the number of the attempt. Raises OSError."""
-        self.attempt = _highest_attempt(self.path) + 1
+    def begin_attempt(
+        self, step: int, images: int, context: dict[str, Any] | None = None, number: int | None = None
+    ) -> int:
+        """Open the next attempt, which goes on after `step`; its number, where it is known already. Raises OSError."""
+        self.attempt = number or highest_attempt(events(self.path)) + 1
         self.append("attempt", step, images, context=context)
         return self.attempt
 
@@ -64,7 +77,7 @@ class Journal:
         Raises OSError when the line did not reach the file whole (a full disk); the next line then starts on its own.
         """
         if self.attempt is None:
-            self.attempt = _highest_attempt(self.path)
+            self.attempt = highest_attempt(events(self.path))
         line = {
             "event": event,
             "step": int(step),
@@ -108,10 +121,33 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return valid(events(path))
 
 
-def valid(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines left when each attempt has made void what earlier attempts wrote past the step it began at."""
+def evaluations(path: str | Path) -> list[dict[str, Any]]:
+    """The "eval" lines that count, in order of time: of the training at `path`, and of evaluations beside it."""
+    beside = [line for other in Path(path).parent.glob(EVALUATIONS) for line in events(other)]
+    found = [line for line in valid(events(path) + beside) if line["event"] == "eval"]
+    return sorted(found, key=lambda line: line["time"])
+
+
+def evaluation_journal(path: str | Path) -> Journal:
+    """The writing end for an evaluation of the run whose journal is `path`, in a file of its own."""
+    path = Path(path)
+    who = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
+    journal = Journal(path.with_name(EVALUATIONS.replace("*", who)))
+    journal.attempt = highest_attempt(events(path))
+    return journal
+
+
+def highest_attempt(lines: Iterable[dict[str, Any]]) -> int:
+    return max((line["attempt"] for line in lines), default=0)
+
+
+def valid(lines: Iterable[dict[str, Any]], begun: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The lines left when each attempt has made void what earlier attempts wrote past the step it began at.
+
+    begun: "attempt" lines known from before, of which none is given back.
+    """
     lines = list(lines)
-    begins: dict[int, int] = {}
+    begins: dict[int, int] = {line["attempt"]: line["step"] for line in begun}
     for line in lines:
         if line["event"] == "attempt":
             begins[line["attempt"]] = line["step"]
@@ -120,7 +156,22 @@ def valid(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for attempt in sorted(begins.keys() | {line["attempt"] for line in lines}, reverse=True):
         limit[attempt] = lowest
         lowest = min(lowest, begins.get(attempt, math.inf))
-    return [line for line in lines if line["step"] <= limit[line["attempt"]]]
+    return [line for line in lines if line["event"] in NEVER_VOID or line["step"] <= limit[line["attempt"]]]
+
+
+class Tails:
+    """Reads as they grow a run's journal and the files beside it that hold curves: each `read` gives the new lines."""
+
+    def __init__(self, path: str | Path):
+        self._main = Tail(path)
+        self._beside: dict[Path, Tail] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        folder = self._main.path.parent
+        for pattern in (EVALUATIONS, SYSTEM, SWEEP):
+            for path in sorted(folder.glob(pattern)):
+                self._beside.setdefault(path, Tail(path))
+        return [line for tail in (self._main, *self._beside.values()) for line in tail.read()]
 
 
 class Tail:
@@ -141,10 +192,6 @@ class Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [line for line in map(_parse, whole.split(b"\n")) if line is not None]
-
-
-def _highest_attempt(path: Path) -> int:
-    return max((line["attempt"] for line in events(path)), default=0)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:

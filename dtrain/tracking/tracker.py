@@ -1,42 +1,67 @@
 """A run's record: on rank 0 the journal, and the thread that ships it to MLflow; on other ranks a journal of their own
-for what rank 0 cannot know."""
+for what rank 0 cannot know; on each node how busy it is."""
 
+import json
+import os
+import time
 import uuid
 from typing import Any
 
+from dtrain import distributed
 from dtrain.config import Config, flat
+from dtrain.credentials import without_credentials
+from dtrain.errors import UserError
+from dtrain.lock import holder
 from dtrain.run import Position, RunDirectory
-from dtrain.tracking.journal import Journal, events
-from dtrain.tracking.mlflow import Shipper, default_uri
+from dtrain.tracking.journal import Journal, Tail, evaluation_journal, events, highest_attempt
+from dtrain.tracking.mlflow import Destination, Shipper, default_uri
 from dtrain.tracking.mlflow import sync as sync_journal
+from dtrain.tracking.provenance import provenance
+from dtrain.tracking.system import SystemSampler
 
 CLOSE_SECONDS = 30.0  # how long the end of a run waits for a slow tracking server
 
 
 class Tracker:
     def __init__(self, run: RunDirectory, rank: int):
-        self._run = run
+        self._run, self._rank = run, rank
         self._journal = Journal(run.journal_file) if rank == 0 else None
         self._own = self._journal or Journal(run.journal_file, rank)
         self._shipper: Shipper | None = None
         self._shipping = False
+        self._sampler: SystemSampler | None = None
+        self._position = Position()
 
     @property
     def attempt(self) -> int:
         return self._journal.attempt
 
-    def begin(self, config: Config, position: Position, changes: dict[str, tuple], context: dict[str, Any]) -> None:
+    def begin(
+        self,
+        config: Config,
+        position: Position,
+        changes: dict[str, tuple],
+        context: dict[str, Any],
+        deepspeed: dict[str, Any],
+    ) -> None:
         """Record that an attempt starts at `position`, and what its config changes; start shipping."""
+        self._position = position
+        self._watch_node(config.tracking.system_every)
         if self._journal is None:
             return
-        context = context | {"run_key": run_key(self._run) or uuid.uuid4().hex}
-        self._journal.begin_attempt(position.step, position.images, context)
+        journal = Tail(self._run.journal_file)
+        lines = journal.read()
+        number = highest_attempt(lines) + 1
+        context = context | {"run_key": run_key(lines) or uuid.uuid4().hex}
+        context |= provenance(self._run.path, number, deepspeed)
+        self._journal.begin_attempt(position.step, position.images, context, number)
         if changes:
             self.write("config", position, context={"changed": {k: list(v) for k, v in changes.items()}})
-        if config.tracking.enabled:
-            self._shipper = Shipper(**destination(self._run, config))
+        if config.tracking.enabled and self._shipper is None:
+            self._shipper = Shipper(destination(self._run, config, lines + journal.read()))
 
     def write(self, event: str, position: Position, metrics: dict | None = None, context: dict | None = None) -> None:
+        self._position = position
         if self._journal is not None:
             self._journal.append(event, position.step, position.images, metrics, context)
             if event == "train":
@@ -48,15 +73,24 @@ class Tracker:
             self._shipping = True
             self._shipper.start()
 
+    def _watch_node(self, seconds: float) -> None:
+        if seconds and self._sampler is None and distributed.local_rank() == 0:
+            number = self._rank // distributed.local_world_size()
+            node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or str(number)
+            self._sampler = SystemSampler(self._run.journal_file, self._rank, node, seconds, lambda: self._position)
+            self._sampler.start()
+
     def write_own(self, event: str, position: Position, context: dict) -> None:
         """What this rank alone knows, in its own journal; the attempt is the one rank 0 began."""
         if self._own.attempt is None:
             # Of rank 0's journal: who calls this has heard of rank 0 since it began.
-            self._own.attempt = max((line["attempt"] for line in events(self._run.journal_file)), default=0)
+            self._own.attempt = highest_attempt(events(self._run.journal_file))
         self._own.append(event, position.step, position.images, context=context)
 
     def close(self, finished: bool) -> int:
         """Ship what can be shipped soon; returns the number of journal lines that could not be."""
+        if self._sampler is not None:
+            self._sampler.close()
         if self._journal is not None:
             self._journal.close()
         self._own.close()
@@ -66,32 +100,90 @@ class Tracker:
         return self._shipper.close(CLOSE_SECONDS, status="FINISHED" if finished else "KILLED")
 
 
+def record_evaluation(
+    run: RunDirectory, position: Position, metrics: dict[str, float], context: dict[str, Any]
+) -> str | None:
+    """Write an evaluation of the checkpoint at `position` beside the run's journal, and ship it.
+
+    Returns what to tell the user where it could not be shipped.
+    """
+    journal = evaluation_journal(run.journal_file)
+    try:
+        journal.append("eval", position.step, position.images, metrics, context)
+    except OSError as e:
+        raise UserError(f"cannot write {journal.path}: {e.strerror}; the result is {json.dumps(metrics)}") from None
+    journal.close()
+    return ship(run)
+
+
+def ship(run: RunDirectory) -> str | None:
+    """Send what is new of a run, unless the training that is under way does it; what to tell the user if that fails."""
+    if not run.config().tracking.enabled or holder(run.lock_file) is not None:
+        return None
+    try:
+        sync(run)
+    except UserError as e:
+        return str(e)
+    return None
+
+
 def sync(run: RunDirectory) -> int:
     """Send the journal lines that MLflow does not have; how many. Raises UserError when MLflow cannot be reached."""
     ended = run.outcome()
     status = None if ended is None else "FINISHED" if ended["outcome"] == "finished" else "KILLED"
-    return sync_journal(**destination(run, run.config()), status=status)
+    return sync_journal(destination(run, run.config(), events(run.journal_file)), status=status)
 
 
 def tracking_uri(run: RunDirectory, config: Config) -> str:
+    """Where the run is tracked. The config that is kept has no password: one in MLFLOW_TRACKING_URI is taken for it."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and without_credentials(given) == config.tracking.uri:
+        return given
     return config.tracking.uri or default_uri(run.path)
 
 
-def run_key(run: RunDirectory) -> str | None:
+def run_key(lines: list[dict[str, Any]]) -> str | None:
     """What the run's MLflow run is found by: drawn at its first start, in the journal ever since."""
-    keys = [line["context"]["run_key"] for line in events(run.journal_file) if line["event"] == "attempt"]
-    return keys[0] if keys else None
+    return next((line["context"]["run_key"] for line in lines if line["event"] == "attempt"), None)
 
 
-def destination(run: RunDirectory, config: Config) -> dict[str, Any]:
-    """The arguments by which a Shipper, or `sync`, finds this run in MLflow."""
-    attempts = [line for line in events(run.journal_file) if line["event"] == "attempt"]
-    return {
-        "journal_path": run.journal_file,
-        "uri": tracking_uri(run, config),
-        "experiment": config.tracking.experiment,
-        "run_name": config.run.name,
-        "run_key": run_key(run) or run.path.name,
-        "params": flat(config.model_dump(mode="json")),
-        "tags": {"dtrain.data": attempts[-1]["context"]["data"], "dtrain.attempts": len(attempts)} if attempts else {},
+def destination(run: RunDirectory, config: Config, lines: list[dict[str, Any]]) -> Destination:
+    """Where this run goes in MLflow, and what its journal's lines say of it there beside its curves."""
+    return Destination(
+        journal_path=run.journal_file,
+        uri=tracking_uri(run, config),
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        run_key=run_key(lines) or run.path.name,
+        params=flat(config.model_dump(mode="json")),
+        tags=tags(lines, config),
+    )
+
+
+def tags(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The data set, the code, each attempt, and what the config has been changed to since the params were set."""
+    attempts = [line for line in lines if line["event"] == "attempt"]
+    if not attempts:
+        return {}
+    last = attempts[-1]["context"]
+    found = {
+        "dtrain.data": last["data"],
+        "dtrain.attempts": len(attempts),
+        "mlflow.user": last.get("user"),
+        "mlflow.source.name": last.get("command"),
+        "mlflow.source.type": "JOB" if "job" in last else "LOCAL",
+        "mlflow.source.git.commit": last.get("commit"),
     }
+    for line in attempts:
+        context = line["context"]
+        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line["time"]))
+        where = f"{context['world_size']} ranks, ZeRO {context['zero_stage']}, {context.get('host')}"
+        job = f", job {context['job']}" if "job" in context else ""
+        code = f", commit {context['commit'][:12]}" if "commit" in context else ""
+        code += " and changes" if context.get("uncommitted") else ""
+        found[f"dtrain.attempt.{line['attempt']}"] = f"from step {line['step']}, {began}, {where}{job}{code}"
+    for line in lines:
+        if line["event"] == "config":
+            for key, (was, now) in line["context"]["changed"].items():
+                found[f"dtrain.changed.{key}"] = f"{was} → {now} at step {line['step']}"
+    return {key: value for key, value in found.items() if value is not None}

@@ -49,7 +49,7 @@ class Engine:
             plan = allocate(config)
         self.shapes = {name: tuple(p.shape) for name, p in plan.named_parameters()}
         trainable = sum(p.numel() for p in plan.parameters() if p.requires_grad)
-        options = deepspeed_options(config, distributed.world_size(), micro_batch, trainable)
+        self.options = options = deepspeed_options(config, distributed.world_size(), micro_batch, trainable)
 
         # At stage 3 every layer is partitioned as soon as it is allocated, so no rank ever holds the whole model.
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there

@@ -69,7 +69,7 @@ def train(config: Config) -> Outcome:
         context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
         if isinstance(process, GaussianDiffusion):
             context["snr"] = process.schedule.snr_ends
-        tracker.begin(config, position, changes, context)
+        tracker.begin(config, position, changes, context, engine.options)
         batches = train_batches(config, manifest, rank, world_size, position.images)
         position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)
         if rank == 0:

@@ -7,7 +7,7 @@ import time
 import torch
 
 from dtrain import __version__, distributed
-from dtrain.checkpoint.directory import complete, remove, step_of, step_path, surplus
+from dtrain.checkpoint.directory import complete, manifest_hash, remove, step_of, step_path, surplus
 from dtrain.checkpoint.format import Damaged
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
@@ -111,8 +111,13 @@ class Saving:
             return
         self.newest, self.problem = position, None
         self.seconds = max(self.seconds, time.perf_counter() - self._begun)
-        self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context={"path": path.name})
         if distributed.rank() == 0:
+            context = {
+                "path": path.name,
+                "hash": manifest_hash(path),
+                "ema": [f"ema_{i}: decay {profile.decay}" for i, profile in enumerate(self._config.ema)],
+            }
+            self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context)
             self._remove_surplus()
 
     def _lost(self, position: Position, problem: str) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dtrain.credentials import without_credentials
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import tracking_uri
@@ -24,7 +25,7 @@ def summary(path: Path) -> str:
         )
         lines += [f"  step {s:>8}  {v:>9.4f}  {'█' * max(1, round(BAR * v / top))}" for s, v in curve]
         lines.append(f"sample grid: {run.path / evaluations[-1]['context']['artifact']}")
-    uri = tracking_uri(run, run.config())
+    uri = without_credentials(tracking_uri(run, run.config()))
     opens = f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else uri
     lines.append(f"curves in MLflow: {opens}")
     return "\n".join(lines)

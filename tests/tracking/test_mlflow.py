@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Journal, read
-from dtrain.tracking.mlflow import Shipper, default_uri, sync
+from dtrain.tracking.mlflow import Destination, Shipper, default_uri, sync
 
 EXPERIMENT = "digits"
 
@@ -28,8 +28,8 @@ def run(runs, request) -> Path:
     return path
 
 
-def arguments(run: Path, **changed) -> dict:
-    return {
+def destination(run: Path, **changed) -> Destination:
+    whole = {
         "journal_path": run / "journal.jsonl",
         "uri": default_uri(run),
         "experiment": EXPERIMENT,
@@ -37,11 +37,12 @@ def arguments(run: Path, **changed) -> dict:
         "run_key": f"key-of-{run.name}",
         "params": {"model.width": 96, "optim.lr": 1e-3},
         "tags": {"git.commit": "abc"},
-    } | changed
+    }
+    return Destination(**whole | changed)
 
 
 def ship(run: Path, **changed) -> None:
-    shipper = Shipper(**arguments(run, **changed))
+    shipper = Shipper(destination(run, **changed))
     shipper.start()
     assert shipper.close(timeout=60) == 0, shipper.error
 
@@ -85,7 +86,7 @@ def test_what_arrives_is_the_journal(run):
     journal = Journal(run / "journal.jsonl")
     journal.begin_attempt(0, 0, {"host": "a"})
     write_steps(journal, range(1, 6))
-    shipper = Shipper(**arguments(run))
+    shipper = Shipper(destination(run))
     shipper.start()
     write_steps(journal, range(6, 11))
     for n in (500, 2000):
@@ -119,11 +120,11 @@ def test_a_restarted_run_goes_on_in_its_mlflow_run_and_sends_nothing_twice(run):
     ship(run)
     first = mlflow_run(run)[1]
     ship(run)
-    assert sync(**arguments(run)) == 0
+    assert sync(destination(run)) == 0
     assert arrived(run) == journalled(run)
     journal.begin_attempt(5, 40)
     write_steps(journal, range(6, 9))
-    shipper = Shipper(**arguments(run, params={"optim.lr": 5e-4, "new.key": None}, tags={"git.commit": "def"}))
+    shipper = Shipper(destination(run, params={"optim.lr": 5e-4, "new.key": None}, tags={"git.commit": "def"}))
     shipper.start()
     end = time.monotonic() + 30
     while arrived(run) != journalled(run):
@@ -167,7 +168,7 @@ def test_a_torn_line_does_not_stop_what_comes_after_it(run):
 def test_more_lines_than_one_request_takes_all_arrive(run):
     journal = Journal(run / "journal.jsonl")
     write_steps(journal, range(1, 1300))
-    assert sync(**arguments(run), status="FAILED") == 1299
+    assert sync(destination(run), status="FAILED") == 1299
     assert arrived(run) == journalled(run)
     assert mlflow_run(run)[1].info.status == "FAILED"
 
@@ -193,7 +194,7 @@ def test_files_named_by_events_arrive_once_under_their_own_path(run, caplog):
     journal.append("samples", 3, 8, context={"artifact": "samples/deleted.png"})
     journal.append("samples", 4, 8, context={"artifact": "top.txt"})
     (run / "top.txt").write_text("a")
-    assert sync(**arguments(run)) == 3
+    assert sync(destination(run)) == 3
     assert "deleted.png is named in the journal but gone" in caplog.text
     _, found = mlflow_run(run)
     stored = Path(found.info.artifact_uri.removeprefix("file://"))
@@ -210,7 +211,7 @@ def test_files_named_by_events_arrive_once_under_their_own_path(run, caplog):
     ship(run)
     assert (stored / "samples/step-1.png").stat().st_mtime_ns == touched
     assert (stored / "samples/step-2.png").read_bytes() == (run / "samples/step-2.png").read_bytes()
-    assert sync(**arguments(run)) == 0
+    assert sync(destination(run)) == 0
 
 
 @pytest.fixture(params=["closed port", "silent server"])
@@ -225,7 +226,7 @@ def dead_server(request):
 
 def test_a_dead_server_costs_training_nothing_and_sync_ships_the_rest(run, dead_server):
     journal = Journal(run / "journal.jsonl")
-    shipper = Shipper(**arguments(run, uri=dead_server))
+    shipper = Shipper(destination(run, uri=dead_server))
     began = time.monotonic()
     shipper.start()
     assert time.monotonic() - began < 0.5
@@ -240,7 +241,7 @@ def test_a_dead_server_costs_training_nothing_and_sync_ships_the_rest(run, dead_
     assert shipper.close(timeout=1.0) == 150
     assert time.monotonic() - began < 2.0
     assert "s3cret" not in f"{shipper.error}"
-    assert sync(**arguments(run)) == 150
+    assert sync(destination(run)) == 150
     assert arrived(run) == journalled(run)
 
 
@@ -250,7 +251,7 @@ def test_sync_says_in_one_line_that_the_server_is_away_and_keeps_credentials_to_
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
         with pytest.raises(UserError) as error:
-            sync(**arguments(run, uri=f"http://user:s3cret@127.0.0.1:{port}"))
+            sync(destination(run, uri=f"http://user:s3cret@127.0.0.1:{port}"))
     message = str(error.value)
     assert f"to MLflow at http://127.0.0.1:{port} (1 lines left): ConnectionRefusedError: " in message
     assert "start the server or correct tracking.uri" in message
@@ -264,7 +265,7 @@ def test_when_the_store_comes_back_everything_arrives_once(run, tmp_path):
     place.write_text("in the way")
     uri = f"sqlite:///{place}/mlflow.db"
     journal = Journal(run / "journal.jsonl")
-    shipper = Shipper(**arguments(run, uri=uri))
+    shipper = Shipper(destination(run, uri=uri))
     shipper.start()
     write_steps(journal, range(1, 6))
     end = time.monotonic() + 30
@@ -282,11 +283,11 @@ def test_when_the_store_comes_back_everything_arrives_once(run, tmp_path):
 SYNC = """
 import sys
 from dtrain.tracking.journal import Journal
-from dtrain.tracking.mlflow import default_uri, sync
+from dtrain.tracking.mlflow import Destination, default_uri, sync
 run = sys.argv[1]
 journal = f"{run}/journal.jsonl"
 Journal(journal).append("train", 1, 8, {"loss": 0.5})
-print(sync(journal, default_uri(run), "digits", "name", run.split("/")[-1], {}, {}))
+print(sync(Destination(journal, default_uri(run), "digits", "name", run.split("/")[-1])))
 """
 
 

@@ -1,0 +1,124 @@
+"""When the journal is shipped: all the while, by a thread that nobody waits for; or now, by `sync`."""
+
+import threading
+import time
+from typing import Any
+
+from dtrain.credentials import without_credentials
+from dtrain.errors import UserError
+from dtrain.tracking.journal import Tails, valid
+from dtrain.tracking.mlflow.address import reason
+from dtrain.tracking.mlflow.run import METRICS_PER_BATCH, Destination, Run, has_news
+
+POLL_SECONDS = 2.0
+LONGEST_BACK_OFF_SECONDS = 60.0
+
+
+class Pending:
+    """The valid lines of a run's journals that hold something for MLflow and are not yet known to be there."""
+
+    def __init__(self, to: Destination):
+        self._tails = Tails(to.journal_path)
+        self._begun: list[dict[str, Any]] = []  # the attempts so far, by which lines are void
+        self._lock = threading.Lock()
+        self.lines: list[dict[str, Any]] = []
+        self.started = self.ended = time.time()  # of the run, by its first and last line
+
+    def poll(self) -> None:
+        with self._lock:
+            if new := self._tails.read():
+                self.started = min(self.started, new[0]["time"])
+                self.ended = max(line["time"] for line in new)
+                self.lines = [line for line in valid(self.lines + new, self._begun) if has_news(line)]
+                self._begun += [line for line in new if line["event"] == "attempt"]
+
+    def drain(self, run: Run, deadline: float = float("inf")) -> None:
+        while self.lines and time.monotonic() < deadline:
+            with self._lock:
+                lines = self.lines[:METRICS_PER_BATCH]
+            sent = run.send(lines)
+            with self._lock:
+                del self.lines[:sent]
+
+
+class Shipper:
+    """A daemon thread that keeps MLflow up to date with the journal, from `start` to `close`.
+
+    `run_id` is None until MLflow has answered. `error` is the reason of the last failure, free of credentials; None
+    when all goes well.
+    """
+
+    def __init__(self, to: Destination):
+        self._run = Run(to)
+        self._pending = Pending(to)
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._status = "FINISHED"
+        self._thread = threading.Thread(target=self._work, name="mlflow-shipper", daemon=True)
+        self.error: str | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout: float, status: str = "FINISHED") -> int:
+        """Ship what `timeout` seconds allow and mark the run's end; returns the number of lines left for `sync`."""
+        self._deadline = time.monotonic() + timeout
+        self._status = status
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        self._pending.poll()
+        return len(self._pending.lines)
+
+    def _work(self) -> None:
+        back_off = 1.0
+        connected = False
+        while True:
+            closing = self._closing.is_set()  # asked before reading, so that no line written before close is missed
+            try:
+                self._pending.poll()
+                if not connected:
+                    self._run.connect(self._pending.started)
+                    self._run.set_running()
+                    connected = True
+                self._pending.drain(self._run, self._deadline)
+                if closing and not self._pending.lines:
+                    self._run.finish(self._status, self._pending.ended)
+                    self.error = None
+                    return
+                self.error, back_off, pause = None, 1.0, POLL_SECONDS
+            except Exception as e:  # whatever went wrong out there, the journal has it all: say so, and try again
+                self.error = reason(e)
+                connected = False
+                pause, back_off = back_off, min(2 * back_off, LONGEST_BACK_OFF_SECONDS)
+            if not closing:
+                self._closing.wait(pause)
+            elif time.monotonic() >= self._deadline:
+                return
+            else:
+                time.sleep(min(1.0, pause, max(0.0, self._deadline - time.monotonic())))
+
+
+def sync(to: Destination, status: str | None = None) -> int:
+    """Ship now, in the foreground, what MLflow does not have yet; the number of journal lines that were new to it.
+
+    `status` (FINISHED, FAILED, KILLED) marks the run's end, where it has ended. Raises UserError when MLflow does not
+    take them.
+    """
+    run, pending = Run(to), Pending(to)
+    pending.poll()
+    try:
+        run.connect(pending.started)
+        pending.drain(run)
+        run.finish(status, pending.ended)
+    except Exception as e:
+        left = len(pending.lines)
+        raise UserError(
+            f"cannot ship {to.journal_path} to MLflow at {without_credentials(to.uri)} ({left} lines left): "
+            f"{reason(e)}; start the server or correct tracking.uri, then run sync again"
+        ) from e
+    return run.lines_shipped

@@ -1,0 +1,96 @@
+"""How busy each node is: one thread a node, into a journal of its own, under the names that MLflow's UI knows."""
+
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from dtrain.run import Position
+from dtrain.tracking.journal import SYSTEM, Journal, events
+
+MEGABYTE = 1e6
+_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
+
+
+class SystemSampler:
+    """Writes a "system" line every `seconds`, from `start` to `close`, for local rank 0 of a node.
+
+    journal_file: rank 0's; the lines go beside it. where: how far the run is, for the line.
+    """
+
+    def __init__(self, journal_file: Path, rank: int, node: str, seconds: float, where: Callable[[], Position]):
+        self._main, self._seconds, self._where = journal_file, seconds, where
+        self._path = journal_file.with_name(SYSTEM.replace("*", str(rank)))
+        self._context = {"node": node, "host": socket.gethostname()}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="system-sampler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take a last sample, so that a short run has one."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+
+    def _work(self) -> None:
+        before = psutil.cpu_percent(), psutil.net_io_counters()  # from here on
+        journal, number = Journal(self._path), len(events(self._path))
+        last = False
+        while not last:
+            last = self._closing.wait(self._seconds)
+            if journal.attempt is None:
+                journal.attempt = max((line["attempt"] for line in events(self._main)), default=0)
+            number += 1
+            position = self._where()
+            metrics = machine(before[1], self._path.parent) | gpus()
+            try:
+                context = self._context | {"sample": number}
+                journal.append("system", position.step, position.images, metrics, context)
+            except OSError:
+                continue  # a full disk is told by those who write what matters
+        journal.close()
+
+
+def machine(network_before, folder: Path) -> dict[str, float]:
+    """CPU since the call before, memory, the disk of `folder`, network since `network_before`."""
+    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(folder)), psutil.net_io_counters()
+    return {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / MEGABYTE,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": disk.percent,
+        "disk_available_megabytes": disk.free / MEGABYTE,
+        "network_receive_megabytes": (network.bytes_recv - network_before.bytes_recv) / MEGABYTE,
+        "network_transmit_megabytes": (network.bytes_sent - network_before.bytes_sent) / MEGABYTE,
+    }
+
+
+def gpus() -> dict[str, float]:
+    """Of every GPU of the node, as nvidia-smi tells it; none where there is no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return parse_gpus(told)
+
+
+def parse_gpus(told: str) -> dict[str, float]:
+    """Lines of index, utilization in %, memory used and there in MiB, power in W; what is not told is absent."""
+    found = {}
+    for line in told.splitlines():
+        index, *values = (part.strip() for part in line.split(","))
+        busy, used, there, power = (float(v) if v.replace(".", "", 1).isdigit() else None for v in values)
+        ours = {
+            "utilization_percentage": busy,
+            "memory_usage_megabytes": used and used * 2**20 / MEGABYTE,
+            "memory_usage_percentage": 100 * used / there if used is not None and there else None,
+            "power_usage_watts": power,
+        }
+        found |= {f"gpu_{index}_{name}": value for name, value in ours.items() if value is not None}
+    return found
