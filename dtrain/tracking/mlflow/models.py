@@ -1,5 +1,6 @@
 """Each checkpoint as a logged model, so that "best by Fréchet distance" is a click on a column of MLflow's table."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ STEP, HASH, PATH, KEPT = "dtrain.step", "dtrain.hash", "dtrain.path", "dtrain.ke
 class Models:
     """The logged models of MLflow run `run_id`, by step. Every method but `metrics_of` talks to MLflow."""
 
-    def __init__(self, client, experiment_id: str, run_id: str, checkpoints: Path):
+    def __init__(self, client, experiment_id: str, run_id: str, run_name: str, checkpoints: Path):
         self._client, self._experiment, self._run_id, self._checkpoints = client, experiment_id, run_id, checkpoints
+        self._name = re.sub(r"[^\w\- ]", "-", run_name)  # what MLflow allows
         self._models: dict[int, Any] = {}
         self._metrics: dict[int, set[str]] = {}  # step → keys that its model holds
         token = None
@@ -49,7 +51,7 @@ class Models:
         params = {"step": str(step), "images": str(line["images"]), "ema": "; ".join(context.get("ema", []))}
         created = self._client.create_logged_model(
             self._experiment,
-            name=f"step-{step:08d}",
+            name=f"{self._name} step {step:08d}",
             source_run_id=self._run_id,
             tags=tags,
             params=params,

@@ -74,7 +74,7 @@ class Run:
         self._highest = {m.key: m.step for m in run.data.to_proto().metrics}  # metric key → highest step there
         self._histories: dict[str, dict[int, int]] = {}  # of evaluations: metric key → step → milliseconds
         self._files = Files(client, self.id, self._directory)
-        self._models = Models(client, experiment, self.id, self._directory / "checkpoints")
+        self._models = Models(client, experiment, self.id, self._to.run_name, self._directory / "checkpoints")
         self._sweeps = Sweeps(client, experiment, self.id, self._to.run_name, self._to.run_key)
         # A param cannot change in MLflow; a resumed run with other values keeps the first and says so in a tag.
         missing = [Param(k, v) for k, v in self._params.items() if k not in run.data.params]
