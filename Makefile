@@ -1,11 +1,12 @@
 # make demo    set up, pack digits, train on 2 CPU ranks (all GPUs where there are any), evaluate, say what to open
 # make test    set up, lint, run the whole test suite;   make campaigns: the long ones
+# make test-slurm    trainings on a real SLURM of two nodes, started on this machine (root; Debian: slurm-wlm munge)
 PYTHON ?= python3
 BIN := .venv/bin
 ACCELERATORS := $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test campaigns lint clean
+.PHONY: demo test test-slurm campaigns lint clean
 
 demo: .venv/ready
 	dtrain pack sklearn:digits data/digits --holdout 360
@@ -13,6 +14,9 @@ demo: .venv/ready
 
 test: .venv/ready lint
 	python -m pytest tests
+
+test-slurm: .venv/ready
+	python -m pytest -m slurm tests/slurm
 
 campaigns: .venv/ready
 	python -m pytest -m campaign tests/campaigns

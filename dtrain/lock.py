@@ -22,7 +22,7 @@ class RunLock:
 
     def acquire(self) -> None:
         """Raises UserError when a live job holds it; takes over from a dead one."""
-        mine = json.dumps(_identity(os.getpid()) | {"job": os.environ.get("SLURM_JOB_ID")})
+        mine = json.dumps(_identity(os.getpid()) | _job())
         while not _create(self.path, mine):
             holder = _read(self.path)
             if holder is None:
@@ -44,6 +44,11 @@ class RunLock:
                 time.sleep(0.1)
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
+    def holder(self) -> dict | None:
+        """Who holds it now: `host`, `pid` and `job`; None where nobody does."""
+        found = _read(self.path)
+        return found if found and self._alive(found) else None
+
     def release(self) -> None:
         if not self._released.is_set():
             self._released.set()
@@ -61,6 +66,9 @@ class RunLock:
             return _identity(holder["pid"]).get("started") == holder.get("started")
         if holder.get("host") == socket.gethostname():
             return False  # this machine, before it was started anew
+        job = _job()
+        if job["job"] and holder.get("job") == job["job"] and holder.get("restarts") != job["restarts"]:
+            return False  # this job before it was requeued: SLURM has killed every process of it
         try:
             return time.time() - self.path.stat().st_mtime < DEAD_AFTER_SECONDS
         except FileNotFoundError:
@@ -109,6 +117,11 @@ def _identity(pid: int) -> dict:
     except OSError:
         return {}
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": started}
+
+
+def _job() -> dict:
+    """The SLURM job this process belongs to, and how often it was requeued; None where it belongs to none."""
+    return {"job": os.environ.get("SLURM_JOB_ID"), "restarts": os.environ.get("SLURM_RESTART_COUNT")}
 
 
 def _boot() -> str:

@@ -2,7 +2,8 @@
 # A real SLURM with two nodes on this one machine, for tests. Debian: apt-get install slurm-wlm munge; run as root.
 #   slurm/two_node_slurm.sh start DIR     then   export SLURM_CONF=DIR/slurm.conf;  srun -N2 hostname
 #   slurm/two_node_slurm.sh stop DIR
-# Everything it needs lies in DIR: configuration, state, logs, its own munge key and socket. Nothing else is changed.
+# Each node has one core, so that ranks on the two do not get into each other's way. All it needs lies in DIR, its own
+# munge key and socket too; nothing else on the machine is changed.
 set -euo pipefail
 
 stop() {
@@ -24,8 +25,9 @@ print(*(s.getsockname()[1] for s in held))' "$1"
 }
 
 start() {
-  local host controller first second
+  local host controller first second core other_core
   host=$(hostname -s)
+  read -r core other_core < <(python3 -c 'import os; c = sorted(os.sched_getaffinity(0)); print(c[0], c[-1])')
   read -r controller first second < <(free_ports 3)
   mkdir -p "$dir/state" "$dir/spool.n1" "$dir/spool.n2"
   chmod 755 "$dir"  # munged refuses a socket that not everybody can reach
@@ -36,8 +38,8 @@ SlurmctldPort=$controller
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until its credential has expired, which takes two minutes unless this is said.
-AuthInfo=socket=$dir/munge.socket,cred_expire=10
+# A requeued job waits until its credential has expired: two minutes, unless this is said. Five seconds is the least.
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool.%n
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -52,15 +54,15 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=5,bf_interval=5
+SchedulerParameters=sched_interval=2,bf_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 JobRequeue=1
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=n1 NodeAddr=127.0.0.1 NodeHostname=$host Port=$first CPUs=2 CoresPerSocket=2 RealMemory=8000
-NodeName=n2 NodeAddr=127.0.0.1 NodeHostname=$host Port=$second CPUs=2 CoresPerSocket=2 RealMemory=8000
+NodeName=n1 NodeAddr=127.0.0.1 NodeHostname=$host Port=$first CPUs=1 RealMemory=8000
+NodeName=n2 NodeAddr=127.0.0.1 NodeHostname=$host Port=$second CPUs=1 RealMemory=8000
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 CONF
   head -c 1024 /dev/urandom >"$dir/munge.key"
@@ -69,8 +71,8 @@ CONF
     --log-file="$dir/munged.log" --seed-file="$dir/munged.seed"
   export SLURM_CONF=$dir/slurm.conf
   slurmctld -c -f "$SLURM_CONF"
-  slurmd -f "$SLURM_CONF" -N n1
-  slurmd -f "$SLURM_CONF" -N n2
+  taskset -c "$core" slurmd -f "$SLURM_CONF" -N n1
+  taskset -c "$other_core" slurmd -f "$SLURM_CONF" -N n2
   for _ in {1..100}; do
     [[ $(sinfo --noheader --Node --format=%T 2>/dev/null | sort | uniq -c | tr -s ' ') == ' 2 idle' ]] && return
     sleep 0.2

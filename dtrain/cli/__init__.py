@@ -29,6 +29,7 @@ for command in (
     evaluation.report,
     running.sync,
     cluster.submit,
+    cluster.status,
 ):
     app.command()(command)
 app.add_typer(data.data, name="data")

@@ -63,6 +63,15 @@ def submit(
     print(f"run: {job.run}")
 
 
+def status(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN ...]", help="default: all under runs/")] = None,
+) -> None:
+    """How runs are doing, from their journals and, where there is a SLURM, its queue."""
+    from dtrain.cluster.status import known_runs, table
+
+    print(table(known_runs(runs or [])))
+
+
 def _training(words: list[str], ranks: int):
     from dtrain import config as configuration
     from dtrain.cluster import slurm

@@ -4,6 +4,7 @@ RUN/sweep.jsonl keeps one line a combination, a journal's "sweep" event under a 
 sweep that is started again, or widened, computes only what is not there.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -214,6 +215,8 @@ def _append(path: Path, line: dict) -> dict:
     line = line | {"time": time.time()}
     try:
         with open(path, "a+b") as f:
+            fcntl.lockf(f, fcntl.LOCK_EX)  # the tasks of a job array write at any time, from several machines
+            f.seek(0, 2)
             torn = f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n"
             f.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
     except OSError as e:

@@ -105,6 +105,8 @@ def steps(
     device, batch_size, rank = distributed.device(), config.data.batch_size, distributed.rank()
     progress = TrainingProgress(config.train.steps, position.step, visible=rank == 0)
     saving = Saving(run, config, manifest.hash, position, tracker, progress)
+    if position.step < config.train.steps:
+        distributed.on_rank_0(saving.require_room, engine)
     evaluation = None
     reduction = StepReduction(rank, distributed.world_size(), batch_size)
     meter = Meter(config, distributed.world_size(), device)

@@ -11,6 +11,7 @@ from dtrain.checkpoint.directory import complete, manifest_hash, remove, step_of
 from dtrain.checkpoint.format import Damaged
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
+from dtrain.errors import UserError
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import Tracker
@@ -60,11 +61,19 @@ class Saving:
             return False  # the save itself will say what is wrong
         return self._free < self._needed
 
+    def require_room(self, engine: Engine) -> None:
+        """On rank 0, before the first step: raises UserError where the disk is too full for a single checkpoint."""
+        if self.lacks_room(engine):
+            raise UserError(f"{self._shortage()}; make room, or choose another run.dir")
+
+    def _shortage(self) -> str:
+        free, needed = f"{self._free / 2**20:,.1f} MiB free", f"{self._needed / 2**20:,.1f} MiB"
+        return f"{self._run.checkpoints} has {free}, and a checkpoint takes {needed}"
+
     def skip(self, position: Position) -> None:
         """Instead of `begin`, on every rank, where rank 0 lacks room."""
         self.settle()
-        free, needed = f"{self._free / 2**20:,.1f} MiB free", f"{self._needed / 2**20:,.1f} MiB"
-        self._lost(position, f"{self._run.checkpoints} has {free}, and a checkpoint takes {needed}")
+        self._lost(position, self._shortage())
 
     def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor]) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight.

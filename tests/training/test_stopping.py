@@ -151,6 +151,18 @@ def test_another_machines_lock_lives_by_its_heartbeat(tmp_path):
     assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
+def test_a_requeued_job_takes_over_its_own_lock_from_a_machine_that_is_gone(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    holder = {"host": "elsewhere", "boot": "other", "pid": 1, "started": "5", "job": "42", "restarts": None}
+    path.write_text(json.dumps(holder))
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with pytest.raises(UserError, match="in use by process 1 on elsewhere, job 42"):
+        RunLock(path).acquire()  # the same start of the job, on another machine
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    RunLock(path).acquire()
+    assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
 def take(path):
     from pathlib import Path
 

@@ -1,0 +1,113 @@
+"""How runs are doing: what their files say and, where there is a SLURM, its queue. Imports no torch and no NumPy."""
+
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from dtrain.errors import UserError
+from dtrain.lock import RunLock
+from dtrain.run import RunDirectory
+from dtrain.tracking.journal import read as read_journal
+
+HEADINGS = ("run", "state", "attempt", "step", "images/s", "loss", "evaluation", "left", "job", "requeues")
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that SLURM has not forgotten. state: such as PENDING; left: of its time limit, as SLURM writes it."""
+
+    number: str
+    state: str
+    requeues: str
+    left: str
+
+
+def known_runs(names: list[str]) -> list[RunDirectory]:
+    """The runs of these names, or all under runs/; also those that a submitted job has yet to begin.
+
+    Raises UserError for a name that is no run.
+    """
+    if not names:
+        places = sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists() or job_of(path))
+        if not places:
+            raise UserError("there are no runs under runs/; name run directories")
+        return [RunDirectory(path) for path in places]
+    submitted = {name: [p for p in (Path(name), Path("runs") / name) if job_of(p)] for name in names}
+    return [RunDirectory(found[0]) if found else RunDirectory.find(name) for name, found in submitted.items()]
+
+
+def job_of(run: Path) -> str | None:
+    """The number of the training job submitted last, whose script lies beside its log."""
+    numbers = [path.stem.removeprefix("train-") for path in (run / "logs").glob("train-*.sbatch")]
+    return max((n for n in numbers if n.isdigit()), key=int, default=None)
+
+
+def queue(numbers: list[str]) -> dict[str, QueuedJob]:
+    """What SLURM says of these jobs, by number; nothing of those it has forgotten, or where there is no SLURM."""
+    if not numbers:
+        return {}
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}"]
+    command += ["--Format=JobID:20,State:20,RestartCnt:20,TimeLeft:20"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    jobs = [QueuedJob(*line.split()) for line in answer.stdout.splitlines() if len(line.split()) == 4]
+    return {job.number: job for job in jobs}
+
+
+def table(runs: list[RunDirectory]) -> str:
+    """One line a run."""
+    jobs = {run.path: job_of(run.path) for run in runs}
+    queued = queue([number for number in jobs.values() if number])
+    rows = [HEADINGS, *(row(run, queued.get(jobs[run.path])) for run in runs)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(HEADINGS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
+    """A run's line, as HEADINGS."""
+    lines = read_journal(run.journal_file)
+    trained = [line for line in lines if line["event"] == "train"]
+    evaluated = [line for line in lines if line["event"] == "eval"]
+    attempt = max((line["attempt"] for line in lines), default=0)
+    try:
+        steps = run.config().train.steps
+    except UserError:  # there is none yet, or it is of another version
+        steps = None
+    step = trained[-1]["step"] if trained else 0
+    last = trained[-1]["metrics"] if trained else {}
+    left = NONE
+    if steps and step < steps and "step_seconds" in last:
+        left = str(timedelta(seconds=round((steps - step) * last["step_seconds"])))
+    evaluation = NONE
+    if evaluated:
+        name, value = next(iter(evaluated[-1]["metrics"].items()))
+        evaluation = f"{name} {value:.4g} at {evaluated[-1]['step']:,}"
+    return (
+        str(run.path),
+        state(run, job, bool(lines)),
+        str(attempt) if attempt else NONE,
+        f"{step:,}/{steps:,}" if steps else NONE,
+        f"{last['images_per_second']:,.0f}" if "images_per_second" in last else NONE,
+        f"{last['loss']:.4f}" if "loss" in last else NONE,
+        evaluation,
+        left,
+        f"{job.number} {job.state.lower()}, {job.left} left" if job else NONE,
+        job.requeues if job else NONE,
+    )
+
+
+def state(run: RunDirectory, job: QueuedJob | None, begun: bool) -> str:
+    """running, waiting, starting, broke off, not begun, or how the last attempt ended."""
+    if RunLock(run.lock_file).holder():
+        return "running"
+    if job and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return "waiting"
+    if job and job.state in ("CONFIGURING", "RUNNING"):
+        return "starting"
+    if outcome := run.outcome():
+        return outcome["outcome"].replace("_", " ")
+    return "broke off" if begun else "not begun"
