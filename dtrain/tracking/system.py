@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from dtrain.run import Position
-from dtrain.tracking.journal import SYSTEM, Journal, events
+from dtrain.tracking.journal import SYSTEM, Journal, Tail, events, highest_attempt
 
 MEGABYTE = 1e6
 _QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
@@ -40,11 +40,11 @@ class SystemSampler:
     def _work(self) -> None:
         before = psutil.cpu_percent(), psutil.net_io_counters()  # from here on
         journal, number = Journal(self._path), len(events(self._path))
+        main, journal.attempt = Tail(self._main), 0
         last = False
         while not last:
             last = self._closing.wait(self._seconds)
-            if journal.attempt is None:
-                journal.attempt = max((line["attempt"] for line in events(self._main)), default=0)
+            journal.attempt = max(journal.attempt, highest_attempt(main.read()))
             number += 1
             position = self._where()
             metrics = machine(before[1], self._path.parent) | gpus()

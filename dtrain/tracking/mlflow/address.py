@@ -31,6 +31,7 @@ def open_client(uri: str, experiment: str):
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # 2 s
+    from mlflow.exceptions import MlflowException
 
     with _alone_in_database(uri) as database:
         client = MlflowClient(tracking_uri=uri)
@@ -39,7 +40,13 @@ def open_client(uri: str, experiment: str):
             return client, found.experiment_id
         # Left to itself, MLflow puts the artifacts of a SQLite store below the current directory.
         place = (database.parent / "mlartifacts" / experiment).as_uri() if database else None
-        return client, client.create_experiment(experiment, artifact_location=place)
+        try:
+            return client, client.create_experiment(experiment, artifact_location=place)
+        except MlflowException:
+            found = client.get_experiment_by_name(experiment)  # another run of it began in the same moment
+            if found is None:
+                raise
+            return client, found.experiment_id
 
 
 @contextmanager

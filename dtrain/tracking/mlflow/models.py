@@ -13,11 +13,17 @@ class Models:
     def __init__(self, client, experiment_id: str, run_id: str, run_name: str, checkpoints: Path):
         self._client, self._experiment, self._run_id, self._checkpoints = client, experiment_id, run_id, checkpoints
         self._name = re.sub(r"[^\w\- ]", "-", run_name)  # what MLflow allows
+        self.look()
+
+    def look(self) -> None:
+        """Read which models there are, and leave one a step."""
         self._models: dict[int, Any] = {}
         self._metrics: dict[int, set[str]] = {}  # step → keys that its model holds
-        token = None
+        client, token = self._client, None
         while True:
-            page = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", page_token=token)
+            page = client.search_logged_models(
+                [self._experiment], f"source_run_id = '{self._run_id}'", page_token=token
+            )
             for model in sorted(page, key=lambda m: -len(m.metrics or [])):
                 step = int(model.tags.get(STEP, -1))
                 if step in self._models:

@@ -91,6 +91,7 @@ class Run:
 
     def finish(self, status: str | None, ended: float) -> None:
         """What is sent last; then the run's end, where it has one (FINISHED, FAILED, KILLED)."""
+        self._models.look()
         self._models.mark_removed()
         self._sweeps.send_picture(self._directory / "sweep.png")
         if (self._directory / AT_THE_END).is_file():
