@@ -109,13 +109,14 @@ def charts(runs: list[Run]) -> list[Chart]:
 
 
 def best_of(run: Run) -> list[tuple[str, str, Line]]:
-    """(metric, what it was of, line) of the best Fréchet distance for each metric and number of samples."""
-    found: dict[tuple[str, int], tuple[str, str, Line]] = {}
+    """(metric, what it was of, line) of the best Fréchet distance for each metric, number of samples and reference."""
+    found: dict[tuple, tuple[str, str, Line]] = {}
     for metric, all_curves in curves([run]).items():
         if not is_distance(metric):
             continue
         for curve in all_curves:
-            key, line = (metric, curve.context.get("n")), curve.best
+            key = (metric, *(curve.context.get(k) for k in ("n", "extractor", "reference")))  # else not comparable
+            line = curve.best
             if key not in found or line["metrics"][metric] < found[key][2]["metrics"][metric]:
                 found[key] = metric, described(curve.context, run), line
     return sorted(found.values(), key=lambda f: (f[0], -_size(f[2]["context"])))

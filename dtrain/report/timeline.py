@@ -1,6 +1,7 @@
 """What happened to a run by the clock: attempts, evaluations, checkpoints, faults."""
 
 import itertools
+from dataclasses import dataclass
 
 from dtrain.report.markup import details, plural, table
 from dtrain.report.numbers import clock, duration, short, time_ticks
@@ -34,63 +35,79 @@ def lost_steps(run: Run) -> list[int]:
     return found
 
 
-def _timeline(run: Run, several: bool) -> str:
-    valid = {id(line) for line in run.lines}
-    everything = sorted([*run.happened, *run.elsewhere], key=lambda line: line["time"])
-    begin, end = everything[0]["time"], max(everything[-1]["time"], everything[0]["time"] + 1)
+@dataclass(frozen=True)
+class Clock:
+    """The width of a time line in unix seconds."""
 
-    def left(time: float) -> float:
-        return 100 * (time - begin) / (end - begin)
+    begin: float
+    end: float
 
-    def bar(kind: str, start: float, stop: float, title: str, text: str = "") -> str:
-        width = max(0.0, left(stop) - left(start))
+    def left(self, time: float) -> float:
+        """Per cent of the width."""
+        return 100 * (time - self.begin) / (self.end - self.begin)
+
+    def bar(self, kind: str, start: float, stop: float, title: str, text: str = "") -> str:
+        start = max(start, self.begin)
+        width = max(0.0, self.left(stop) - self.left(start))
         shown = f"<span>{escaped(text)}</span>" if text and width > 5 else ""
-        place = f"left:{left(start):.3f}%;width:{width:.3f}%"
+        place = f"left:{self.left(start):.3f}%;width:{width:.3f}%"
         return f'<i class="{kind}" style="{place}" title="{escaped(title)}">{shown}</i>'
 
-    lanes = {"attempts": [], "evaluations": [], "checkpoints": [], "events": []}
+
+def _timeline(run: Run, several: bool) -> str:
+    everything = sorted([*run.happened, *run.elsewhere], key=lambda line: line["time"])
+    begin = everything[0]["time"]
+    at = Clock(begin, max(everything[-1]["time"], begin + 1))
+    rows = "".join(_lane(name, marks) for name, marks in _lanes(run, everything, at).items() if marks)
+    span = at.end - begin
+    axis = "".join(
+        f'<span class="x{" odd" if i % 2 else ""}" style="left:{at.left(begin + t):.2f}%">{duration(t)}</span>'
+        for i, t in enumerate(time_ticks(0, span))
+    )
     parts = attempts(run)
-    for lines, lost in zip(parts, lost_steps(run), strict=True):
+    away = sum(max(0.0, b[0]["time"] - a[-1]["time"]) for a, b in itertools.pairwise(parts))
+    said = f"{clock(begin)} to {clock(at.end)}: {duration(span)}"
+    said += f", of which {duration(away)} between attempts." if len(parts) > 1 else "."
+    said += " Hatched: steps that a later attempt went through again." if any(lost_steps(run)) else ""
+    title = f"<h3>{escaped(run.name)}</h3>" if several else ""
+    scale = f'<div class="lane"><span></span><div class="times">{axis}</div></div>'
+    return f'<div class="timeline">{title}<p class="note">{said}</p>{rows}{scale}{_events(run, everything)}</div>'
+
+
+def _lanes(run: Run, everything: list[Line], at: Clock) -> dict[str, list[str]]:
+    """What to draw below each other. An evaluation by a job of its own, perhaps days later, is not among it."""
+    lanes = {"attempts": _attempts(run, at), "evaluations": [], "checkpoints": [], "events": []}
+    happened = {id(line) for line in run.happened}
+    for line in (line for line in run.of("eval") if id(line) in happened):
+        seconds = line["metrics"].get("seconds", 0.0)
+        title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
+        lanes["evaluations"].append(at.bar("eval", line["time"] - seconds, line["time"], title))
+    for line in run.of("checkpoint"):
+        lanes["checkpoints"].append(at.bar("save", line["time"], line["time"], f"checkpoint of step {line['step']:,}"))
+    for line in (line for line in everything if line["event"] in NOTABLE):
+        kind = "fault" if line["event"] == "fault" else "notice"
+        lanes["events"].append(at.bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
+    return lanes
+
+
+def _attempts(run: Run, at: Clock) -> list[str]:
+    marks = []
+    valid = {id(line) for line in run.lines}
+    for lines, lost in zip(attempts(run), lost_steps(run), strict=True):
         number, first, last = lines[0]["attempt"], lines[0], lines[-1]
         ranks = next((line["context"].get("world_size") for line in lines if line["event"] == "attempt"), None)
         title = f"attempt {number}: steps {first['step']:,} to {max(line['step'] for line in lines):,}"
         title += f", {plural(ranks, 'rank')}" if ranks else ""
         title += f", {duration(last['time'] - first['time'])}"
-        lanes["attempts"].append(bar("attempt", first["time"], last["time"], title, str(number)))
+        marks.append(at.bar("attempt", first["time"], last["time"], title, str(number)))
         if lost:
             void = [line for line in lines if id(line) not in valid]
             since = void[0]["time"] if void else last["time"]
-            title = f"{lost:,} steps that a later attempt went through again"
-            lanes["attempts"].append(bar("lost", since, last["time"], title))
-    happened = {id(line) for line in run.happened}
-    for line in run.of("eval"):
-        if id(line) not in happened:
-            continue  # of a job of its own, perhaps days later
-        seconds = line["metrics"].get("seconds", 0.0)
-        title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
-        lanes["evaluations"].append(bar("eval", max(begin, line["time"] - seconds), line["time"], title))
-    for line in run.of("checkpoint"):
-        title = f"checkpoint of step {line['step']:,}"
-        lanes["checkpoints"].append(bar("save", line["time"], line["time"], title))
-    for line in everything:
-        if line["event"] in NOTABLE:
-            kind = "fault" if line["event"] == "fault" else "notice"
-            lanes["events"].append(bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
+            title = f"{plural(lost, 'step')} that a later attempt went through again"
+            marks.append(at.bar("lost", since, last["time"], title))
     if run.state != "running":
-        lanes["attempts"].append(f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>')
-    rows = "".join(_lane(name, marks) for name, marks in lanes.items() if marks)
-    axis = "".join(
-        f'<span class="x{" odd" if i % 2 else ""}" style="left:{left(begin + t):.2f}%">{duration(t)}</span>'
-        for i, t in enumerate(time_ticks(0, end - begin))
-    )
-    away = sum(max(0.0, b[0]["time"] - a[-1]["time"]) for a, b in itertools.pairwise(parts))
-    between = f", of which {duration(away)} between attempts" if len(parts) > 1 else ""
-    if any(lost_steps(run)):
-        between += ". Hatched: steps that a later attempt went through again"
-    title = f"<h3>{escaped(run.name)}</h3>" if several else ""
-    span = f"{clock(begin)} to {clock(end)}: {duration(end - begin)}{between}."
-    scale = f'<div class="lane"><span></span><div class="times">{axis}</div></div>'
-    return f'<div class="timeline">{title}<p class="note">{span}</p>{rows}{scale}{_events(run, everything)}</div>'
+        marks.append(f'<i class="end" style="left:100%" title="{escaped(run.state)}"></i>')
+    return marks
 
 
 def _lane(name: str, marks: list[str]) -> str:
