@@ -162,7 +162,8 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_anywhere_in_a_line_loses_the_lines_it_refused_and_no_other(tmp_path):
+def test_a_disk_that_fills_up_anywhere_in_a_line_loses_the_lines_it_refused_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.123)  # so that all lines are equally long
     probe = Journal(tmp_path / "probe.jsonl")
     write_steps(probe, [1, 2])
     length = (tmp_path / "probe.jsonl").stat().st_size // 2
