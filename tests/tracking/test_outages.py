@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, read
 from dtrain.tracking.mlflow import Destination, Shipper, shipper, sync
+from dtrain.tracking.tracker import sync as sync_run
+from tests.digits import tiny
+from tests.ranks import run_ranks
 from tests.tracking.servers import Rest
 
 EXPERIMENT = "outages"
-connections: list[str] = []  # threads that opened one, while a test listens
+connections: list[tuple] = []  # (thread, address) of each that is opened
 
 
 def listen(event, arguments):
     if event == "socket.connect":
-        connections.append(threading.current_thread().name)
+        connections.append((threading.current_thread().name, arguments[1]))
 
 
 sys.addaudithook(listen)
@@ -139,7 +143,7 @@ def test_nothing_waits_nothing_is_lost_and_nothing_doubled(server, proxy, tmp_pa
     goes_on_until(well, trainings)
     everything("evaluate")
 
-    networked = set(connections)
+    networked = {thread for thread, _ in connections}
     assert [t.shipper.close(timeout=60, status="FINISHED") for t in trainings] == [0, 0], failing()
     assert sync(ended.destination, "KILLED") == 5
     assert sync(ended.destination) == 0
@@ -155,3 +159,42 @@ def test_nothing_waits_nothing_is_lost_and_nothing_doubled(server, proxy, tmp_pa
         assert len(rest.models(run)) == len(models)
         images = [Path(f).name for f in rest.artifacts(run, "images") if f.endswith(".png")]
         assert sorted(int(name.split("+")[2]) for name in images) == training.steps_of("eval")
+
+
+def watched_training(config):
+    """(journal lines of steps, threads that connected to MLflow, seconds from the last step to the end)."""
+    from dtrain.tracking import tracker
+    from dtrain.training.loop import train
+
+    tracker.CLOSE_SECONDS = 1.0
+    connections.clear()
+    outcome = train(config)
+    ended = time.time()
+    lines = [line for line in read(config.run.path / "journal.jsonl") if line["event"] == "train"]
+    port = int(config.tracking.uri.rpartition(":")[2])
+    threads = {thread for thread, address in connections if address[-1] == port}
+    return outcome, [line["step"] for line in lines], threads, ended - lines[-1]["time"]
+
+
+def test_a_real_training_beside_a_paused_server_connects_from_no_thread_that_trains(
+    server, digits, tmp_path, monkeypatch
+):
+    server.start()
+    server.pause()
+    try:
+        # A step is milliseconds here: enough of them for MLflow's import, which takes seconds, to end in between.
+        more = ("tracking.enabled=true", f"tracking.uri={server.url}", "train.steps=400", "eval.every=100")
+        config = tiny(digits, tmp_path, *more, "train.checkpoint_every=100")
+        ((outcome, steps, threads, waited),) = run_ranks(watched_training, 1, config)
+    finally:
+        server.go_on()
+    assert outcome == "finished"
+    assert steps == list(range(1, 401))
+    assert threads == {"mlflow-shipper"}
+    assert waited < 20  # saving, the last evaluation and one second for MLflow, not a request's time-outs
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    run = RunDirectory(config.run.path)
+    assert sync_run(run) > 400
+    assert sync_run(run) == 0
+    history = Rest(server.url).history(Rest(server.url).run("dtrain", "tiny"))
+    assert [step for step, _, _ in history["train/loss"]] == steps

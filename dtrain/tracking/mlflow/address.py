@@ -12,13 +12,15 @@ from dtrain.credentials import without_credentials
 # and MLflow, alembic and GitPython keep off the terminal. MLflow reads them when it is imported or at each call.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses, and hides runs among LLM traces
 
 
 def default_uri(run_dir: str | Path) -> str:
@@ -41,7 +43,7 @@ def open_client(uri: str, experiment: str):
         # Left to itself, MLflow puts the artifacts of a SQLite store below the current directory.
         place = (database.parent / "mlartifacts" / experiment).as_uri() if database else None
         try:
-            return client, client.create_experiment(experiment, artifact_location=place)
+            return client, client.create_experiment(experiment, artifact_location=place, tags=KIND)
         except MlflowException:
             found = client.get_experiment_by_name(experiment)  # another run of it began in the same moment
             if found is None:
