@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, 
     if commit is not None:
         found |= {"commit": commit, "uncommitted": bool(difference)}
         if difference:
-            files["uncommitted.diff"] = without_credentials(difference)
+            files["uncommitted.diff"] = difference
     for name, text in files.items():
         (folder / name).write_text(text)
     found["artifacts"] = [f"attempts/{attempt}/{name}" for name in files]
@@ -46,13 +47,16 @@ def packages() -> str:
     return "\n".join([f"# Python {platform.python_version()} on {platform.platform()}", *lines]) + "\n"
 
 
-def code() -> tuple[str | None, str]:
-    """(commit, what the working tree differs by) of the repository dtrain lies in, else the current one; (None, "")."""
-    for place in (Path(dtrain.__file__).parent, Path.cwd()):
+def code(places: Iterable[Path] | None = None) -> tuple[str | None, str]:
+    """(commit, what the working tree differs by) of the first place in a git repository, or (None, "").
+
+    places: where dtrain lies, then the current folder.
+    """
+    for place in places or (Path(dtrain.__file__).parent, Path.cwd()):
         commit = _git(place, "rev-parse", "HEAD")
         if commit:
             difference = _git(place, "diff", "--no-color", "--no-ext-diff", "HEAD") or ""
-            return commit.strip(), difference[:MOST_DIFFERENCE]
+            return commit.strip(), without_credentials(difference[:MOST_DIFFERENCE])
     return None, ""
 
 

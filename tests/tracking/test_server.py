@@ -17,6 +17,7 @@ from dtrain.lock import RunLock
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import Journal, evaluations, events, read
 from dtrain.tracking.mlflow import Destination, sync
+from dtrain.tracking.provenance import code
 from dtrain.tracking.system import parse_gpus
 from dtrain.tracking.tracker import record_evaluation
 from tests.digits import tiny
@@ -49,6 +50,7 @@ def tracked(server, digits, tmp_path_factory):
     uri = f"tracking.uri=http://user:{PASSWORD}@{proxy.url.removeprefix('http://')}"
     run = folder / "tiny"
 
+    commit, _ = code()
     printed = run_ranks(command, 2, "train", config, uri, environment=TWO_NODES)
     (run / "report.html").write_text("<p>what the run came to")
     token = {"MLFLOW_TRACKING_TOKEN": TOKEN}
@@ -58,6 +60,7 @@ def tracked(server, digits, tmp_path_factory):
     jobs = [["evaluate", run, *job.split()] for job in jobs] + [["sweep", run, "--steps", "2,3", "--eta", "0,1"]]
     printed += run_ranks(one_after_another, 1, jobs, environment=token)[0]
     assert {code for code, _ in printed} == {0}, printed
+    found.commit = commit
     found.printed, found.run, found.authorizations = "".join(text for _, text in printed), run, proxy.authorizations
     found.rest = Rest(server.url)
     yield found
@@ -122,9 +125,7 @@ def test_params_are_the_whole_config_and_tags_tell_what_changed(tracked, there):
     assert tags["dtrain.attempt.2"].startswith("from step 8, ")
     assert "2 ranks, ZeRO 2, " in tags["dtrain.attempt.2"]
     assert tags["dtrain.data"] == manifests.load_all(RunDirectory(tracked.run).config().data).hash
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert tags.get("mlflow.source.git.commit", "") == commit.stdout.strip()
+    assert tags.get("mlflow.source.git.commit") == tracked.commit
 
 
 def test_pictures_report_packages_and_deepspeeds_config_are_artifacts(tracked, there):
@@ -245,6 +246,27 @@ def test_two_who_ship_the_same_run_at_once_double_nothing(server, tmp_path):
     history = rest.history(rest.run(EXPERIMENT, "raced"))
     assert [step for step, _, _ in history["train/loss"]] == list(range(1, 1001))
     assert [step for step, _, _ in history["eval/raw/n2/fd_pixels"]] == list(range(100, 1001, 100))
+
+
+def test_the_commit_and_what_differs_from_it_are_those_of_git_and_without_passwords(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert code((tmp_path / "nowhere",)) == (None, "")
+    git("init", "-q")
+    (tmp_path / "run.yaml").write_text("uri: none\nsteps: 5\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert code((tmp_path,)) == (git("rev-parse", "HEAD").strip(), "")
+    (tmp_path / "run.yaml").write_text(f"uri: https://user:{PASSWORD}@host/x\nsteps: 5\n")
+    commit, difference = code((tmp_path / "nowhere", tmp_path))
+    assert commit == git("rev-parse", "HEAD").strip()
+    assert "-uri: none\n+uri: https://host/x\n" in difference
+    assert difference == git("diff", "HEAD").replace(f"user:{PASSWORD}@", "")
 
 
 def test_what_nvidia_smi_prints_is_read():
