@@ -160,18 +160,25 @@ def valid(lines: Iterable[dict[str, Any]], begun: Iterable[dict[str, Any]] = ())
 
 
 class Tails:
-    """Reads as they grow a run's journal and the files beside it that hold curves: each `read` gives the new lines."""
+    """Reads as they grow a run's journal and the files beside it that hold curves: each `read` gives the new lines.
+
+    first, last: when the run's own first and last line were written (unix seconds); None as long as there is none.
+    """
 
     def __init__(self, path: str | Path):
         self._main = Tail(path)
         self._beside: dict[Path, Tail] = {}
+        self.first: float | None = None
+        self.last: float | None = None
 
     def read(self) -> list[dict[str, Any]]:
-        folder = self._main.path.parent
         for pattern in (EVALUATIONS, SYSTEM, SWEEP):
-            for path in sorted(folder.glob(pattern)):
+            for path in sorted(self._main.path.parent.glob(pattern)):
                 self._beside.setdefault(path, Tail(path))
-        return [line for tail in (self._main, *self._beside.values()) for line in tail.read()]
+        lines = self._main.read()
+        if lines:
+            self.first, self.last = self.first or lines[0]["time"], lines[-1]["time"]
+        return lines + [line for tail in self._beside.values() for line in tail.read()]
 
 
 class Tail:

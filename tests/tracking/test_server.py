@@ -90,6 +90,8 @@ def test_every_history_is_the_journals(tracked, there):
                 points.append((step, round(1000 * line["time"]), value))
     assert tracked.rest.history(there) == {key: sorted(points) for key, points in expected.items()}
     assert there["info"]["status"] == "FINISHED"
+    ends = [read(tracked.run / "journal.jsonl")[i]["time"] for i in (0, -1)]  # evaluations come after it
+    assert [there["info"][k] for k in ("start_time", "end_time")] == [round(1000 * end) for end in ends]
 
 
 def test_older_checkpoints_are_evaluated_in_any_order(tracked, there):

@@ -22,13 +22,18 @@ class Pending:
         self._begun: list[dict[str, Any]] = []  # the attempts so far, by which lines are void
         self._lock = threading.Lock()
         self.lines: list[dict[str, Any]] = []
-        self.started = self.ended = time.time()  # of the run, by its first and last line
+
+    @property
+    def started(self) -> float:
+        return self._tails.first or time.time()
+
+    @property
+    def ended(self) -> float:
+        return self._tails.last or time.time()
 
     def poll(self) -> None:
         with self._lock:
             if new := self._tails.read():
-                self.started = min(self.started, new[0]["time"])
-                self.ended = max(line["time"] for line in new)
                 self.lines = [line for line in valid(self.lines + new, self._begun) if has_news(line)]
                 self._begun += [line for line in new if line["event"] == "attempt"]
 
