@@ -29,11 +29,15 @@ def local_world_size() -> int:
 def set_thread_counts() -> None:
     """Give each local rank its share of the cores, unless the user has set OMP_NUM_THREADS (design, decision 10).
 
+    Of a SLURM job's cores, where SLURM has counted but not bound them.
+
     The launcher sets OMP_NUM_THREADS=1 itself where it was unset; that counts as not set when a rank has more cores.
     """
     import torch
 
-    share = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    cores = len(os.sched_getaffinity(0))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
+    share = max(1, cores // local_world_size())
     asked = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
     torch.set_num_threads(asked if asked > 1 else share)
 

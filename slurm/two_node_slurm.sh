@@ -2,12 +2,18 @@
 # A real SLURM with two nodes on this one machine, for tests. Debian: apt-get install slurm-wlm munge; run as root.
 #   slurm/two_node_slurm.sh start DIR     then   export SLURM_CONF=DIR/slurm.conf;  srun -N2 hostname
 #   slurm/two_node_slurm.sh stop DIR
-# Each node has one core, so that ranks on the two do not get into each other's way. All it needs lies in DIR, its own
-# munge key and socket too; nothing else on the machine is changed.
+# Each node has one core to give. All it needs lies in DIR, its own munge key and socket too; nothing else is changed.
 set -euo pipefail
 
 stop() {
   local name pid
+  export SLURM_CONF=$dir/slurm.conf
+  for _ in {1..50}; do  # a daemon that is gone leaves its jobs' processes behind
+    [[ $(squeue --noheader 2>/dev/null) ]] || break
+    scancel --quiet --signal=KILL --full --user="$(id -un)" 2>/dev/null || true
+    scancel --quiet --user="$(id -un)" 2>/dev/null || true
+    sleep 0.2
+  done
   for name in slurmctld slurmd.n1 slurmd.n2 munged; do
     [[ -s $dir/$name.pid ]] || continue
     pid=$(<"$dir/$name.pid")
@@ -25,9 +31,8 @@ print(*(s.getsockname()[1] for s in held))' "$1"
 }
 
 start() {
-  local host controller first second core other_core
+  local host controller first second
   host=$(hostname -s)
-  read -r core other_core < <(python3 -c 'import os; c = sorted(os.sched_getaffinity(0)); print(c[0], c[-1])')
   read -r controller first second < <(free_ports 3)
   mkdir -p "$dir/state" "$dir/spool.n1" "$dir/spool.n2"
   chmod 755 "$dir"  # munged refuses a socket that not everybody can reach
@@ -71,8 +76,8 @@ CONF
     --log-file="$dir/munged.log" --seed-file="$dir/munged.seed"
   export SLURM_CONF=$dir/slurm.conf
   slurmctld -c -f "$SLURM_CONF"
-  taskset -c "$core" slurmd -f "$SLURM_CONF" -N n1
-  taskset -c "$other_core" slurmd -f "$SLURM_CONF" -N n2
+  slurmd -f "$SLURM_CONF" -N n1
+  slurmd -f "$SLURM_CONF" -N n2
   for _ in {1..100}; do
     [[ $(sinfo --noheader --Node --format=%T 2>/dev/null | sort | uniq -c | tr -s ' ') == ' 2 idle' ]] && return
     sleep 0.2

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "taskset")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 PATIENCE = 300  # seconds; a launch alone takes half a minute, and the machine may be busy
 
 
