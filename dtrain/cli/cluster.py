@@ -48,7 +48,7 @@ def submit(
     elif sweep:
         job, about = _sweep(sweep, words, after)
     elif words:
-        job, about = _training(words, request.ranks)
+        job, about = _training(words, request)
     else:
         raise UserError("say what to submit: a CONFIG, --evaluate RUN or --sweep RUN")
     script = slurm.render(job, request, template)
@@ -72,13 +72,18 @@ def status(
     print(table(known_runs(runs or [])))
 
 
-def _training(words: list[str], ranks: int):
+def _training(words: list[str], request):
     from dtrain import config as configuration
     from dtrain.cluster import slurm
+    from dtrain.cluster.status import check_free
+    from dtrain.run import RunDirectory
     from dtrain.training.check import check_start
 
     config = configuration.load(words[0], words[1:])
-    return slurm.training(Path(words[0]), words[1:], config), check_start(config, ranks)
+    about = check_start(config, request.ranks)
+    if request.after is None:
+        check_free(RunDirectory(config.run.path))
+    return slurm.training(Path(words[0]), words[1:], config), about
 
 
 def _evaluation(run: str, words: list[str], after: str | None):

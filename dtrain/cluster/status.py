@@ -12,6 +12,8 @@ from dtrain.tracking.journal import read as read_journal
 
 HEADINGS = ("run", "state", "attempt", "step", "images/s", "loss", "evaluation", "left", "job", "requeues")
 NONE = "–"
+WAITING, STARTED = ("PENDING", "REQUEUED", "REQUEUE_HOLD"), ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+ACTIVE = WAITING + STARTED
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ def queue(numbers: list[str]) -> dict[str, QueuedJob]:
         return {}
     jobs = [QueuedJob(*line.split()) for line in answer.stdout.splitlines() if len(line.split()) == 4]
     return {job.number: job for job in jobs}
+
+
+def check_free(run: RunDirectory) -> None:
+    """Raises UserError where a job or a process has the run, which a second job could only fail on."""
+    number = job_of(run.path)
+    job = queue([number]).get(number) if number else None
+    if job and job.state in ACTIVE:
+        raise UserError(
+            f"{run.path} has job {number}, {job.state.lower()}; let another one follow with --after {number}"
+        )
+    if holder := RunLock(run.lock_file).holder():
+        raise UserError(f"{run.path} is in use by process {holder['pid']} on {holder['host']}; wait for it, or stop it")
 
 
 def table(runs: list[RunDirectory]) -> str:
@@ -104,7 +118,7 @@ def state(run: RunDirectory, job: QueuedJob | None, begun: bool) -> str:
     """running, waiting, starting, broke off, not begun, or how the last attempt ended."""
     if RunLock(run.lock_file).holder():
         return "running"
-    if job and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+    if job and job.state in WAITING:
         return "waiting"
     if job and job.state in ("CONFIGURING", "RUNNING"):
         return "starting"

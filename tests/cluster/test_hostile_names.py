@@ -41,6 +41,7 @@ HOSTILE = [
     "=",
     "&",
 ]
+DIGITS = Path("digits")  # a script is written without looking at the data
 UNCARRIED = ["a\nb", "a\n#SBATCH --uid=0\n", "a\rb", "a\tb", "a\x1b[2J", "a\x7f", "a\udcff"]
 
 
@@ -49,9 +50,9 @@ def request_():
     return slurm.Request(2, 1, "1:00:00")
 
 
-def rendered(digits, folder, name, request):
+def rendered(folder, name, request):
     """A training whose config, data override, run directory and working folder are called so; the script and more."""
-    config = tiny(digits, Path("runs"))
+    config = tiny(DIGITS, Path("runs"))
     run = config.run.model_copy(update={"dir": str(folder / f"runs {name}")})  # the config would expand ${variables}
     config = config.model_copy(update={"run": run})
     overrides = [f"tracking.experiment={name}", f"run.dir={folder / f'runs {name}'}"]
@@ -60,12 +61,12 @@ def rendered(digits, folder, name, request):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_arrives_verbatim_and_runs_nothing(digits, tmp_path, monkeypatch, request_, name):
+def test_a_hostile_name_arrives_verbatim_and_runs_nothing(tmp_path, monkeypatch, request_, name):
     work = tmp_path / f"work {name}"
     work.mkdir()
     monkeypatch.chdir(work)
     stubs = Stubs(tmp_path / f"tools {name}", monkeypatch)
-    script, job, overrides = rendered(digits, work, name, request_)
+    script, job, overrides = rendered(work, name, request_)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     (job.run / "logs").mkdir(parents=True)
     finished = """echo '{"outcome": "finished", "step": 1}' >"$RUN/outcome.json" """
@@ -83,15 +84,15 @@ def test_a_hostile_name_arrives_verbatim_and_runs_nothing(digits, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", UNCARRIED)
-def test_what_a_script_cannot_carry_is_refused(digits, tmp_path, request_, name):
-    config = tiny(digits, tmp_path)
+def test_what_a_script_cannot_carry_is_refused(tmp_path, request_, name):
+    config = tiny(DIGITS, tmp_path)
     job = slurm.training(tmp_path / "x.yaml", [f"tracking.experiment={name}"], config)
     with pytest.raises(UserError, match="characters that a batch script cannot carry"):
         slurm.render(job, request_)
 
 
-def test_a_backslash_in_the_place_of_the_log_is_refused_because_slurm_drops_it(digits, tmp_path, request_):
-    job = slurm.training(tmp_path / "x.yaml", [], tiny(digits, tmp_path / "a\\b"))
+def test_a_backslash_in_the_place_of_the_log_is_refused_because_slurm_drops_it(tmp_path, request_):
+    job = slurm.training(tmp_path / "x.yaml", [], tiny(DIGITS, tmp_path / "a\\b"))
     with pytest.raises(UserError, match="a backslash, which SLURM gives a meaning of its own"):
         slurm.render(job, request_)
 

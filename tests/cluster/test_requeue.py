@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,9 @@ def outcome(name: str, message: str = "") -> str:
 
 
 @pytest.fixture
-def job(digits, tmp_path, monkeypatch):
+def job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return slurm.training(tmp_path / "tiny.yaml", [], tiny(digits, tmp_path / "runs"))
+    return slurm.training(tmp_path / "tiny.yaml", [], tiny(Path("digits"), tmp_path / "runs"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.lock import RunLock
 from tests.cluster.stubs import RECORD, Stubs
 from tests.digits import tiny
 from tests.ranks import run_ranks
@@ -126,6 +127,21 @@ def test_a_missing_shard_other_data_and_another_identity_are_refused(work, digit
     shard.unlink()
     told = submit("tiny.yaml", "data.shards=copy/train", "run.name=new", *limit, expect=2).stderr
     assert f"cannot find the shard {shard}" in told
+
+
+def test_a_run_has_one_job_at_a_time_unless_they_follow_each_other(work):
+    limit = ("--time", "1:00:00", "--gpus-per-node", "1")
+    submit("tiny.yaml", *limit)
+    (work.bin / "squeue").write_text("#!/bin/bash\nprintf '%-20s%-20s%-20s%-20s\\n' 12 PENDING 0 1:00:00\n")
+    told = submit("tiny.yaml", *limit, expect=2).stderr
+    assert told == "dtrain: runs/tiny has job 12, pending; let another one follow with --after 12\n"
+    assert submit("tiny.yaml", *limit, "--after", "12").stdout
+    (work.bin / "squeue").write_text("#!/bin/bash\necho slurm_load_jobs error: Invalid job id specified >&2; exit 1\n")
+    lock = RunLock(Path("runs/tiny/lock"))
+    lock.acquire()
+    assert f"in use by process {os.getpid()}" in submit("tiny.yaml", *limit, expect=2).stderr
+    lock.release()
+    assert submit("tiny.yaml", *limit).stdout
 
 
 def test_what_sbatch_says_is_told(work):

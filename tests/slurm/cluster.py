@@ -85,6 +85,10 @@ class Job:
         self.wait_until(lambda: self.ended or self.requeues >= count, f"requeue {count}")
         assert self.requeues == count, "\n".join(self.said()[-40:])
 
+    def queued(self) -> str:
+        """What waits or runs of it, all tasks of an array."""
+        return subprocess.run(["squeue", "-h", "-j", self.number], capture_output=True, text=True).stdout
+
     @property
     def ended(self) -> bool:
         return self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")

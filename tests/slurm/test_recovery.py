@@ -143,3 +143,17 @@ def test_on_one_node_instead_of_two_it_goes_on_with_the_same_batches(recovered, 
     )
     run_ranks(train, 2, whole, timeout=600)
     assert losses(config)[-20:] == pytest.approx(losses(whole)[-20:], rel=1e-4)
+
+
+def test_an_evaluation_and_a_sweep_are_jobs_too(recovered):
+    _, run, *_ = recovered
+    limit = ("--nodes", "1", "--time", "00:20:00")
+    evaluated = submit("--evaluate", "tiny", *limit, "--", "--n", "48", "--json")
+    swept = submit("--sweep", "tiny", *limit, "--", "--n", "48", "--eta", "0,1")
+    assert evaluated.exit_code() == 0, "\n".join(evaluated.said()[-40:])
+    (result,) = [json.loads(line) for line in evaluated.said() if line.startswith('{"step"')]
+    assert result["context"]["n"] == 48
+    swept.wait_until(lambda: not swept.queued(), "the end of the sweep")
+    lines = [json.loads(line) for line in (run.path / "sweep.jsonl").read_text().splitlines()]
+    assert sorted(line["context"]["eta"] for line in lines) == [0, 1]
+    assert all(line["step"] == result["step"] for line in lines)
