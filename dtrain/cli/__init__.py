@@ -5,6 +5,7 @@ import sys
 import typer
 
 from dtrain.cli import checkpoints, cluster, data, evaluation, running
+from dtrain.cli import checkpoints, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, UserError
 from dtrain.training.output import say_error
 
@@ -30,6 +31,8 @@ for command in (
     running.sync,
     cluster.submit,
     cluster.status,
+    planning.plan,
+    planning.doctor,
 ):
     app.command()(command)
 app.add_typer(data.data, name="data")

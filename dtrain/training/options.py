@@ -61,3 +61,29 @@ def _merged(base: dict, extra: dict) -> dict:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def deepspeed_defaults() -> dict[str, int | float | str | bool | None]:
+    """Option → what the installed DeepSpeed does by itself, of the options that `deepspeed_options` leaves to it.
+
+    ZeRO's begin with `zero.`; sections other than ZeRO's, which are off, are left out.
+    """
+    from dtrain.training.deepspeed_import import deepspeed
+
+    found = deepspeed.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})
+    config = Config.model_validate(
+        {
+            "data": {"shards": "", "image_size": 8, "batch_size": 1},
+            "model": {"name": "dit", "size": "S/2"},
+            "train": {"steps": 1},
+        }
+    )
+    given = deepspeed_options(config, 1, 1, 1)
+    ours = (*given, *(f"zero.{name.removeprefix('stage3_')}" for name in given["zero_optimization"]))
+    derived = ("_", "global_rank", "world_size", "zero_optimization", "zero_enabled")
+    values = vars(found) | {f"zero.{k}": v for k, v in found.zero_config.model_dump(mode="json").items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float | str | bool | None) and not name.startswith((*ours, *derived))
+    }

@@ -1,0 +1,155 @@
+"""What a micro-batch costs in operations and memory, found by running the model on tensors that hold nothing.
+
+Forward and backward run on the meta device, so a model of any size takes seconds and no memory. Two things are put in
+by hand there, because the meta device does not do what accelerators do: attention is one fused kernel, which keeps
+queries, keys, values, its output and a logarithm a row, and no T × T matrix (what torch takes on GPUs in every
+precision, and on CPUs); and autocast casts what its device's rules say.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtrain.config import Config
+from dtrain.models.build import allocate
+
+aten = torch.ops.aten
+PRODUCTS = {F.linear, F.conv2d, F.scaled_dot_product_attention}
+NORMS = {F.layer_norm, F.group_norm, F.rms_norm}  # autocast computes them in fp32, on GPUs only
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a micro-batch's forward and backward pass, beside weights and their gradients."""
+
+    saved: int  # what the forward pass keeps for the backward pass
+    peak: int  # most at any moment of the two
+
+
+def activations(config: Config, micro_batch: int, checkpointing: bool, device: str = "cuda") -> Activations:
+    """Of `micro_batch` rows in `deepspeed.precision`, with or without activation checkpointing.
+
+    device: whose rules of autocast hold, cuda or cpu. A weight's gradient counts only until it is handed on.
+    """
+    model, inputs = _trained(config, micro_batch, checkpointing)
+    with LiveBytes() as live, _accelerator(config, device):
+        loss = model(*inputs).float().square().mean()
+        saved = live.now
+        _backward(loss)
+    return Activations(saved, live.peak)
+
+
+def flops_per_image(config: Config, checkpointing: bool) -> int:
+    """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, repeated ones too."""
+    model, inputs = _trained(config, 1, checkpointing)
+    # Apart from `activations`: the counter holds on to what is computed again.
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, _accelerator(config, "cuda"):
+        _backward(model(*inputs).float().square().mean())
+    return counter.get_total_flops()
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """As loss.backward(), which modes of functions intercept, and are off while blocks are computed again in it."""
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
+
+
+def _trained(config: Config, rows: int, checkpointing: bool):
+    """(the model in the training's own dtype, which lets go of each gradient at once; its inputs)."""
+    model, inputs = _model(config, rows, torch.bfloat16 if config.deepspeed.precision == "bf16" else torch.float32)
+    model.train().activation_checkpointing = checkpointing
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return model, inputs
+
+
+def sampling_bytes(config: Config, rows: int) -> int:
+    """Most bytes, beside fp32 weights, that a forward pass of the plain model holds while samples are drawn."""
+    model, inputs = _model(config, rows, torch.float32)
+    with torch.no_grad(), LiveBytes() as live, _Accelerator(False, "cuda"):
+        model.eval()(*inputs)
+    return live.peak
+
+
+def _model(config: Config, rows: int, dtype: torch.dtype):
+    size = config.data.image_size
+    with torch.device("meta"):
+        model, labels = allocate(config).to(dtype), torch.zeros(rows, dtype=torch.long)
+        inputs = [torch.zeros(rows, config.data.channels, size, size), torch.zeros(rows), labels]
+    return model, inputs + ([labels] if getattr(model, "dropout", 0) else [])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made since it was entered and still live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, object] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for t in tree_iter((args, kwargs)):
+            if isinstance(t, torch.Tensor):  # what was there before, such as a weight, is not counted
+                self._known.setdefault(id(t.untyped_storage()), t.untyped_storage())
+        out = function(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor):
+                self._count(t.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_):
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _accelerator(config: Config, device: str) -> "_Accelerator":
+    return _Accelerator(config.deepspeed.precision == "bf16_autocast", device)
+
+
+class _Accelerator(TorchFunctionMode):
+    """Fused attention and, where asked for, autocast to bf16, as the device does them."""
+
+    def __init__(self, autocast: bool, device: str):
+        super().__init__()
+        self.autocast, self.fp32 = autocast, NORMS if device == "cuda" else set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.autocast and (function in PRODUCTS or function in self.fp32):
+            dtype = torch.bfloat16 if function in PRODUCTS else torch.float32
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(dtype), (args, kwargs))
+        if function is F.scaled_dot_product_attention:
+            return aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+        return function(*args, **kwargs)
+
+
+def _attention_flops(q, k, v, *_, out_shape=None, **__) -> int:
+    """Two products of T × T × D for each row and head."""
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def _attention_backward_flops(grad, q, k, *_, out_shape=None, **__) -> int:
+    """Twice the forward's, as of any product: that kernels compute the scores again is not the model's own work."""
+    return 2 * _attention_flops(q, k, None)
+
+
+FUSED_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

@@ -1,0 +1,40 @@
+"""Is this machine, and are these files, fit for a run? Each check says what it found and what to do."""
+
+from collections.abc import Callable
+
+from dtrain import distributed
+from dtrain.cluster import machine, surroundings
+from dtrain.cluster.finding import Finding, bad
+from dtrain.config import Config
+
+
+def examine(config: Config | None, full: bool, on_check: Callable[[float, int], None]) -> list[Finding]:
+    """What every check found; one that breaks down is bad itself, and the others go on.
+
+    Under a launcher every rank calls it; the checks that need no other rank are rank 0's alone and come last.
+    """
+    together = {"collective": machine.collective, "file system": lambda: surroundings.file_system(config)}
+    alone = {
+        "versions": machine.versions,
+        "DeepSpeed's defaults": machine.defaults,
+        "accelerator": lambda: machine.accelerator(config.deepspeed.precision if config else None),
+        "Inception": lambda: surroundings.inception(config),
+    }
+    if config is not None:
+        alone |= {
+            "disk space": lambda: surroundings.disk_space(config),
+            "MLflow": lambda: surroundings.mlflow(config),
+            "walltime": lambda: surroundings.walltime(config),
+            "shards": lambda: surroundings.shards(
+                config, full, lambda part: on_check(round(done + part, 2), len(todo))
+            ),
+        }
+    todo, findings = together | (alone if distributed.rank() == 0 else {}), []
+    for done, (name, check) in enumerate(todo.items()):
+        try:
+            findings.append(check())
+        except Exception as e:
+            problem = " ".join(f"{type(e).__name__}: {e}".split())
+            findings.append(bad(name, problem, "this check itself failed: are the packages the tested ones?"))
+        on_check(done + 1, len(todo))
+    return findings

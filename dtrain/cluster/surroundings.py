@@ -1,0 +1,222 @@
+"""Checks of what a run meets: its folder, data, tracking, weights, disk and the time it has."""
+
+import os
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from dtrain import distributed
+from dtrain.checkpoint.directory import complete
+from dtrain.cluster.finding import Finding, bad, ok, warning
+from dtrain.config import Config
+from dtrain.data import manifest as manifests
+from dtrain.data.remote import is_url
+from dtrain.errors import UserError
+from dtrain.evaluation import weights
+from dtrain.run import RunDirectory
+from dtrain.tracking.journal import read as read_journal
+from dtrain.tracking.tracker import tracking_uri
+from dtrain.training.stopping import LEAST_MARGIN_SECONDS, deadline
+
+SLOW_FSYNC = 1.0  # seconds for a MiB
+REACH_SECONDS = 5.0  # for an answer of MLflow's
+GRACE_SECONDS = 300.0  # the most that a job script asks SLURM for between its signal and the end
+GIB = 2**30
+
+
+def file_system(config: Config | None) -> Finding:
+    """Write, fsync and rename where runs lie; under a launcher, whether every rank sees it. A collective."""
+    folder = _existing(config.run.path if config else Path.cwd())
+    name = "file system"
+    probe = folder / f".doctor-{os.environ.get('MASTER_PORT', os.getpid())}"
+    shown, seconds, problem = probe.with_suffix(".done"), 0.0, None
+    try:
+        if distributed.rank() == 0:
+            try:
+                seconds = _durable(probe, shown)
+            except OSError as e:
+                problem = f"cannot write {folder}: {e.strerror}"
+        distributed.gather_objects(None)  # nobody looks before it is there
+        seen = distributed.gather_objects((os.uname().nodename, shown.exists()))
+    finally:
+        distributed.gather_objects(None)
+        if distributed.rank() == 0:
+            for path in (probe, shown):
+                path.unlink(missing_ok=True)
+    if problem:
+        return bad(name, problem, "take another run.dir, or mend its permissions")
+    blind = sorted({node for node, sees in seen if not sees})
+    if blind:
+        return bad(name, f"{', '.join(blind)} cannot see {folder}", "put run.dir on a file system that all nodes share")
+    found = f"{folder}: 1 MiB written, fsynced and renamed in {1e3 * seconds:.0f} ms"
+    if distributed.world_size() > 1:
+        found += f", seen by {len(seen)} ranks"
+    if seconds > SLOW_FSYNC:
+        return warning(name, found, "checkpoints will be slow; take a faster run.dir")
+    return ok(name, found)
+
+
+def _durable(probe: Path, shown: Path) -> float:
+    started = time.perf_counter()
+    with open(probe, "wb") as file:
+        file.write(os.urandom(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(probe, shown)
+    descriptor = os.open(shown.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return time.perf_counter() - started
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def shards(config: Config, full: bool, progress: Callable[[float], None]) -> Finding:
+    """Every shard against its manifest: its size, or with `full` every byte; progress(share of the bytes read)."""
+    from dtrain.data.verify import verify
+
+    name, problems, samples, count, elsewhere = "shards", [], 0, 0, 0
+    try:
+        manifest = manifests.load_all(config.data)
+        sets = [
+            (m, s.shards) for m, s in zip((manifest, *manifest.mixed), (config.data, *config.data.mix), strict=True)
+        ]
+        if config.data.holdout:
+            sets.append((manifests.load(config.data.holdout), str(Path(config.data.holdout).parent)))
+        size, read = sum(shard.bytes for one, _ in sets for shard in one.shards), 0
+
+        def on_bytes(number: int) -> None:
+            nonlocal read
+            read += number
+            progress(read / size)
+
+        for one, place in sets:
+            samples, count = samples + one.samples, count + len(one.shards)
+            if full:
+                problems += [f"{shard} {problem}" for shard, problem in verify(one, place, on_bytes).items()]
+            elif is_url(place) or place.startswith("pipe:"):
+                elsewhere += len(one.shards)
+            else:
+                problems += [p for shard in one.shards if (p := manifests.shard_problem(one, place, shard))]
+    except UserError as e:
+        return bad(name, str(e), "make the manifest with `dtrain index`, or name the right data.shards")
+    if problems:
+        more = f" and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        return bad(name, f"{problems[0]}{more}", "restore them, or run `dtrain index` again")
+    found = f"{samples:,} samples in {count:,} shards, {'every byte' if full else 'sizes'} as their manifests say"
+    if elsewhere:
+        return warning(name, f"{found}; {elsewhere:,} are remote and were not looked at", "`--full` reads them")
+    return ok(name, found)
+
+
+def disk_space(config: Config) -> Finding:
+    """Free space where checkpoints go, against what they will take."""
+    import torch
+
+    from dtrain.cluster.memory import Sizes, checkpoint_bytes
+    from dtrain.models.build import allocate
+
+    with torch.device("meta"):
+        size = checkpoint_bytes(config, Sizes.of(allocate(config)))
+    folder = _existing(config.run.path)
+    there = len(complete(RunDirectory(config.run.path).checkpoints))
+    wanted = max(1, config.train.keep_last + 1 - there)
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    found = (
+        f"{folder} has {free / GIB:,.2f} GiB free; a checkpoint takes {size / GIB:,.3f}, and {wanted} more will come"
+    )
+    advice = "free some space, take another run.dir, or a smaller train.keep_last"
+    if free < size:
+        return bad("disk space", found, advice)
+    if free < wanted * size or (config.train.keep_every and free < 2 * wanted * size):
+        return warning("disk space", found, advice)
+    return ok("disk space", found)
+
+
+def mlflow(config: Config) -> Finding:
+    """Whether the tracking store answers, within seconds; training itself never waits for it."""
+    name, later = "MLflow", "training goes on without it, and `dtrain sync RUN` sends the journal later"
+    if not config.tracking.enabled:
+        return ok(name, "tracking.enabled is false; the journal is written all the same")
+    uri = tracking_uri(RunDirectory(config.run.path), config)
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as answer:
+                return ok(name, f"{uri} answers {answer.status}")
+        except urllib.error.HTTPError as e:
+            return bad(name, f"{uri} answers {e.code} {e.reason}", f"mend tracking.uri or the credentials; {later}")
+        except (OSError, ValueError) as e:
+            return bad(name, f"{uri} cannot be reached: {getattr(e, 'reason', e)}", f"mend tracking.uri; {later}")
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.exists():
+            folder = _existing(path.parent)
+            if os.access(folder, os.W_OK):
+                return ok(name, f"{path} will be made")
+            return bad(name, f"cannot write {folder}", f"name another tracking.uri; {later}")
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=REACH_SECONDS)) as store:
+                runs = store.execute("select count(*) from runs").fetchone()[0]
+        except sqlite3.Error as e:
+            return bad(name, f"{path}: {e}", f"name another tracking.uri; {later}")
+        return ok(name, f"{path} holds {runs} runs")
+    return warning(name, f"{uri} was not looked at", "the first run will show whether it answers")
+
+
+def inception(config: Config | None) -> Finding:
+    """The weights that `fid` needs, and their hash."""
+    name, wanted = "Inception", config.eval.features if config and config.eval.every else None
+    try:
+        found = weights.find(weights.INCEPTION, config.eval.weights if config else None)
+    except UserError as e:
+        return bad(name, str(e), "delete it, or copy it again")
+    if found:
+        return ok(name, f"{found} has the right sha256")
+    missing = f"{weights.INCEPTION.name} is not on this machine"
+    if wanted == "inception":
+        advice = f"put it there now if nodes have no internet: {weights.INCEPTION.url}"
+        return warning(name, f"{missing}; the first evaluation downloads it", advice)
+    if wanted == "auto":
+        advice = f"copy it to {weights.cache_folder()}, from {weights.INCEPTION.url}"
+        return warning(name, f"{missing}: other features are taken, and no fid", advice)
+    return ok(name, f"{missing}, and this config does not ask for it" if config else missing)
+
+
+def walltime(config: Config) -> Finding:
+    """The time left, by train.deadline or SLURM, against the run's own steps, saves and evaluations."""
+    name, now = "walltime", time.time()
+    try:
+        end = deadline(config.train.deadline, now)
+    except UserError as e:
+        return bad(name, str(e), "mend train.deadline")
+    lines = read_journal(RunDirectory(config.run.path).journal_file)
+    step, save, evaluation = (
+        max((line["metrics"].get(key, 0.0) for line in lines if line["event"] == event), default=None)
+        for event, key in (("train", "step_seconds"), ("checkpoint", "seconds"), ("eval", "seconds"))
+    )
+    known = [(step, "step"), (save, "save"), (evaluation, "evaluation")]
+    measured = ", ".join(f"a {what} {seconds:,.2f} s" for seconds, what in known if seconds is not None)
+    if end is None:
+        return ok(name, f"no limit is known; {measured or 'nothing was measured yet'}")
+    left = end - now
+    found = f"{left:,.0f} s are left; {measured or 'how long a save takes was not measured yet'}"
+    stop = LEAST_MARGIN_SECONDS + 2 * (save or 0) + 3 * (step or 0)
+    if left <= stop:
+        return bad(name, f"{found}: too few to do a step and save", "ask for more time")
+    if (evaluation or 0) + stop > min(GRACE_SECONDS, left / 4):
+        advice = "ask for more time, or take fewer eval.num_samples or eval.steps; or evaluate in jobs of its own"
+        return warning(name, f"{found}: a stop that falls into an evaluation may come too late", advice)
+    return ok(name, found)

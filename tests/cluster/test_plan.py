@@ -1,0 +1,200 @@
+"""The plan against what torch and DeepSpeed really compute and hold."""
+
+import gc
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtrain.cluster.cost import activations, flops_per_image
+from dtrain.cluster.memory import Sizes, checkpoint_bytes, state
+from dtrain.cluster.plan import ActivationBytes, plan
+from dtrain.config import load
+from dtrain.models.build import allocate, build
+from dtrain.models.layers import Attention
+from dtrain.training.throughput import training_flops
+from tests.digits import CONFIG, tiny
+from tests.ranks import run_ranks
+from tests.test_cli import command
+
+UNET = "model={name: unet, width: 32, multipliers: [1, 2], attention: [16], res_blocks: 2}"
+ADM = "model={name: unet, width: 48, multipliers: [1, 2, 2], attention: [8], head_width: 24, scale_shift: true, "
+ADM += "dropout: 0.1, num_classes: 10, res_blocks: 1}"
+MODELS = {
+    "dit": ["model={name: dit, depth: 4, width: 384, heads: 6, patch: 2, num_classes: 10}"],
+    "unet": [UNET],
+    "unet with dropout and heads": [ADM],
+}
+
+
+def config_of(model: str, *overrides: str):
+    shape = ["data.image_size=32", "data.channels=3", "deepspeed.zero_stage=1"]
+    return load(CONFIG, [*shape, *MODELS[model], *overrides])
+
+
+def real(config, rows: int, checkpointing: bool):
+    """(the model with weights, inputs) on the CPU; each gradient goes as soon as it is there."""
+    model = build(config).train()
+    model.activation_checkpointing = checkpointing
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    labels = torch.zeros(rows, dtype=torch.long)
+    inputs = [torch.randn(rows, 3, 32, 32), torch.full((rows,), 500.0), labels]
+    return model, inputs + ([labels] if getattr(model, "dropout", 0) else [])
+
+
+def measured_activations(config, rows: int, checkpointing: bool) -> tuple[int, int]:
+    """(bytes held when the loss is there, most bytes) by torch's own record of every allocation on the CPU."""
+    model, inputs = real(config, rows, checkpointing)
+    autocast = config.deepspeed.precision == "bf16_autocast"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(*inputs)
+        loss = loss.float().square().mean()
+        with record_function("forward is done"):
+            pass
+        loss.backward()
+    held = most = saved = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+        elif event.name() == "forward is done":
+            saved = held
+    return saved, most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_are_those_that_torch_allocates_within_15_percent(model, precision):
+    config = config_of(model, f"deepspeed.precision={precision}")
+    for checkpointing in (False, True):
+        saved, most = measured_activations(config, 8, checkpointing)
+        found = activations(config, 8, checkpointing, device="cpu")
+        assert found.saved == pytest.approx(saved, rel=0.02)
+        if precision == "fp32" or not checkpointing:  # CPUs without bf16 units compute products in fp32 beside them
+            assert found.peak == pytest.approx(most, rel=0.15), checkpointing
+
+
+def test_activations_between_two_traced_micro_batches_are_never_underestimated():
+    config = config_of("dit")
+    for checkpointing in (False, True):
+        by_chord = ActivationBytes(config, 32, checkpointing)
+        for rows in (1, 2, 8, 32):
+            traced = activations(config, rows, checkpointing).peak
+            assert traced <= by_chord(rows) <= 1.05 * traced
+
+
+def by_hand(config) -> int:
+    """Operations of forward and backward from the shapes that pass through the layers of a real forward pass."""
+    model, inputs = real(config, 1, checkpointing=False)
+    forward, first = 0, 0
+
+    def count(layer, arguments, out):
+        nonlocal forward, first
+        if isinstance(layer, nn.Linear):
+            forward += (n := 2 * out.numel() * layer.in_features)
+        elif isinstance(layer, nn.Conv2d):
+            forward += (n := 2 * out.numel() * layer.in_channels * layer.kernel_size[0] ** 2)
+        else:  # Q K^T and the product with V
+            tokens, width = out.shape[1:]
+            forward += (n := 4 * tokens**2 * width)
+        first += 0 if arguments[0].requires_grad else n  # nobody asks for the gradient of an image or a time
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | Attention):
+            layer.register_forward_hook(count)
+    model(*inputs)
+    return 3 * forward - first
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_operations_are_those_counted_by_hand_and_by_torch_within_1_percent(model):
+    config = config_of(model)
+    found = flops_per_image(config, checkpointing=False)
+    assert found == pytest.approx(by_hand(config), rel=0.01)
+    assert found == pytest.approx(training_flops(config), rel=0.01)
+    for checkpointing in (False, True):
+        real_model, inputs = real(config, 1, checkpointing)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            real_model(*inputs).square().mean().backward()
+        assert flops_per_image(config, checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_published_model_has_its_published_size_and_operations():
+    """DiT-XL/2 on latents of 32 × 32 (Peebles & Xie 2023, table 1: 675 M, 118.64 Gflops, which are multiply-adds)."""
+    config = load(CONFIG, ["model={name: dit, size: XL/2, num_classes: 1000}", "data.image_size=32"])
+    with torch.device("meta"):
+        sizes = Sizes.of(allocate(config))
+    assert sizes.trainable == pytest.approx(675e6, rel=0.005)
+    assert flops_per_image(config, checkpointing=False) == pytest.approx(3 * 2 * 118.64e9, rel=0.01)
+
+
+def held(config) -> tuple[int, int]:
+    """(bytes of all tensors that came to this process with the engine, between backward pass and step; of a save)."""
+    from tests.training.test_engine import batch_losses
+    from tests.training.test_engine import build as build_engine
+
+    before = storages()
+    engine = build_engine(config)
+    for step in (1, 2):
+        for losses in batch_losses(engine, config, step):
+            engine.backward(losses.mean())
+        if step == 1:
+            engine.step(1e-3)
+    del losses
+    now = storages()
+    return sum(size for at, size in now.items() if at not in before), 4 * sum(engine.tensor_sizes().values())
+
+
+def storages() -> dict[int, int]:
+    """Address → bytes of every tensor's memory in this process."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta]
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {at: size for at, size in found.items() if at}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"),
+    [(stage, "fp32", ranks) for stage in range(4) for ranks in (1, 2, 3)] + [(s, "bf16", 2) for s in (1, 2, 3)],
+)
+def test_a_rank_holds_what_the_plan_says_within_5_percent(digits, tmp_path, stage, precision, ranks):
+    overrides = [f"deepspeed.zero_stage={stage}", f"deepspeed.precision={precision}", "model.width=160"]
+    config = tiny(digits, tmp_path, *overrides, "ema=[{decay: 0.9}, {decay: 0.99}]")
+    with torch.device("meta"):
+        sizes = Sizes.of(allocate(config))
+    planned = state(config, sizes, ranks, stage)
+    for real_bytes, saved in run_ranks(held, ranks, config):
+        assert planned.device == pytest.approx(real_bytes, rel=0.05)
+        assert checkpoint_bytes(config, sizes) == saved
+
+
+def test_what_does_not_fit_is_said_and_what_is_recommended_fits(digits, tmp_path):
+    path = tmp_path / "big.yaml"
+    size = ["model={name: dit, size: L/2, num_classes: 10}", "data.image_size=32", "data.batch_size=256"]
+    path.write_text(load(CONFIG, [*size, "deepspeed.zero_stage=0", "run.name=big"]).dump())
+    ranks = ["--nodes", 2, "--gpus-per-node", 8, "--gpu-memory", 12, "--json"]
+    code, text = run_ranks(command, 1, "plan", path, *ranks)[0]
+    found = json.loads(text)
+    assert (code, found["fits"], found["gpus"], found["rows"]) == (1, False, 16, 16)
+    assert found["usable"] < found["stages"][0]["needed"]
+    code, text = run_ranks(command, 1, "plan", path, *found["recommended"], "eval.batch_size=8", *ranks)[0]
+    assert (code, json.loads(text)["fits"]) == (0, True)
+    code, text = run_ranks(command, 1, "plan", path, "--gpu-memory", 0.5)[0]
+    assert code == 1
+    assert "does not fit" in text
+    assert "nothing fits" in text
+
+
+def test_hours_are_operations_over_speed(digits, tmp_path):
+    config = tiny(digits, tmp_path, "train.steps=1000")
+    found = plan(config, nodes=1, gpus_per_node=2, gpu_memory=80, mfu=0.5, tflops=100)
+    assert found.hours == pytest.approx(1000 * 24 * found.flops_per_image / (2 * 0.5 * 100e12) / 3600)
+    again = plan(tiny(digits, tmp_path, "train.steps=1000", "train.activation_checkpointing=true"), 1, 2, 80, 0.5, 100)
+    assert again.hours / found.hours == pytest.approx(1 + found.recomputed_per_image / found.flops_per_image)
