@@ -4,6 +4,8 @@ The optimizer holds fp32 master shards under ZeRO, so an average kept beside Ada
 stage and free of communication: 4·P/R bytes a profile (design, decision 3).
 """
 
+from collections.abc import Callable
+
 import torch
 
 from dtrain.config import EMAProfile
@@ -14,8 +16,9 @@ def ema_keys(profiles: list[EMAProfile]) -> list[str]:
     return [f"ema_{i}" for i in range(len(profiles))]
 
 
-def attach(optimizer: torch.optim.Optimizer, profiles: list[EMAProfile]) -> None:
-    """Move every average after every optimizer step: ema ← decay·ema + (1 − decay)·weight.
+def attach(optimizer: torch.optim.Optimizer, profiles: list[EMAProfile], unless: Callable[[], bool]) -> None:
+    """Move every average after every optimizer step: ema ← decay·ema + (1 − decay)·weight, but not in a step that is
+    refused (`unless` says so): there nothing moves.
 
     The states must have been allocated. Stage 3 calls the optimizer once per sub-group, each time with that group's
     parameters only: nothing here counts calls. A parameter without a gradient is moved too, in the same call in which
@@ -25,7 +28,7 @@ def attach(optimizer: torch.optim.Optimizer, profiles: list[EMAProfile]) -> None
     @torch.no_grad()
     def move(optimizer, *_):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
-        if not weights:
+        if not weights or unless():
             return
         for key, profile in zip(ema_keys(profiles), profiles, strict=True):
             averages = [optimizer.state[p][key] for p in weights]

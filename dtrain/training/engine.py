@@ -4,11 +4,13 @@ A *piece* is a contiguous run of a flattened global tensor: (tensor's name, star
 moments and the EMAs all come as pieces, whatever the ZeRO stage, so nothing else needs to know the stage.
 """
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dtrain import distributed
 from dtrain.checkpoint.format import Checkpoint
@@ -19,7 +21,9 @@ from dtrain.models.layers import initialize
 from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
+from dtrain.training.refusal import Refusal
 
+LARGEST = sys.float_info.max
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -71,7 +75,8 @@ class Engine:
         self._allocate_state()
         if self.stage == 3 or config.deepspeed.precision == "bf16":
             self._write_initial_weights()
-        ema.attach(self.optimizer, self.profiles)
+        self._refusal = Refusal(self.optimizer, self._norm)
+        ema.attach(self.optimizer, self.profiles, unless=self._refusal.refuses)
         if config.train.compile:
             self.module.compile()
 
@@ -81,24 +86,43 @@ class Engine:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add one micro-batch's gradient. DeepSpeed divides by the number of micro-batches itself."""
-        self.module.backward(loss)
+        """Add one micro-batch's gradient. DeepSpeed divides by the number of micro-batches itself.
+
+        A loss that is not finite makes the whole gradient so, and with it the norm that every rank gets: the factor is
+        exactly 1 otherwise, and nobody waits for its value.
+        """
+        self.module.backward(loss * (1 + 0 * loss.detach()))
         if not self.module.is_gradient_accumulation_boundary():
             self.module.step()  # counts the micro-batch; moves nothing
 
-    def step(self, lr: float) -> torch.Tensor | float:
-        """Clip, step, move the EMAs, after the last micro-batch's `backward`; the gradient norm before clipping."""
+    def step(self, lr: float, limit: float = LARGEST) -> float:
+        """Clip, step, move the EMAs, after the last micro-batch's `backward`; the norm of the mean gradient, unclipped.
+
+        A step whose norm is over `limit`, infinite or not a number moves nothing, bit for bit, on any rank: no weight,
+        moment, average or step count. The norm is the same on all ranks, so they need not ask each other.
+        """
         assert self.module.is_gradient_accumulation_boundary(), "step() belongs after the last micro-batch"
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.trainable], self.clip)
-            self.module.step()
-        else:
-            self.module.step()
-            norm = self.module.get_global_grad_norm()
-        self.optimizer_steps += 1
+            self._norm_at_0 = self._clip_at_0()
+        self._refusal.begin(limit)
+        self.module.step()
+        norm = self._norm()
+        self.optimizer_steps += norm <= limit
         return norm
+
+    def _norm(self) -> float:
+        """Of the step being taken. DeepSpeed's own has been reduced by the time the optimizer is called."""
+        return self._norm_at_0 if self.stage == 0 else float(self.zero._global_grad_norm)
+
+    def _clip_at_0(self) -> float:
+        """Ranks hold the same gradients but may round differently where their devices differ: they take the largest."""
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.trainable], self.clip)
+        norm = torch.where(norm.isfinite(), norm, torch.inf)
+        if distributed.world_size() > 1:
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+        return norm.item()
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,79 @@
+"""Steps that would harm the run move nothing; where they keep coming the run goes back and around."""
+
+import numpy as np
+import pytest
+
+from tests.digits import tiny
+from tests.ranks import run_ranks
+from tests.training.test_engine import batch_losses, build
+
+SHAPES = [
+    *([f"deepspeed.zero_stage={stage}", "train.micro_batch=4"] for stage in (0, 1, 2, 3)),
+    *([f"deepspeed.zero_stage={stage}", "deepspeed.precision=bf16_autocast"] for stage in (0, 3)),
+    *([f"deepspeed.zero_stage={stage}", "deepspeed.precision=bf16"] for stage in (1, 3)),
+    ["deepspeed.zero_stage=2", "deepspeed.offload=optimizer"],
+    ["deepspeed.zero_stage=3", "deepspeed.offload=all"],
+    ["deepspeed.zero_stage=3", "deepspeed.extra={zero_optimization: {sub_group_size: 2000}}"],
+]
+
+
+def state(engine):
+    return {(p.name, p.start): p.values.clone() for p in engine.pieces(whole=True)} | {
+        ("step", i): engine.optimizer.state[m]["step"].clone() for i, m in enumerate(engine._masters())
+    }
+
+
+def differing(before, after):
+    assert before.keys() == after.keys()
+    return [name for name in before if not np.array_equal(before[name].float().numpy(), after[name].float().numpy())]
+
+
+def step(engine, config, number, harm=None, limit=None):
+    from dtrain import distributed
+
+    for i, losses in enumerate(batch_losses(engine, config, number)):
+        loss = losses.mean()
+        if harm is not None and distributed.rank() == distributed.world_size() - 1 and i == 0:
+            loss = harm(loss, engine)
+        engine.backward(loss)
+    return engine.step(1e-3, *([] if limit is None else [limit]))
+
+
+def nan(loss, _):
+    return loss * float("nan")
+
+
+def infinite_loss_of_finite_gradient(loss, _):
+    return loss + float("inf")
+
+
+def refused_steps(config):
+    """What bad steps moved, their norms, and how the state then differs from that of an engine that never saw them."""
+    engine = build(config)
+    step(engine, config, 1)
+    before = state(engine)
+    norms = [step(engine, config, 2, nan), step(engine, config, 3, infinite_loss_of_finite_gradient)]
+    norms.append(step(engine, config, 4, limit=1e-9))
+    moved = differing(before, state(engine))
+    counted = engine.optimizer_steps
+    norms.append(step(engine, config, 5))
+    plain = build(config)
+    for number in (1, 5):
+        step(plain, config, number)
+    return moved, counted, norms, differing(state(plain), state(engine)), len(differing(before, state(engine)))
+
+
+@pytest.mark.parametrize("overrides", SHAPES, ids=lambda v: "-".join(x.partition("=")[2][:20] for x in v))
+def test_a_bad_step_of_one_rank_moves_nothing_on_any_and_training_goes_on_as_if_it_had_not_been(
+    digits, tmp_path, overrides
+):
+    config = tiny(digits, tmp_path, "optim.weight_decay=0.1", *overrides)
+    results = run_ranks(refused_steps, 2, config)
+    for moved, counted, norms, differs, really in results:
+        assert moved == []
+        assert counted == 1
+        assert not np.isfinite(norms[:2]).any()
+        assert np.isfinite(norms[2:]).all() and norms[2] > 1e-9
+        assert differs == []
+        assert really > 10
+    assert results[0][2] == results[1][2]  # the ranks need not ask each other
