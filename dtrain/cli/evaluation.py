@@ -208,12 +208,8 @@ def report(
     """Write one HTML page about a run, or about several laid over each other; it needs no other file and no network."""
     from dtrain.report import write_report
 
-    if not neighbours:
-        print(write_report(runs, out))
-        return
-    from dtrain import distributed
+    if neighbours:
+        from dtrain import distributed
 
-    distributed.set_thread_counts()
-    with progress("searching the training images") as on_block:
-        path = write_report(runs, out, neighbours, features, weights, on_block)
-    print(path)
+        distributed.set_thread_counts()
+    print(write_report(runs, out, neighbours, features, weights, progress))

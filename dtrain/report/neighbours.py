@@ -5,6 +5,7 @@ The training set is read once from beginning to end, block by block; what is kep
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,11 @@ from dtrain.run import RunDirectory
 
 NEAREST = 5  # training images shown of each sample
 BLOCK = 512  # training images in memory at a time
+BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
 SHOWN = 96  # pixels, of one picture in the page
 
 OnBlock = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[OnBlock]]  # of what is done → what to tell of each block
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Found:
 
 
 def nearest(
-    run: RunDirectory, config: Config, count: int, features: str | None, weights: str | None, on_block: OnBlock
+    run: RunDirectory, config: Config, count: int, features: str | None, weights: str | None, progress: Progress
 ) -> Found:
     """Search all training images for those nearest to `count` samples, the first of the run's own sample grid.
 
@@ -66,21 +69,17 @@ def nearest(
         features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
     )
     sampler, step, _ = open_sampler(run, config, weights_name(config), device)
-    labels = torch.arange(count) % max(1, min(config.model.num_classes, 10))
-    size = config.eval.batch_size
-    samples = torch.cat(
-        [
-            sampler.draw(
-                [GRID_IDS + i for i in range(start, min(start + size, count))],
-                labels[start : start + size],
-                config.eval,
-            )
-            for start in range(0, count, size)
-        ]
-    )
+    samples = torch.empty(0, *sampler.shape, dtype=torch.uint8)
+    with progress("sampling") as on_block:
+        for start in range(0, count, config.eval.batch_size):
+            ids = torch.arange(start, min(start + config.eval.batch_size, count))
+            labels = ids % max(1, min(config.model.num_classes, 10))  # as in the grid
+            samples = torch.cat([samples, sampler.draw((GRID_IDS + ids).tolist(), labels, config.eval)])
+            on_block(len(samples), count)
     held_out = _held_out(config, count)
     wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])
-    distances, numbers = _search(wanted, measure, config, manifest, on_block)
+    with progress("searching the training images") as on_block:
+        distances, numbers = _search(wanted, measure, config, manifest, on_block)
     pictures = torch.stack([_picture(n, config, manifest) for n in numbers[:count].flatten().tolist()])
     return Found(
         step,
@@ -140,7 +139,10 @@ def _sources(config: Config, manifest: Manifest) -> Iterator[tuple[Manifest, str
 def _search(
     wanted: Tensor, measure: Extractor, config: Config, manifest: Manifest, on_block: OnBlock
 ) -> tuple[Tensor, Tensor]:
-    """(distances, numbers), both (N, k) by rising distance, on the CPU; numbers are 2·image, plus 1 where mirrored."""
+    """(distances, numbers), both (N, k) by rising distance, on the CPU.
+
+    Numbers are 2·image, plus 1 where the mirrored one is nearer.
+    """
     data = config.data
     nearest, numbers = wanted.new_empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.int64)
     total = sum(one.samples for one, _, _ in _sources(config, manifest))
@@ -148,17 +150,18 @@ def _search(
         for start in range(0, one.samples, BLOCK):
             stop = min(start + BLOCK, one.samples)
             images, rows = _read(one, place, config, start, stop)
-            for mirrored in (False, True) if data.flip else (False,):
-                if not len(images):
-                    continue
-                found = measure((images.flip(-1) if mirrored else images).to(wanted.device))
-                # By differences: by products, an exact copy would not be at distance 0.
-                distances = torch.cdist(wanted, found, compute_mode="donot_use_mm_for_euclid_dist")
-                both = torch.cat([nearest, distances], 1)
-                of = 2 * (first + rows) + mirrored
-                all_numbers = torch.cat([numbers, of.expand(len(wanted), -1)], 1)
-                nearest, order = both.topk(min(NEAREST, both.shape[1]), dim=1, largest=False, sorted=True)
-                numbers = all_numbers.gather(1, order.cpu())
+            if not len(images):
+                continue
+            # By differences: by products, an exact copy would not be at distance 0.
+            kinds = [images, images.flip(-1)] if data.flip else [images]
+            found = torch.stack(
+                [torch.cdist(wanted, measure(k.to(wanted.device)), compute_mode=BY_DIFFERENCES) for k in kinds]
+            )
+            closer = found.min(0)
+            of = 2 * (first + rows) + closer.indices.cpu()
+            both, all_numbers = torch.cat([nearest, closer.values], 1), torch.cat([numbers, of], 1)
+            nearest, order = both.topk(min(NEAREST, both.shape[1]), dim=1, largest=False, sorted=True)
+            numbers = all_numbers.gather(1, order.cpu())
             on_block(first + stop, total)
     return nearest.cpu(), numbers
 

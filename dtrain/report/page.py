@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,18 +22,18 @@ def write_report(
     neighbours: int = 0,
     features: str | None = None,
     weights: str | None = None,
-    on_block: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[str], AbstractContextManager] | None = None,
 ) -> Path:
     """Write the page about one run or several; its path.
 
     runs: run directories, or names under runs/. out: default, report.html in the first run's directory. neighbours: the
     number of samples whose nearest training images are looked for, under `features` (default: those of the run's
-    evaluations; `weights` as in eval.weights); this alone needs torch. Raises UserError, one line, where there is no
-    such run or `out` cannot be written.
+    evaluations; `weights` as in eval.weights); this alone needs torch, and `progress` shows it. Raises UserError, one
+    line, where there is no such run or `out` cannot be written.
     """
     found = read_runs(runs)
     out = Path(out) if out is not None else found[0].directory.path / "report.html"
-    content = page(found, _neighbours(found, neighbours, features, weights, on_block) if neighbours else "")
+    content = page(found, _neighbours(found, neighbours, features, weights, progress) if neighbours else "")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         temporary.write_text(content, encoding="utf-8")
@@ -73,11 +74,12 @@ def page(runs: list[Run], neighbours: str = "") -> str:
 
 
 def _neighbours(
-    runs: list[Run], count: int, features: str | None, weights: str | None, on_block: Callable[[int, int], None]
+    runs: list[Run], count: int, features: str | None, weights: str | None, progress: Callable | None
 ) -> str:
     from dtrain.report.neighbours import html, nearest
 
-    found = [nearest(run.directory, run.directory.config(), count, features, weights, on_block) for run in runs]
+    progress = progress or (lambda what: nullcontext(lambda done, of: None))
+    found = [nearest(run.directory, run.directory.config(), count, features, weights, progress) for run in runs]
     return "".join(html(run, one, len(runs) > 1) for run, one in zip(runs, found, strict=True))
 
 

@@ -70,7 +70,11 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
         )
     context = lines[0]["context"]
     seeds = len({line["context"].get("seed") for line in lines})
-    fixed = [f"{labels[i]} {_shown(i, choices[i][0], run)}" for i in range(len(AXES)) if i not in varying]
+    fixed = [
+        f"{labels[i]} {_shown(i, choices[i][0], run)}"
+        for i in range(len(AXES))
+        if i not in varying and choices[i][0] is not None
+    ]
     n = context.get("n")
     facts = [f"N {n:,}" if isinstance(n, int) else "N unknown", str(context.get("sampler", "")), *fixed]
     facts += [f"mean ± standard deviation over {seeds} seeds"] if seeds > 1 else []

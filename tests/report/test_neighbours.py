@@ -1,6 +1,7 @@
 """The training images nearest to samples, against all distances computed at once."""
 
 import re
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -35,9 +36,14 @@ def _nearest_and_everything(config, count):
     from dtrain.run import RunDirectory
 
     progress = []
+
+    @contextmanager
+    def told(what):
+        yield lambda done, of: progress.append((what, done, of))
+
     with mock.patch.object(neighbours, "BLOCK", 100):
         run = RunDirectory(config.run.path)
-        found = neighbours.nearest(run, config, count, "pixels", None, lambda done, of: progress.append((done, of)))
+        found = neighbours.nearest(run, config, count, "pixels", None, told)
     manifest = load_all(config.data)
     splits = [(manifest, config.data.shards), (manifest.mixed[0], config.data.mix[0].shards)]
     images = [read_split(m, place, 8, 1, 0, m.samples)[0].numpy() for m, place in splits]
@@ -49,13 +55,14 @@ def test_the_nearest_are_those_that_all_distances_say(trained):
     ((found, searched, images, progress),) = run_ranks(_nearest_and_everything, 1, trained, 7)
     training = np.concatenate(images).astype(np.float64) / 127.5 - 1  # (1,797, 1, 8, 8)
     assert searched == len(training) == 1797
-    assert progress[-1] == (1797, 1797)
-    assert len(progress) == 15 + 4  # blocks of 100 in each of the two sets
-    both = np.stack([training, training[..., ::-1]], 1).reshape(-1, 64)  # (image, mirrored)
+    assert progress[:2] == [("sampling", 7, 7), ("searching the training images", 100, 1797)]
+    assert progress[-1] == ("searching the training images", 1797, 1797)
+    assert len(progress) == 1 + 15 + 4  # blocks of 100 in each of the two sets
+    both = np.stack([training, training[..., ::-1]], 1).reshape(1, -1, 2, 64)  # (image, mirrored)
 
     def ordered(queries: np.ndarray) -> np.ndarray:
-        at = queries.reshape(len(queries), 1, 64).astype(np.float64) / 127.5 - 1
-        return np.sqrt(((at - both) ** 2).sum(-1))
+        at = queries.reshape(len(queries), 1, 1, 64).astype(np.float64) / 127.5 - 1
+        return np.sqrt(((at - both) ** 2).sum(-1)).min(-1)  # an image counts once
 
     distances = ordered(found["samples"])
     np.testing.assert_allclose(found["distances"], np.sort(distances, 1)[:, :5], rtol=1e-5)
