@@ -331,16 +331,16 @@ def test_large_grids_are_made_smaller_and_only_so_many_are_shown(run):
 
 
 def test_the_page_of_a_long_run_is_no_larger_than_a_short_ones_curves_need(run):
-    """20,000 lines of training and 5,000 bad samples: lines become means whose bands hold every value."""
+    """6,000 lines of training and 2,000 bad samples: lines become means whose bands hold every value."""
     raw = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     train = next(line for line in raw if line["event"] == "train")
-    losses = [1 + (step % 7) / 10 for step in range(20_000)]
+    losses = [1 + (step % 7) / 10 for step in range(6000)]
     with open(run / "journal.jsonl", "a") as f:
         for step, loss in enumerate(losses, start=13):
             line = train | {"step": step, "images": step * BATCH, "attempt": 2, "time": 1.8e9 + step}
             f.write(json.dumps(line | {"metrics": train["metrics"] | {"loss": loss}}) + "\n")
     with open(run / "journal-rank-1.jsonl", "w") as f:
-        for step in range(5000):
+        for step in range(2000):
             line = train | {"event": "bad_sample", "step": step, "attempt": 2, "metrics": {}, "context": {"shard": "a"}}
             f.write(json.dumps(line) + "\n")
     found = page(run)
@@ -349,9 +349,9 @@ def test_the_page_of_a_long_run_is_no_larger_than_a_short_ones_curves_need(run):
     assert 200 < len(points) <= 400
     late = [p for p in points if p[0] > 100 * BATCH]
     assert {(low, high) for _, _, low, high, _ in late} == {(1.0, 1.6)}
-    assert [p[1] for p in late] == [pytest.approx(1.3, abs=0.02)] * len(late)
+    assert [p[1] for p in late] == [pytest.approx(1.3, abs=0.05)] * len(late)
     assert "Lines are means of neighbouring values" in found.text
-    assert re.search(r"bad samples\n5,000\n", found.text)
+    assert re.search(r"bad samples\n2,000\n", found.text)
 
 
 def test_the_page_is_made_without_torch(run):
