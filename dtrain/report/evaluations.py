@@ -18,15 +18,8 @@ from dtrain.report.runs import Line, Run
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
 NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
-BESIDE = (
-    "ema",
-    "n",
-    "features",
-    "extractor",
-    "reference",
-    "artifact",
-    "differs",
-)  # said of every line, or in the metric's name
+NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
+BESIDE = ("ema", "n", "features", "extractor", "reference")  # said of every line, or in the metric's name
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def curves(runs: list[Run]) -> dict[str, list[Curve]]:
     groups: dict[tuple[str, int, str], dict[tuple, Line]] = {}
     for number, run in enumerate(runs):
         for line in run.of("eval"):
-            context = {k: v for k, v in line["context"].items() if k != "artifact"}
+            context = {k: v for k, v in line["context"].items() if k not in NOT_SETTINGS}
             for metric in metrics_of(line):
                 if math.isfinite(line["metrics"][metric]):
                     group = groups.setdefault((metric, number, json.dumps(context, sort_keys=True)), {})
