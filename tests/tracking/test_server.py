@@ -215,7 +215,8 @@ def test_an_evaluation_during_a_training_is_left_to_the_training(tmp_path, digit
     run.make_folders()
     run.save_config(tiny(digits, tmp_path, "tracking.enabled=true", "tracking.uri=http://127.0.0.1:9"))
     training = Journal(run.journal_file)
-    training.begin_attempt(0, 0, {"run_key": "k", "data": "d", "world_size": 1, "zero_stage": 0})
+    start = {"run_key": "k", "data": "d", "world_size": 1, "zero_stage": 0}
+    training.begin_attempt(0, 0, start)
     lock = RunLock(run.lock_file)
     lock.acquire()
     before = run.journal_file.read_bytes()
@@ -225,7 +226,7 @@ def test_an_evaluation_during_a_training_is_left_to_the_training(tmp_path, digit
     training.append("train", 4, 32, {"loss": 1.0})
     (line,) = evaluations(run.journal_file)
     assert (line["step"], line["attempt"], line["metrics"]) == (3, 1, {"fd_pixels": 2.0})
-    training.begin_attempt(2, 16)  # goes through step 3 again: that checkpoint is void
+    training.begin_attempt(2, 16, start)  # goes through step 3 again: that checkpoint is void
     assert evaluations(run.journal_file) == []
     lock.release()
     told = record_evaluation(run, Position(2, 16), {"fd_pixels": 1.0}, context)

@@ -20,8 +20,6 @@ ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses, and hides runs among LLM traces
-
 
 def default_uri(run_dir: str | Path) -> str:
     """The tracking store where none is configured: SQLite beside the runs, so that all runs of a folder compare."""
@@ -43,7 +41,7 @@ def open_client(uri: str, experiment: str):
         # Left to itself, MLflow puts the artifacts of a SQLite store below the current directory.
         place = (database.parent / "mlartifacts" / experiment).as_uri() if database else None
         try:
-            return client, client.create_experiment(experiment, artifact_location=place, tags=KIND)
+            return client, client.create_experiment(experiment, artifact_location=place)
         except MlflowException:
             found = client.get_experiment_by_name(experiment)  # another run of it began in the same moment
             if found is None:
