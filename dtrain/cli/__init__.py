@@ -4,8 +4,7 @@ import sys
 
 import typer
 
-from dtrain.cli import checkpoints, cluster, data, evaluation, running
-from dtrain.cli import checkpoints, data, evaluation, planning, running
+from dtrain.cli import checkpoints, cluster, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, UserError
 from dtrain.training.output import say_error
 
