@@ -73,7 +73,8 @@ def test_a_bad_step_of_one_rank_moves_nothing_on_any_and_training_goes_on_as_if_
         assert moved == []
         assert counted == 1
         assert not np.isfinite(norms[:2]).any()
-        assert np.isfinite(norms[2:]).all() and norms[2] > 1e-9
+        assert np.isfinite(norms[2:]).all()
+        assert norms[2] > 1e-9
         assert differs == []
         assert really > 10
     assert results[0][2] == results[1][2]  # the ranks need not ask each other
