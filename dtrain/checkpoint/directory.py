@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from dtrain import faults
+
 COMPLETE = "step-*[0-9]"
 
 
@@ -48,4 +50,5 @@ def remove(path: Path) -> None:
     """Delete a complete checkpoint; a kill in the middle leaves no complete name behind."""
     going = path.with_suffix(".removed.partial")
     os.rename(path, going)
+    faults.at("save:remove")
     shutil.rmtree(going)

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import faults
+
 FORMAT = 1
 BLOCK = 16 * 2**20  # bytes under one checksum
 
@@ -87,8 +89,11 @@ def write_file(
             checksums.append(zlib.crc32(block))
             while block:
                 block = block[f.write(block) :]
+            faults.at("save:write")
             on_block(time.perf_counter() - started)
+        faults.at("save:fsync")
         os.fsync(f.fileno())
+    faults.at("save:index")
     index = {
         "format": FORMAT,
         "file": f"{stem}.safetensors",
@@ -107,6 +112,7 @@ def write_durably(path: Path, data: bytes) -> None:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
+    faults.at("save:rename")
     os.replace(temporary, path)
     fsync_folder(path.parent)
 

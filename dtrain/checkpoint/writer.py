@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dtrain import faults
 from dtrain.checkpoint import format
 from dtrain.checkpoint.directory import step_path
 
@@ -46,6 +47,7 @@ class Writer:
             self._image = torch.empty(wanted.size, dtype=torch.uint8)
             self._image[: len(wanted.header)] = torch.frombuffer(bytearray(wanted.header), dtype=torch.uint8)
         for slot, piece in zip(wanted.slots, pieces, strict=True):
+            faults.at("save:stage", step)
             target = self._image[slot.offset : slot.offset + 4 * slot.length].view(torch.float32)
             target.copy_(piece.values, non_blocking=False)
         self._hurry.clear()
@@ -60,6 +62,7 @@ class Writer:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             format.write_file(self.partial, self.rank, self._layout, memoryview(self._image.numpy()), self._rest)
+            faults.at("save:written")
         except OSError as e:
             self.failure = f"cannot write {e.filename or self.partial}: {e.strerror}"
 
@@ -80,14 +83,18 @@ class Writer:
 
     def commit(self) -> Path:
         """Every rank has written: rank 0 makes the checkpoint complete. Raises OSError or Damaged when it cannot."""
+        faults.at("save:commit")
         partial, final = self.partial, step_path(self.directory, self.step)
         self.step = self._thread = None
         if self.rank == 0:
             format.write_manifest(partial, self.world_size, self._tensors, self._meta)
+            faults.at("save:manifest")
             replaced = final.with_suffix(".replaced.partial")
             if final.exists():  # of an earlier attempt, and damaged, or it would have been resumed from
                 os.rename(final, replaced)
+                faults.at("save:replace")
             os.rename(partial, final)
+            faults.at("save:committed")
             format.fsync_folder(self.directory)
             shutil.rmtree(replaced, ignore_errors=True)
         return final

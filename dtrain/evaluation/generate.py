@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from dtrain import faults
 from dtrain.config import Config, Eval
 from dtrain.data.transforms import quantize
 from dtrain.diffusion.guidance import guided
@@ -36,6 +37,7 @@ class Sampler:
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
         """
+        faults.at("eval:draw")
         draws = Draws(how.seed)
 
         def normals(purpose: Purpose, sub: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dtrain import distributed
+from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.evaluation.evaluate import evaluate, weights_name
 from dtrain.evaluation.generate import GRID_IDS, Sampler, grid
@@ -28,6 +28,7 @@ class Evaluation:
 
     def run(self, engine: Engine, position: Position) -> None:
         """A collective. The gathered module is freed when it returns."""
+        faults.at("eval", position.step)
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
         model = engine.gather("fp32" if weights == "raw" else weights, allocate(config).to(device))
@@ -39,6 +40,7 @@ class Evaluation:
         name = f"samples/step-{position.step:08d}.png"
         draw_grid(sampler, config, self._run.path / name)
         seconds = time.perf_counter() - started
+        faults.at("eval:journal")
         self._tracker.write("eval", position, metrics | {"seconds": seconds}, context | {"artifact": name})
         self._tracker.write("validation", position, levels, {"ema": weights})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())

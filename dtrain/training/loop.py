@@ -5,13 +5,14 @@
 Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
 """
 
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from dtrain import distributed
+from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.loader import Batches
@@ -25,6 +26,7 @@ from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.models.dropout import dropout_keys
 from dtrain.run import Outcome, Position, RunDirectory
+from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.data_health import DataHealth
 from dtrain.training.division import rows_per_rank
@@ -53,6 +55,9 @@ def train(config: Config) -> Outcome:
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     distributed.on_rank_0(manifests.check_all, manifest, config.data)
     run = RunDirectory(config.run.path)
+    if faults.scheduled():
+        attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
+        faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))
     lock = RunLock(run.lock_file)
     changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
     if rank != 0:
@@ -134,19 +139,25 @@ def steps(
 
     try:
         while position.step < config.train.steps and not stopping:
+            faults.at("step", position.step + 1)
             started = time.perf_counter()
             batch = to_device(prepared(next(batches), config, position), device)
             data_seconds = time.perf_counter() - started
             read = batches.report
             health.journal(read, position)
+            poisoned = faults.poisons(position.images, position.images + batch_size)
             step_losses = StepLosses(process, device)
             for part in split(batch, engine.micro_batch):
                 labels = with_dropped_labels(part, config)
                 model = partial(engine, keys=part["dropout"]) if "dropout" in part else engine
                 losses = process.losses(model, part["image"], part["noise"], part["time"], labels)  # (n,)
+                if poisoned:
+                    losses = losses * float("nan")
                 engine.backward(losses.mean())
                 step_losses.add(part, losses)
+            faults.at("step:update")
             grad_norm = engine.step(learning_rate(config, position.step + 1))
+            faults.at("step:moved")
             step_losses.observe(distributed.world_size())
             position = Position(position.step + 1, position.images + batch_size)
             if position.step == 1 and isinstance(process, GaussianDiffusion):  # not before: a mistake is one line

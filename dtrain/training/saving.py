@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from dtrain import __version__, distributed
+from dtrain import __version__, distributed, faults
 from dtrain.checkpoint.directory import complete, manifest_hash, remove, step_of, step_path, surplus
 from dtrain.checkpoint.format import Damaged
 from dtrain.checkpoint.writer import Writer
@@ -118,6 +118,7 @@ class Saving:
             self._writer.abandon()
             self._lost(position, failure or "another rank could not write")
             return
+        faults.at("save:journal")
         self.newest, self.problem = position, None
         self.seconds = max(self.seconds, time.perf_counter() - self._begun)
         if distributed.rank() == 0:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dtrain import distributed
+from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config
@@ -83,7 +83,9 @@ def _load_on_all_ranks(load, path: Path) -> tuple[Checkpoint | None, str | None]
     problem, checkpoint = None, None
     try:
         checkpoint = Checkpoint.open(path)
+        faults.at("load")
         load(checkpoint)
+        faults.at("load:done")
     except (Damaged, UserError) as e:
         problem = str(e)
     problems = [p for p in distributed.gather_objects(problem) if p]
