@@ -95,8 +95,8 @@ def gather_objects(thing) -> list:
 
 
 def on_rank_0(function, *args):
-    """Call on rank 0 only; every rank gets its result, or raises its UserError."""
-    from dtrain.errors import UserError
+    """Call on rank 0 only; every rank gets its result, or raises its UserError as a SharedError."""
+    from dtrain.errors import SharedError, UserError
 
     result = None
     if rank() == 0:
@@ -106,13 +106,13 @@ def on_rank_0(function, *args):
             result = (None, str(e))
     value, error = gather_objects(result)[0]
     if error is not None:
-        raise UserError(error)
+        raise SharedError(error)
     return value
 
 
 def agree(function, *args):
-    """Call on every rank; this rank's result, or on all of them the first UserError that one of them met."""
-    from dtrain.errors import UserError
+    """Call on every rank; this rank's result, or on all of them as a SharedError the first that one of them met."""
+    from dtrain.errors import SharedError, UserError
 
     result, error = None, None
     try:
@@ -121,7 +121,7 @@ def agree(function, *args):
         error = str(e)
     met = [e for e in gather_objects(error) if e is not None]
     if met:
-        raise UserError(met[0])
+        raise SharedError(met[0])
     return result
 
 

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """One that all ranks raise together, wherever it was met, so that rank 0 alone says it."""
+
+
 class BadSample(UserError):
     """A sample that will be as unusable tomorrow: damaged, missing or undecodable. `data.on_error` decides about it.
 

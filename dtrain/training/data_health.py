@@ -6,7 +6,7 @@ from dtrain.config import Config
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
 from dtrain.data.stream import Report
-from dtrain.errors import UserError
+from dtrain.errors import SharedError
 from dtrain.run import Position
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.reduction import StepSums
@@ -34,14 +34,14 @@ class DataHealth:
             self._events.append((Position(position.step + 1, position.images), context))
 
     def heard(self, sums: StepSums) -> None:
-        """Raises UserError, on every rank at the same step, when more samples are bad than data.max_bad_fraction."""
+        """Raises SharedError, on every rank at the same step, when more samples are bad than data.max_bad_fraction."""
         for position, context in self._events:
             self._tracker.write_own("bad_sample", position, context)
         self._events.clear()
         self._replaced += sums.replaced
         images = max(sums.position.images - self._begin, self._epoch)
         if self._replaced > self._fraction * images:
-            raise UserError(
+            raise SharedError(
                 f"{self._replaced} bad samples of {images:,} images are more than data.max_bad_fraction "
                 f"{self._fraction} allows; `dtrain verify` finds them, the journals of the run name them"
             )

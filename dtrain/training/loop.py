@@ -5,6 +5,7 @@
 Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import torch
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
-from dtrain.data.loader import Batches
 from dtrain.data.stream import train_batches
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.flow import RectifiedFlow
@@ -31,6 +31,7 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.data_health import DataHealth
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
+from dtrain.training.feed import Feed
 from dtrain.training.levels import StepLosses, memory
 from dtrain.training.output import redirect_to_log
 from dtrain.training.progress import TrainingProgress
@@ -66,7 +67,7 @@ def train(config: Config) -> Outcome:
     stop = StopRequest(run.stop_file if rank == 0 else None, ends)
     stop.listen()
     tracker = Tracker(run, rank)
-    position, batches, outcome = Position(), None, None
+    position, feed, outcome = Position(), None, None
     try:
         engine = Engine(config, micro_batch)
         process = build_process(config.diffusion)
@@ -75,8 +76,8 @@ def train(config: Config) -> Outcome:
         if isinstance(process, GaussianDiffusion):
             context["snr"] = process.schedule.snr_ends
         tracker.begin(config, position, changes, context, engine.options)
-        batches = train_batches(config, manifest, rank, world_size, position.images)
-        position, outcome = steps(config, run, manifest, engine, process, position, batches, tracker, stop)
+        feed = Feed(config, train_batches(config, manifest, rank, world_size, position.images))
+        position, outcome = steps(config, run, manifest, engine, process, position, feed, tracker, stop)
         if rank == 0:
             why = stop.reason or "another rank was asked to" if outcome == "stopped" else None
             run.write_outcome(outcome, position.step, tracker.attempt, why)
@@ -84,8 +85,8 @@ def train(config: Config) -> Outcome:
         run.write_outcome("user_error", position.step, message=str(e))
         raise
     finally:
-        if batches is not None:
-            batches.close()
+        if feed is not None:
+            feed.close()
         unsent = tracker.close(outcome == "finished")
         stop.restore()
         if rank == 0:
@@ -102,7 +103,7 @@ def steps(
     engine: Engine,
     process: GaussianDiffusion | RectifiedFlow,
     position: Position,
-    batches: Batches,
+    feed: Feed,
     tracker: Tracker,
     stop: StopRequest,
 ) -> tuple[Position, Outcome]:
@@ -125,6 +126,8 @@ def steps(
         nonlocal stopping
         if (sums := reduction.finish()) is None:
             return False
+        if sums.error:
+            feed.raise_on_all()
         saving.heard(sums)
         stopping = stopping or sums.stop
         meter.heard(sums)
@@ -141,10 +144,8 @@ def steps(
         while position.step < config.train.steps and not stopping:
             faults.at("step", position.step + 1)
             started = time.perf_counter()
-            batch = to_device(prepared(next(batches), config, position), device)
-            data_seconds = time.perf_counter() - started
-            read = batches.report
-            health.journal(read, position)
+            batch = prepared(feed.next(position.images), config, position)
+            health.journal(feed.report, position)
             poisoned = faults.poisons(position.images, position.images + batch_size)
             step_losses = StepLosses(process, device)
             for part in split(batch, engine.micro_batch):
@@ -158,7 +159,8 @@ def steps(
             faults.at("step:update")
             grad_norm = engine.step(learning_rate(config, position.step + 1))
             faults.at("step:moved")
-            step_losses.observe(distributed.world_size())
+            if math.isfinite(grad_norm):
+                step_losses.observe(distributed.world_size())
             position = Position(position.step + 1, position.images + batch_size)
             if position.step == 1 and isinstance(process, GaussianDiffusion):  # not before: a mistake is one line
                 most, least = process.schedule.snr_ends
@@ -180,9 +182,10 @@ def steps(
                 written=saving.written,
                 failed=saving.failed,
                 no_room=save_due and rank == 0 and saving.lacks_room(engine),
-                read=read,
+                error=feed.error is not None,
+                read=feed.report,
                 step_seconds=time.perf_counter() - started,
-                data_seconds=data_seconds,
+                data_seconds=feed.seconds,
             )
             if save_due or evaluation_due:
                 no_room = hear()  # the journal must not lack a step that a checkpoint holds
@@ -227,10 +230,6 @@ def prepared(batch: dict[str, torch.Tensor], config: Config, position: Position)
     if getattr(config.model, "dropout", 0.0):
         batch = batch | {"dropout": dropout_keys(config.run.seed, batch["k"])}
     return batch
-
-
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def split(batch: dict[str, torch.Tensor], micro_batch: int) -> Iterator[dict[str, torch.Tensor]]:

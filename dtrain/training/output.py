@@ -23,7 +23,7 @@ def redirect_to_log(folder: Path) -> None:
     os.close(log)
 
 
-def say_error(message: str) -> None:
-    """One line. Before ranks talk to each other all make the same mistake, so only rank 0 says it."""
-    if distributed.rank() == 0 or _terminal != 2:
+def say_error(message: str, shared: bool = False) -> None:
+    """One line, from rank 0 alone where all ranks have it: `shared`, or met before ranks talk to each other."""
+    if distributed.rank() == 0 or (_terminal != 2 and not shared):
         os.write(_terminal, f"dtrain: {' '.join(message.split())}\n".encode())

@@ -20,6 +20,7 @@ SUMS = (
     "written",
     "failed",
     "no_room",
+    "error",
     "replaced",
     "bytes_read",
     "cache_hits",
@@ -41,6 +42,7 @@ class StepSums:
     written: bool  # every rank has written its part of the checkpoint in flight
     failed: bool  # some rank could not
     no_room: bool  # rank 0 found the disk too full for a checkpoint
+    error: bool  # some rank could not read its batch
     replaced: int  # samples that could not be used
     bytes_read: int  # from disks and networks
     cache_hits: int  # blocks of remote shards
@@ -66,6 +68,7 @@ class StepReduction:
         written: bool,
         failed: bool,
         no_room: bool,
+        error: bool = False,
         read: Report = NOTHING,
         step_seconds: float,
         data_seconds: float,
@@ -78,7 +81,8 @@ class StepReduction:
         assert self._pending is None, "read the previous step first"
         flags = len(SUMS) + len(OWN) * self.world_size
         vector = torch.zeros(flags + LEVELS, dtype=torch.float64)
-        own = [stop, written, failed, no_room, len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
+        own = [stop, written, failed, no_room, error]
+        own += [len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
         vector[2 : len(SUMS)] = torch.tensor(own, dtype=torch.float64)
         vector[len(SUMS) + self.rank : flags : self.world_size] = torch.tensor([step_seconds, data_seconds])
         vector = vector.to(loss_sum.device, non_blocking=True)
@@ -97,7 +101,7 @@ class StepReduction:
         if work is not None:
             work.wait()
         values = vector.tolist()
-        loss, norm, stop, written, failed, no_room, *read = values[: len(SUMS)]
+        loss, norm, stop, written, failed, no_room, error, *read = values[: len(SUMS)]
         replaced, bytes_read, hits, misses = (round(value) for value in read)
         own = values[len(SUMS) :]
         return StepSums(
@@ -108,6 +112,7 @@ class StepReduction:
             written=round(written) == self.world_size,
             failed=failed > 0,
             no_room=no_room > 0,
+            error=error > 0,
             replaced=replaced,
             bytes_read=bytes_read,
             cache_hits=hits,

@@ -1,0 +1,72 @@
+"""This rank's batches. A rank that cannot read its own stands in for it, so that all ranks end together and say why.
+
+Left alone, a rank that meets a damaged sample or a dead disk would leave, and the others would die waiting for it. So
+it goes through one more step with rows that are not numbers, which moves nothing on any rank (`training/refusal.py`),
+and raises its flag in that step's reduction. A healthy step pays nothing for this.
+"""
+
+import time
+
+import torch
+
+from dtrain import distributed
+from dtrain.config import Config
+from dtrain.data.loader import Batches
+from dtrain.data.stream import Report
+from dtrain.errors import SharedError, UserError
+
+
+class Feed:
+    """Batches on this rank's device, one after the other from `next`.
+
+    report: how the batch given last was read. seconds: how long it was waited for. error: why this rank has none.
+    """
+
+    def __init__(self, config: Config, batches: Batches):
+        self._config, self._batches = config, batches
+        self.report = Report()
+        self.seconds = 0.0
+        self.error: str | None = None
+
+    def next(self, first: int) -> dict[str, torch.Tensor]:
+        """The batch of `StepDataset` that begins at image `first`, or after an error one that stands in for it."""
+        started = time.perf_counter()
+        batch, self.report = self._read(first), self._batches.report if self.error is None else Report()
+        if (device := distributed.device()).type != "cpu":
+            batch = {name: column.to(device, non_blocking=True) for name, column in batch.items()}
+        self.seconds = time.perf_counter() - started
+        return batch
+
+    def _read(self, first: int) -> dict[str, torch.Tensor]:
+        if self.error is None:
+            try:
+                return next(self._batches)
+            except UserError as e:
+                self.error = str(e)
+            except RuntimeError as e:
+                if "DataLoader worker" not in str(e):
+                    raise
+                self.error = f"a data worker of rank {distributed.rank()} died, of too little memory perhaps: {e}"
+        return stand_in(self._config, first)
+
+    def raise_on_all(self) -> None:
+        """On every rank, once they have agreed that one has an error: raises the first rank's. A collective."""
+        raise SharedError(next(e for e in distributed.gather_objects(self.error) if e is not None))
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def stand_in(config: Config, first: int) -> dict[str, torch.Tensor]:
+    """Rows of the shapes that `StepDataset` gives, whose loss and gradient are not numbers."""
+    data, n = config.data, config.data.batch_size // distributed.world_size()
+    shape = (n, data.channels, data.image_size, data.image_size)
+    arrays = {name: torch.zeros(n, *a.shape, dtype=getattr(torch, a.dtype)) for name, a in data.arrays.items()}
+    return arrays | {
+        "k": first + torch.arange(n),
+        "image": torch.full(shape, torch.nan),
+        "label": torch.zeros(n, dtype=torch.int64),
+        "time": torch.full((n,), 0.5, dtype=torch.float64),
+        "noise": torch.zeros(shape),
+        "drop": torch.zeros(n, dtype=torch.float64),
+    }
