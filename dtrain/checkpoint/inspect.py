@@ -7,18 +7,12 @@ from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import read as read_journal
-
-
-def evaluations(run: RunDirectory) -> dict[int, dict[str, float]]:
-    """Step → metrics of its evaluation."""
-    lines = read_journal(run.journal_file)
-    return {line["step"]: line["metrics"] for line in lines if line["event"] == "eval"}
+from dtrain.tracking.best import best_step, evaluated
 
 
 def table(run: RunDirectory) -> str:
     """One line a checkpoint, oldest first; what is not complete is said so."""
-    metrics = evaluations(run)
+    metrics = evaluated(run.journal_file)
     rows = [("step", "images", "size", "ranks", "state", "metric")]
     for path in complete(run.checkpoints):
         try:
@@ -62,10 +56,10 @@ def prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best: 
     lock.acquire()
     try:
         found = {step_of(path): path for path in complete(run.checkpoints)}
-        values = {s: m[keep_best] for s, m in evaluations(run).items() if keep_best in m and s in found}
-        if keep_best and not values:
+        best = best_step(run.journal_file, keep_best, found) if keep_best else None
+        if keep_best and best is None:
             raise UserError(f"no checkpoint of {run.path} has the metric {keep_best!r}; nothing was deleted")
-        going = surplus(found, keep_last, keep_every, min(values, key=values.get) if values else None)
+        going = surplus(found, keep_last, keep_every, best)
         if going:
             newest = found[max(found)]
             try:

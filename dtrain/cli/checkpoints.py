@@ -39,7 +39,7 @@ def prune_checkpoints(
     run: RunName,
     keep_last: Annotated[int, typer.Option(min=1)] = 1,
     keep_every: Annotated[int | None, typer.Option(min=1, help="also keep multiples of this step")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="also keep the lowest of this metric")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="also keep the best by this metric, such as fd_pixels")] = None,
 ) -> None:
     """Delete old checkpoints; the newest one that is whole always stays."""
     from dtrain.checkpoint.inspect import prune

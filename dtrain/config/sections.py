@@ -280,7 +280,7 @@ class Train(Section):
     checkpoint_every: Positive = 1000
     keep_last: Positive = 3  # complete checkpoints kept
     keep_every: Positive | None = None  # also kept: those of every so many steps
-    keep_best: str | None = None  # also kept: the one with the lowest value of this metric, such as fd_pixels
+    keep_best: str | None = None  # also kept: the one that this metric finds best, such as fd_pixels
     deadline: str | None = None  # [D-]HH:MM:SS from the start, or an ISO 8601 time; default: the SLURM job's end
 
 

@@ -20,12 +20,12 @@ from dtrain import config as configuration
 from dtrain import distributed
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.config import Config
-from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.errors import UserError
 from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, scratch_of, weights_name
 from dtrain.evaluation.features import metric_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
+from dtrain.tracking.best import better
 
 Setting = dict[str, Any]
 AXES = ("checkpoint", "ema", "guidance", "eta", "steps", "seed")  # from what changes least while sampling
@@ -138,7 +138,7 @@ def summary(lines: list[dict]) -> list[Row]:
 def best(rows: list[Row], metric: str, features: str) -> Row:
     """By the lowest `metric` of these features, or the highest where more is better."""
     name = metric_name(metric, features)
-    return (max if metric in HIGHER_IS_BETTER else min)(rows, key=lambda row: row.metrics[name])
+    return better(name)(rows, key=lambda row: row.metrics[name])
 
 
 def table(rows: list[Row]) -> str:

@@ -7,13 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 
-from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.markup import details, plural
 from dtrain.report.markup import table as make_table
 from dtrain.report.numbers import count, short
 from dtrain.report.redaction import escaped
 from dtrain.report.runs import Line, Run
+from dtrain.tracking.best import better, higher_is_better
 
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
@@ -32,8 +32,7 @@ class Curve:
 
     @property
     def best(self) -> Line:
-        choose = max if higher_is_better(self.metric) else min
-        return choose(self.lines, key=lambda line: line["metrics"][self.metric])
+        return better(self.metric)(self.lines, key=lambda line: line["metrics"][self.metric])
 
 
 def metrics_of(line: Line) -> list[str]:
@@ -41,10 +40,6 @@ def metrics_of(line: Line) -> list[str]:
     names = line["metrics"]
     belongs = {f"{name}{suffix}" for name in names for suffix in ("_low", "_high", *SPREADS)}
     return [name for name in names if name not in belongs and name not in NOT_METRICS]
-
-
-def higher_is_better(metric: str) -> bool:
-    return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER_IS_BETTER)
 
 
 def is_distance(metric: str) -> bool:
@@ -96,8 +91,8 @@ def charts(runs: list[Run]) -> list[Chart]:
         apart = len(all_curves) - len(drawn)
         notes = [_spread_note(drawn, metric)]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]
-        better = "higher" if higher_is_better(metric) else "lower"
-        found.append(Chart(metric, series, y_name=f"{better} is better", note=" ".join(filter(None, notes)), wide=True))
+        direction = "higher" if higher_is_better(metric) else "lower"
+        found.append(Chart(metric, series, y_name=f"{direction} is better", note=" ".join(filter(None, notes)), wide=True))
     return found
 
 

@@ -5,10 +5,11 @@ import json
 import math
 import statistics
 
-from dtrain.report.evaluations import higher_is_better, metrics_of
+from dtrain.report.evaluations import metrics_of
 from dtrain.report.numbers import short
 from dtrain.report.redaction import escaped
 from dtrain.report.runs import Line, Run
+from dtrain.tracking.best import better, higher_is_better
 
 AXES = {"step": "checkpoint", "ema": "weights", "guidance": "guidance", "eta": "η", "steps": "steps S"}
 
@@ -36,7 +37,7 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
     if not cells:
         return ""
     values = {setting: statistics.fmean(found) for setting, found in cells.items()}
-    best = (max if higher_is_better(metric) else min)(values, key=values.get)
+    best = better(metric)(values, key=values.get)
     choices = [sorted({setting[i] for setting in cells}, key=_order) for i in range(len(AXES))]
     varying = [i for i, among in enumerate(choices) if len(among) > 1]
     *panels, row, column = [None, None, *varying][-max(2, len(varying)) :]

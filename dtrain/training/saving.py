@@ -13,7 +13,7 @@ from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.run import Position, RunDirectory
-from dtrain.tracking.journal import read as read_journal
+from dtrain.tracking.best import best_step
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine, Piece
 from dtrain.training.progress import TrainingProgress
@@ -140,16 +140,6 @@ class Saving:
         """Old checkpoints go in a thread: a large one takes a while, and nobody waits for it."""
         train, directory = self._config.train, self._run.checkpoints
         steps = [step_of(path) for path in complete(directory)]
-        best = best_step(self._run, train.keep_best, steps) if train.keep_best else None
+        best = best_step(self._run.journal_file, train.keep_best, steps) if train.keep_best else None
         for step in surplus(steps, train.keep_last, train.keep_every, best):
             threading.Thread(target=remove, args=(step_path(directory, step),), daemon=True).start()
-
-
-def best_step(run: RunDirectory, metric: str, steps: list[int]) -> int | None:
-    """Of the given steps the one with the lowest value of `metric` in the journal; None where none was evaluated."""
-    values = {
-        line["step"]: line["metrics"][metric]
-        for line in read_journal(run.journal_file)
-        if line["event"] == "eval" and metric in line["metrics"] and line["step"] in steps
-    }
-    return min(values, key=values.get) if values else None

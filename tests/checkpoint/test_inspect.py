@@ -6,7 +6,8 @@ from dtrain.checkpoint.directory import complete, step_of
 from dtrain.checkpoint.inspect import prune, table, verify
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
-from dtrain.training.saving import best_step
+from dtrain.tracking.best import best_step
+from dtrain.tracking.journal import Journal
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.training.test_loop import train
@@ -27,7 +28,7 @@ def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or
     assert all("complete" in line and "fd_pixels" in line for line in lines[1:])
     assert verify(run, lambda done, of: None)[0] == 0
 
-    best = best_step(run, "fd_pixels", steps())
+    best = best_step(run.journal_file, "fd_pixels", steps())
     with pytest.raises(UserError, match=r"no checkpoint of .* has the metric 'fid'; nothing was deleted"):
         prune(run, 1, None, "fid")
     prune(run, 1, 10, "fd_pixels")
@@ -43,3 +44,14 @@ def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or
     with pytest.raises(UserError, match="the newest checkpoint is damaged, so nothing was deleted"):
         prune(run, 1, None, None)
     assert steps() == sorted({10, 20, best})
+
+
+def test_the_best_is_the_lowest_distance_and_the_highest_precision(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.begin_attempt(0, 0, {})
+    for step, distance, precision in ((5, 3.0, 0.2), (10, 2.0, 0.6), (15, 2.5, 0.4)):
+        journal.append("eval", step, 64 * step, {"fd_pixels": distance, "precision_pixels": precision})
+    journal.close()
+    assert best_step(journal.path, "fd_pixels", [5, 15]) == 15
+    assert best_step(journal.path, "precision_pixels", [5, 10, 15]) == 10
+    assert best_step(journal.path, "kid_pixels", [5, 10, 15]) is None

@@ -1,0 +1,29 @@
+"""Which evaluation is the best: by the key that the journal, MLflow and reports know a metric by."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dtrain.config.sections import HIGHER_IS_BETTER
+from dtrain.tracking.journal import read
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a journal's key, such as `precision_inception`; distances and bits/dim are better lower."""
+    return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER_IS_BETTER)
+
+
+def better(metric: str):
+    """`max` or `min`, whichever chooses the best of this metric's values."""
+    return max if higher_is_better(metric) else min
+
+
+def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
+    """Step → metrics of the training's own evaluation there; all of them were computed with the same settings."""
+    return {line["step"]: line["metrics"] for line in read(journal_file) if line["event"] == "eval"}
+
+
+def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
+    """Of the given steps the one with the best value of `metric`; None where none has one."""
+    metrics = evaluated(journal_file)
+    values = {step: metrics[step][metric] for step in steps if metric in metrics.get(step, {})}
+    return better(metric)(values, key=values.get) if values else None
