@@ -91,8 +91,8 @@ def charts(runs: list[Run]) -> list[Chart]:
         apart = len(all_curves) - len(drawn)
         notes = [_spread_note(drawn, metric)]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]
-        direction = "higher" if higher_is_better(metric) else "lower"
-        found.append(Chart(metric, series, y_name=f"{direction} is better", note=" ".join(filter(None, notes)), wide=True))
+        which = "higher" if higher_is_better(metric) else "lower"
+        found.append(Chart(metric, series, y_name=f"{which} is better", note=" ".join(filter(None, notes)), wide=True))
     return found
 
 
