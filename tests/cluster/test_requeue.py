@@ -125,6 +125,22 @@ def test_a_cancelled_job_is_not_requeued(job, stubs):
     assert ["requeue", "7"] not in stubs.calls("scontrol")
 
 
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, ""])
+def test_a_training_that_hangs_when_its_time_is_over_is_given_up_before_slurm_kills_the_script(job, stubs, checkpoint):
+    (stubs.bin / "squeue").write_text("#!/bin/bash\necho 2021-01-02T03:04:05\n")
+    script = slurm.render(job, slurm.Request(2, 1, "1:00:00")).replace("sleep 20;", "sleep 1;")
+    training = (
+        'trap "" TERM; ' + checkpoint + 'touch "$RUN/up"; for _ in {1..60}; do [[ -e $RUN/over ]] || sleep 1; done'
+    )
+    process = stubs.start(script, job.run, job.log("7"), TRAINING=training)
+    wait_for((job.run / "up").exists)
+    os.kill(process.pid, signal.SIGTERM)
+    code, last = process.wait(60), job.log("7").read_text().splitlines()[-1]
+    assert (code, ["requeue", "7"] in stubs.calls("scontrol")) == ((-9, True) if checkpoint else (1, False))
+    assert "broke off (it did not stop in time)" in last
+    (job.run / "over").touch()
+
+
 def test_the_training_gets_the_jobs_end_its_cores_and_the_first_nodes_address(attempt, stubs, job):
     attempt(TRAINING='printenv SLURM_JOB_END_TIME SRUN_CPUS_PER_TASK >"$RUN/seen"; ' + outcome("finished"))
     end, cores = (job.run / "seen").read_text().split()
