@@ -51,13 +51,13 @@ class ShardReader:
         the disk or the server fails.
         """
         shard = self._shard(sample)
-        members = self._members[sample]
+        members = self._members[sample].tolist()
         found = {}
         for field in self._manifest.fields if fields is None else fields:
             column = self._columns.get(field)
             if column is None:
                 continue
-            offset, size, crc32 = members[column].tolist()
+            offset, size, crc32 = members[column]
             if size == ABSENT:
                 continue
             data = self._files.pread(shard, size, offset)

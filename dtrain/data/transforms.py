@@ -86,13 +86,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _FRAME:
-            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+            return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
         if marker == 0xFF:  # a fill byte
             at += 1
         elif marker in _STANDALONE:
             at += 2
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None
 
 
