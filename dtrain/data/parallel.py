@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import TypeVar
@@ -39,5 +40,26 @@ def each(
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(done), done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], processes: int | None = None
+) -> Iterator[Result]:
+    """function(item) of every item, in their order, a few ahead of what is taken; as `each` does otherwise."""
+    processes = processes or cores()
+    if processes == 1:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    running: deque = deque()
+    try:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * processes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -169,7 +169,7 @@ def test_sources_that_cannot_be_packed_are_refused(photographs, tmp_path):
         with pytest.raises(UserError, match=message):
             pack(source, destination, **options)
     (photographs / "empty").mkdir()
-    with pytest.raises(UserError, match=r"the class folder .*empty has no .jpg, .jpeg or .png files"):
+    with pytest.raises(UserError, match=r"the class folder .*empty has no .jpg, .jpeg, .png or .webp files"):
         pack(str(photographs), destination)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot pack sklearn:digits into .*file/packed: Not a directory"):
@@ -196,16 +196,91 @@ def test_packing_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_packing_that_is_killed_leaves_no_destination(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=pack, args=("sklearn:digits", tmp_path / "killed"))
+SIZES = {"shard_samples": 7, "shard_bytes": 9000}  # shards end now by the one and now by the other
+MANY = {"holdout": 30, "seed": 4, "format": "jpeg"} | SIZES
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An .npz of 330 pictures, and what packing it without a disturbance gives."""
+    folder = tmp_path_factory.mktemp("many")
+    images = np.random.default_rng(0).integers(0, 256, (330, 24, 24, 3), dtype=np.uint8)
+    np.savez(folder / "a.npz", images=images, labels=np.arange(330) % 4)
+    pack(str(folder / "a.npz"), folder / "one", **MANY, processes=1)
+    return folder
+
+
+def test_shards_are_what_webdatasets_own_writer_makes_of_the_same_samples(many):
+    """Cut by samples and by bytes as ShardWriter cuts, and of its bytes."""
+    for split in ("train", "holdout"):
+        shards = sorted((many / "one" / split).glob("*.tar"))
+        (many / "oracle").mkdir(exist_ok=True)
+        with webdataset.ShardWriter(
+            str(many / "oracle" / f"{split}-%06d.tar"), 7, 9000, verbose=0, mtime=0, encoder=False
+        ) as writer:
+            for sample in webdataset.WebDataset([str(s) for s in shards], shardshuffle=False, nodesplitter=None):
+                writer.write({name: data for name, data in sample.items() if name in ("__key__", "jpg", "cls")})
+        assert {s.name: s.read_bytes() for s in shards} == {
+            s.name: s.read_bytes() for s in (many / "oracle").glob(f"{split}-*")
+        }
+    assert {s.samples for s in load(many / "one" / "train" / "manifest.json").shards} >= {6, 7}
+
+
+def test_any_number_of_processes_packs_the_same_bytes(many):
+    seen = []
+    pack(str(many / "a.npz"), many / "three", **MANY, processes=3, progress=lambda *done: seen.append(done))
+    assert tree(many / "three") == tree(many / "one")
+    assert seen == [(n, 330) for n in range(1, 331)]
+
+
+def _pack_slowly(many, destination, processes) -> None:
+    """In a process group of its own, so that its workers die with it as a job's do."""
+    os.setpgrp()
+    pack(str(many / "a.npz"), destination, **MANY, processes=processes, progress=lambda *_: time.sleep(0.002))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_path, processes):
+    """SIGKILL at random moments, in both splits and while the manifest is made; whole shards are not written again."""
+    rng = np.random.default_rng(processes)
+    destination, kept, reused = tmp_path / "killed", {}, 0
+    for _ in range(6):
+        target = (many, destination, processes)
+        process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=target)
+        process.start()
+        partial = tmp_path / ".killed.partial"
+        until = len(kept) + int(rng.integers(1, 9))
+        while len(shards := sorted(partial.rglob("*.tar"))) < until and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(float(rng.random()) * 0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert not destination.exists()
+        now = {s.name: s.stat().st_ino for s in shards}
+        reused += sum(now.get(name) == inode for name, inode in kept.items())
+        assert sum(now.get(name) != inode for name, inode in kept.items()) <= 1  # the one that had a name but no line
+        kept = now
+    seen = []
+    pack(str(many / "a.npz"), destination, **MANY, processes=processes, progress=lambda *done: seen.append(done))
+    assert tree(destination) == tree(many / "one")
+    assert reused > 20
+    assert 0 < len(seen) < 330
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_what_another_request_left_when_it_was_killed_is_not_taken_over(many, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=(many, tmp_path / "new", 1))
     process.start()
-    while not list(tmp_path.glob(".killed.*.partial")) and process.is_alive():
+    while len(list((tmp_path / ".new.partial").rglob("*.tar"))) < 3:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"new is being packed by another process; wait for it"):
+        pack(str(many / "a.npz"), tmp_path / "new", **MANY)
+    os.killpg(process.pid, signal.SIGKILL)
     process.join()
-    assert not (tmp_path / "killed").exists()
-    assert str(pack("sklearn:digits", tmp_path / "killed")).endswith("packed 1,797 samples for training")
-    assert json.loads((tmp_path / "killed" / packing.REQUEST).read_text())["source"] == "sklearn:digits"
+    pack("sklearn:digits", tmp_path / "new", holdout=360, seed=1)
+    assert load(tmp_path / "new" / "train" / "manifest.json").samples == 1437
+    assert json.loads((tmp_path / "new" / packing.REQUEST).read_text())["source"] == "sklearn:digits"
+    assert {f.name for f in (tmp_path / "new").iterdir()} == {"train", "holdout", packing.REQUEST}
 
 
 def test_npz_files_and_other_shards_are_packed_and_shards_end_by_bytes(tmp_path):
