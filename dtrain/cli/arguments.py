@@ -17,6 +17,7 @@ Step = Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; d
 NumSamples = Annotated[int | None, typer.Option(min=2, help="number of samples; default: eval.num_samples")]
 Metrics = Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,is,bpd")]
 Features = Annotated[str | None, typer.Option(help=FEATURES_HELP)]
+Bootstrap = Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd; 0: none")]
 Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")]
 
 

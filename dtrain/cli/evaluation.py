@@ -8,6 +8,7 @@ import typer
 
 from dtrain.cli.arguments import (
     FEATURES_HELP,
+    Bootstrap,
     Ema,
     Eta,
     Features,
@@ -42,7 +43,7 @@ def evaluate(
     weights: Weights = None,
     reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
-    bootstrap: Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd")] = None,
+    bootstrap: Bootstrap = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
 ) -> None:
     """Draw samples from a run's checkpoint and compare them with its held-out split.
@@ -99,6 +100,7 @@ def sweep(
     metrics: Metrics = None,
     features: Features = None,
     weights: Weights = None,
+    bootstrap: Bootstrap = None,
     out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
 ) -> None:
     """Evaluate every combination of lists of settings: a table, a heat map and the best one.
@@ -110,7 +112,7 @@ def sweep(
 
     directory = RunDirectory.find(run)
     chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
-    chosen |= {"features": features, "weights": weights}
+    chosen |= {"features": features, "weights": weights, "bootstrap": bootstrap}
     settings = with_eval(directory.config(), chosen, raw=False)
     distributed.set_thread_counts()
     distributed.initialize()

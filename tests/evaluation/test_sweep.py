@@ -118,6 +118,10 @@ def test_seeds_are_averaged_and_the_best_setting_is_named(trained, tmp_path):
     assert found["1", "3"] == pytest.approx(np.mean(seeds), abs=1e-4)
     assert f"± {np.std(seeds, ddof=1):.4f}" in text
 
+    ((code, text),) = run_ranks(command, 1, "sweep", trained.run.path, *arguments[:2], "--n", "24", "--bootstrap", "2")
+    assert code == 0
+    assert text.split()[:4] == ["steps", "fd_pixels", "fd_pixels_low", "fd_pixels_high"]
+
 
 def test_the_heat_map_has_a_cell_for_every_setting_in_its_place(tmp_path):
     """Read back from the picture: the cell of the highest value is the darkest, of the lowest the brightest."""
