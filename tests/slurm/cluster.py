@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.afterwards import afterwards
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-PATIENCE = 300  # seconds; a launch alone takes half a minute, and the machine may be busy
+PATIENCE = 900  # seconds; a launch takes half a minute on a quiet machine, and several on a busy one
 
 
 def missing() -> str | None:
@@ -30,24 +32,22 @@ def two_nodes():
     """Starts the two nodes and, whatever happens, stops them; SLURM's commands then talk to them."""
     if reason := missing():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="dtrain-slurm-"))
-    script = ROOT / "slurm" / "two_node_slurm.sh"
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
-    patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    patch.setenv("PYTHONPATH", str(ROOT))
-    try:
+    folder = tempfile.mkdtemp(prefix="dtrain-slurm-")
+    script = str(ROOT / "slurm" / "two_node_slurm.sh")
+    stop = '"$1" stop "$2"; rm -rf "$2"'
+    with pytest.MonkeyPatch.context() as patch, afterwards(stop, script, folder):
+        patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        patch.setenv("PYTHONPATH", str(ROOT))
         subprocess.run([script, "start", folder], check=True)
         yield
-    finally:
-        subprocess.run([script, "stop", folder], check=True)
-        patch.undo()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(*arguments: str) -> "Job":
     command = [sys.executable, "-c", "from dtrain.cli import main; main()", "submit", "--gpus-per-node", "1"]
-    said = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True).stdout.splitlines()
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
     return Job(said[1].split()[1].rstrip(":"), Path(said[3].removeprefix("log: ")))
 
 
@@ -74,15 +74,17 @@ class Job:
     def said(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
-    def wait_until(self, condition, what: str) -> None:
-        end = time.monotonic() + PATIENCE
+    def wait_until(self, condition, what: str, more: float = 0) -> None:
+        patience = PATIENCE + more
+        end = time.monotonic() + patience
         while not condition():
             lines = "\n".join(self.said()[-40:])
-            assert time.monotonic() < end, f"{what}: not within {PATIENCE} s; the job is {self.state}\n{lines}"
-            time.sleep(0.2)
+            assert time.monotonic() < end, f"{what}: not within {patience} s; the job is {self.state}\n{lines}"
+            time.sleep(0.5)
 
-    def wait_for_requeue(self, count: int) -> None:
-        self.wait_until(lambda: self.ended or self.requeues >= count, f"requeue {count}")
+    def wait_for_requeue(self, count: int, more: float = 0) -> None:
+        """more: seconds that may pass on purpose."""
+        self.wait_until(lambda: self.ended or self.requeues >= count, f"requeue {count}", more)
         assert self.requeues == count, "\n".join(self.said()[-40:])
 
     def queued(self) -> str:

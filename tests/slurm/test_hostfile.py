@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.tracking.journal import events
+from tests.afterwards import afterwards
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT
@@ -36,10 +37,9 @@ def hosts(tmp_path):
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
 
-    for name in names:
-        subprocess.run(["ip", "netns", "del", f"dtrain-{name}"], capture_output=True)
-        ip("netns", "add", f"dtrain-{name}")
-    try:
+    with afterwards("ip netns del dtrain-worker-1; ip netns del dtrain-worker-2"):
+        for name in names:
+            ip("netns", "add", f"dtrain-{name}")
         ends = [word for name in names for word in ("name", "cable0", "netns", f"dtrain-{name}")]
         ip("link", "add", *ends[:4], "type", "veth", "peer", *ends[4:])
         for number, name in enumerate(names, 1):
@@ -51,9 +51,6 @@ def hosts(tmp_path):
         (tmp_path / "bin/ssh").write_text(SSH)
         (tmp_path / "bin/ssh").chmod(0o755)
         yield tmp_path / "bin"
-    finally:
-        for name in names:
-            ip("netns", "del", f"dtrain-{name}")
 
 
 def test_a_hostfile_starts_a_training_on_two_hosts(hosts, digits, tmp_path, monkeypatch):
@@ -70,7 +67,7 @@ def test_a_hostfile_starts_a_training_on_two_hosts(hosts, digits, tmp_path, monk
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--master_addr=10.77.0.1" in done.stdout + done.stderr

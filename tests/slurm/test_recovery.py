@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import pytest
 
@@ -56,8 +57,11 @@ def recovered(slurm, digits, tmp_path_factory):
             lambda: subprocess.run(["scancel", "--signal=USR2", "--batch", faults.number], check=True),
             lambda: faults.control("requeue", faults.number),
         ]
+        starts = []  # seconds from a submission or requeue to a checkpoint
         for requeues, end_attempt in enumerate(ways):
+            began = time.monotonic()
             wait_for_progress(faults, requeues)
+            starts.append(time.monotonic() - began)
             end_attempt()
             faults.wait_for_requeue(requeues + 1)
         wait_for_progress(faults, len(ways))
@@ -65,9 +69,11 @@ def recovered(slurm, digits, tmp_path_factory):
         assert faults.exit_code() == 75
 
         before = attempts()
-        limited = submit("tiny.yaml", "--nodes", "2", "--time", "00:03:00")
+        # Three quarters of a job's time are before the signal: enough to start twice, however slow this machine is.
+        minutes = max(3, round(2 * max(starts) / 0.75 / 60 + 0.5))
+        limited = submit("tiny.yaml", "--nodes", "2", "--time", f"00:{minutes:02}:00")
         for requeues in range(2):
-            limited.wait_for_requeue(requeues + 1)
+            limited.wait_for_requeue(requeues + 1, 60 * minutes)
         config = configure(json.loads(run.outcome_file.read_text())["step"] + 10)
         assert limited.exit_code() == 0
         yield config, run, faults, limited
@@ -102,7 +108,7 @@ def test_the_losses_are_those_of_a_run_that_was_never_interrupted(recovered, tmp
             "train": config.train.model_copy(update={"checkpoint_every": 10_000}),
         }
     )
-    run_ranks(train, 2, whole, timeout=600)
+    run_ranks(train, 2, whole, timeout=1800)
     assert losses(config) == losses(whole)  # bit for bit
 
 
@@ -141,7 +147,7 @@ def test_on_one_node_instead_of_two_it_goes_on_with_the_same_batches(recovered, 
             "train": config.train.model_copy(update={"steps": steps, "checkpoint_every": 10_000}),
         }
     )
-    run_ranks(train, 2, whole, timeout=600)
+    run_ranks(train, 2, whole, timeout=1800)
     assert losses(config)[-20:] == pytest.approx(losses(whole)[-20:], rel=1e-4)
 
 

@@ -10,6 +10,7 @@ import pytest
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.checkpoint.format import Checkpoint
 from dtrain.tracking.journal import events
+from tests.afterwards import afterwards
 from tests.digits import losses, tiny
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.test_loop import train, trained
@@ -21,10 +22,8 @@ def small_disk(path, options):
     path.mkdir(parents=True)
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]).returncode:
         pytest.skip("mounting a small file system takes root")
-    try:
+    with afterwards('umount -l "$1"', str(path)):
         yield
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
 
 
 def steps_saved(config):
