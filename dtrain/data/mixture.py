@@ -68,13 +68,16 @@ class Mixture:
 
     def rows(self, first: int, batch: int, rank: int, world_size: int) -> np.ndarray:
         """The k's of this rank's rows: the batch sorted by (source, stream, place) and cut into one run a rank."""
+        return self.deal(np.arange(first, first + batch, dtype=np.int64), rank, world_size)
+
+    def deal(self, k: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """This rank's run of the rising k (batch,) int64 of a global batch, sorted likewise."""
         if len(self.orders) == 1:
-            return self.orders[0].rows(first, batch, rank, world_size)
-        k = np.arange(first, first + batch, dtype=np.int64)
+            return self.orders[0].deal(k, rank, world_size)
         source, number = self.locate(k)
         streams = np.array([order.streams for order in self.orders])
         k = k[np.lexsort((k, number % streams[source], source))]
-        n = batch // world_size
+        n = len(k) // world_size
         return k[rank * n : (rank + 1) * n]
 
     def counts(self, images: int) -> list[int]:

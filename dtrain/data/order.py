@@ -96,9 +96,12 @@ class Order:
             raise ValueError(f"a batch of {batch} does not divide by {world_size} ranks")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        k = np.arange(first, first + batch, dtype=np.int64)
+        return self.deal(np.arange(first, first + batch, dtype=np.int64), rank, world_size)
+
+    def deal(self, k: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """This rank's run of the rising k (batch,) int64 of a global batch, sorted by (stream, place)."""
         k = k[np.argsort(k % self.streams, kind="stable")]
-        n = batch // world_size
+        n = len(k) // world_size
         return k[rank * n : (rank + 1) * n]
 
     def _permute_window(self, epoch: int, stream: int, window: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from dtrain.data.mixture import of_run
 from dtrain.data.remote import is_url
 from dtrain.data.samples import IMAGE_FIELDS, LABEL_FIELD, SampleReader, read_split
 from dtrain.data.shards import ShardReader
+from dtrain.data.skipped import NOTHING
 from dtrain.data.transforms import centre_crop, normalize, random_crop
 from dtrain.errors import BadSample, UserError
 from dtrain.randomness import Draws, Purpose
@@ -52,8 +53,8 @@ class Report:
 class StepDataset(Dataset):
     """This rank's rows of every global batch, with all the randomness of the step.
 
-    images: images consumed before index 0. Item i is the batch that begins at image `images + i * batch_size`, as
-    n = batch_size / world_size rows of
+    images: the place in the run's order where index 0 begins; skipped: the places left out. Item i is the i-th batch
+    from there on, as n = batch_size / world_size rows of
         k      int64   (n,)           which image of the run
         image  float32 (n, C, H, W)   pixels in [−1, 1], flipped by chance where data.flip is set
         label  int64   (n,)           0 for an unconditional model
@@ -64,7 +65,7 @@ class StepDataset(Dataset):
     that cannot be used; with data.on_error "replace" a BadSample gives way to another sample of its stream instead.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, rank: int, world_size: int, images: int):
+    def __init__(self, config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
         data = config.data
         if data.batch_size % world_size:
             nearest = max(1, round(data.batch_size / world_size)) * world_size
@@ -81,7 +82,8 @@ class StepDataset(Dataset):
             self._samples.append(SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays))
         self._draws = Draws(config.run.seed)
         self._rank, self._world_size = rank, world_size
-        self._images, self._batch_size = images, data.batch_size
+        self._first, self._batch_size = int(skipped.ordinal(images)), data.batch_size
+        self._skipped = skipped
         self._size, self._channels, self._flip, self._crop = data.image_size, data.channels, data.flip, data.crop
         self._arrays, self._replace = data.arrays, data.on_error == "replace"
         self._centre_crop = partial(centre_crop, size=self._size)
@@ -105,8 +107,8 @@ class StepDataset(Dataset):
 
     def read(self, index: int) -> tuple[np.ndarray, torch.Tensor, np.ndarray, dict[str, np.ndarray]]:
         """k (n,), the cropped pictures uint8 (n, C, H, W), labels (n,) and arrays of a batch, before any mirroring."""
-        first = self._images + index * self._batch_size
-        k = self._order.rows(first, self._batch_size, self._rank, self._world_size)
+        batch = self._skipped.at(self._first + index * self._batch_size, self._batch_size)
+        k = self._order.deal(batch, self._rank, self._world_size)
         sources, samples = self._order.samples(k)
         for source, reader in enumerate(self._readers):
             reader.prefetch(samples[sources == source].tolist(), self._samples[source].fields)
@@ -166,8 +168,8 @@ def _check_fields(config: Config, manifest: Manifest) -> None:
             raise UserError(f"data.arrays.{name}: {manifest.path} has no field {array.field}")
 
 
-def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int):
+def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
     """The `Batches` of `StepDataset` from index 0 on, made ahead in `data.workers` processes."""
     from dtrain.data.loader import Batches
 
-    return Batches(StepDataset(config, manifest, rank, world_size, images), config.data.workers)
+    return Batches(StepDataset(config, manifest, rank, world_size, images, skipped), config.data.workers)
