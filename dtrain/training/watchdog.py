@@ -1,0 +1,116 @@
+"""Finds a hang: no step within a limit that recent steps taught. Then all stacks are written, and the rank leaves.
+
+Each rank has a thread of its own, because a rank that waits in a collective for another looks as stuck as the one it
+waits for, and a frozen process (SIGSTOP, a dead node) can say nothing. Limits come from what all ranks have reduced, so
+they are the same everywhere and pass within moments of each other; who is first waits for the others to write.
+
+What it cannot see into: a thread that holds Python's lock for ever stops this rank's watchdog too. The others leave.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from dtrain.errors import HANG
+from dtrain.run import RunDirectory
+from dtrain.training.output import say_error
+
+TICK_SECONDS = 0.5
+PATIENCE = 10  # times the slowest recent step or evaluation
+RECENT = 50
+WORD_SECONDS = 3.0  # for the stacks and the outcome: a file system that hangs must not keep us
+GRACE_SECONDS = 3.0  # for the others, whose connections break when we leave
+FIRST_LIMITS = {"start": 1800.0, "saving": 1800.0, "evaluation": 21600.0}  # seconds, where nothing was learned
+
+
+class Watchdog:
+    """floor: seconds that no limit is under; 0: nothing is watched."""
+
+    def __init__(self, run: RunDirectory, rank: int, floor: float):
+        self._run, self._rank, self._floor = run, rank, floor
+        self._recent = {"step": deque(maxlen=RECENT), "evaluation": deque(maxlen=RECENT)}
+        self._waited = 0.0
+        self._phase = "start"
+        self._limit = max(floor, FIRST_LIMITS["start"])
+        self._closed = threading.Event()
+        self.step = 0  # steps done
+        self.attempt: int | None = None
+        if floor:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        """A step is done, or the run is ready for its first."""
+        self.step = step
+        self._enter("step")
+
+    def heard(self, seconds: list[float]) -> None:
+        """How long a step took each rank."""
+        self._recent["step"].append(max(seconds))
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Not a step but "start", "saving" or "evaluation", in which limits are others."""
+        outer, started = self._phase, time.monotonic()
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            if phase in self._recent:
+                self._recent[phase].append(time.monotonic() - started)
+            self._enter(outer)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def limit_of(self, phase: str) -> float:
+        """Seconds. The first step may take as long as the start does: much is compiled and connected in it."""
+        recent = self._recent.get(phase)
+        learned = PATIENCE * max(recent) if recent else FIRST_LIMITS.get(phase, FIRST_LIMITS["start"])
+        return max(self._floor, learned)
+
+    def _enter(self, phase: str) -> None:
+        self._phase, self._limit, self._waited = phase, self.limit_of(phase), 0.0
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._closed.wait(TICK_SECONDS):
+            now = time.monotonic()
+            # A job that was suspended as a whole has not waited: a tick that took long counts as two.
+            self._waited += min(now - before, 2 * TICK_SECONDS)
+            before = now
+            if self._waited > self._limit:
+                self._leave()
+
+    def _leave(self) -> None:
+        writer = threading.Thread(target=self._leave_word, name="last-words", daemon=True)
+        writer.start()
+        writer.join(WORD_SECONDS)
+        time.sleep(GRACE_SECONDS)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(HANG)
+
+    def _leave_word(self) -> None:
+        """Each part on its own: a full disk must hinder neither the others nor the end."""
+        while_in = "" if self._phase == "step" else f" ({self._phase})"
+        message = (
+            f"rank {self._rank} hangs after step {self.step}{while_in}: nothing happened for {self._limit:.0f} s "
+            f"(train.hang_limit); what each rank was doing is in {self._run.logs}/rank-*.stacks"
+        )
+        with suppress(OSError), open(self._run.logs / f"rank-{self._rank}.stacks", "w") as file:
+            file.write(f"{message}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        if self._rank != 0:
+            time.sleep(2 * TICK_SECONDS)
+            if self._run.outcome() is not None:
+                return  # rank 0, or another, has said it
+        with suppress(OSError):
+            self._run.write_outcome("hang", self.step, self.attempt, message)
+        with suppress(OSError):
+            say_error(message)

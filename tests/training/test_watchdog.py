@@ -1,0 +1,151 @@
+"""Real ranks that stall or are frozen: all that run leave their stacks and exit with 76, within the limit + 10 s."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dtrain.errors import HANG
+from dtrain.run import RunDirectory
+from dtrain.training.watchdog import Watchdog
+from tests.digits import losses, tiny
+from tests.ranks import run_ranks, start_ranks
+from tests.training.test_full_disk import small_disk
+from tests.training.test_loop import train
+from tests.training.test_stopping import LONG, wait_for_step
+
+LIMIT = "train.hang_limit=3"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def assert_left_in_time(processes, config, since):
+    """These processes exit with 76 soon after the limit; returns the outcome."""
+    end = time.monotonic() + 90
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        assert process.exitcode == HANG
+    took = time.monotonic() - since
+    outcome = RunDirectory(config.run.path).outcome()
+    assert outcome["outcome"] == "hang"
+    limit = float(re.search(r"nothing happened for (\d+) s", outcome["message"])[1])
+    assert took < limit + 10
+    return outcome
+
+
+def stacks(config, rank: int) -> str:
+    return (config.run.path / "logs" / f"rank-{rank}.stacks").read_text()
+
+
+def test_a_stalled_rank_gives_the_stacks_of_all_ranks_and_the_run_goes_on_afterwards(digits, tmp_path):
+    config = tiny(digits, tmp_path, LIMIT, "data.workers=1", "train.checkpoint_every=5")
+    stalled = {"DTRAIN_FAULTS": "stall at=step step=13 rank=1 attempt=1"}
+    started = [process for process, _ in start_ranks(train, 2, config, environment=stalled)]
+    wait_for_step(config, 11)
+    since = time.monotonic()
+    workers = [child for process in started for child in children(process.pid)]
+    assert len(workers) >= 2
+    outcome = assert_left_in_time(started, config, since)
+    assert outcome["step"] in (12, 13)
+    assert outcome["attempt"] == 1
+    assert "faults.py" in stacks(config, 1)  # where it stalls
+    assert "loop.py" in stacks(config, 0)  # where it waits for the other
+    assert "rank 1 hangs after step 12" in stacks(config, 1)
+    end = time.monotonic() + 30  # a worker that was starting itself looks for its parent every 5 s
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(runs, workers))
+    pids = [process.pid for process in started] + workers
+    assert not [f for f in os.listdir("/dev/shm") for pid in pids if f"_{pid}_" in f]
+
+    run_ranks(train, 2, config, environment=stalled)  # that one was for the first attempt
+    assert len(losses(config)) == 20
+    assert RunDirectory(config.run.path).outcome()["outcome"] == "finished"
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
+    config = tiny(digits, tmp_path, LIMIT, *LONG)
+    started = [process for process, _ in start_ranks(train, 2, config)]
+    wait_for_step(config, 8)
+    os.kill(started[frozen].pid, signal.SIGSTOP)
+    try:
+        assert_left_in_time([started[1 - frozen]], config, time.monotonic())
+        assert "all_reduce" in stacks(config, 1 - frozen) or "loop.py" in stacks(config, 1 - frozen)
+        assert started[frozen].is_alive()
+    finally:
+        started[frozen].kill()
+        started[frozen].join()
+
+
+def hang_in(path):
+    watchdog = Watchdog(RunDirectory(path), 0, 1.0)
+    watchdog.heard([0.01])
+    watchdog.beat(1)
+    time.sleep(600)
+
+
+def test_a_full_disk_does_not_hinder_the_end(tmp_path):
+    with small_disk(tmp_path / "run", "size=64k"):
+        (tmp_path / "run" / "logs").mkdir()
+        with contextlib.suppress(OSError), (tmp_path / "run" / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        ((process, _),) = start_ranks(hang_in, 1, str(tmp_path / "run"))
+        process.join(60)
+        assert process.exitcode == HANG
+        assert RunDirectory(tmp_path / "run").outcome() is None
+
+
+def beating(path, seconds):
+    watchdog = Watchdog(RunDirectory(path), 0, 2.0)
+    watchdog.heard([0.01])
+    os.kill(os.getpid(), signal.SIGSTOP)  # until the test lets it go on
+    watchdog.beat(1)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        watchdog.beat(1)
+        time.sleep(0.05)
+    watchdog.close()
+
+
+def test_a_job_suspended_as_a_whole_goes_on(tmp_path):
+    """As `scontrol suspend` does: far longer than the limit, with every process of the job."""
+    ((process, receiver),) = start_ranks(beating, 1, str(tmp_path), 3)
+    time.sleep(5)
+    os.kill(process.pid, signal.SIGCONT)
+    assert receiver.recv() == (True, None)
+    process.join(10)
+    assert process.exitcode == 0
+    assert not list(tmp_path.rglob("*.stacks"))
+
+
+def test_limits_are_learned_from_what_all_ranks_took(tmp_path):
+    watchdog = Watchdog(RunDirectory(tmp_path), 0, 0)  # watches nothing
+    assert watchdog.limit_of("step") == watchdog.limit_of("start") == 1800  # the first compiles and connects
+    watchdog.heard([1.0, 40.0])
+    assert watchdog.limit_of("step") == 400
+    for _ in range(50):
+        watchdog.heard([2.0, 3.0])
+    assert watchdog.limit_of("step") == 30
+    assert watchdog.limit_of("evaluation") == 6 * 3600
+    with watchdog.during("evaluation"):
+        time.sleep(0.01)
+    assert 0.1 <= watchdog.limit_of("evaluation") < 60
+    patient = Watchdog(RunDirectory(tmp_path), 0, 300)
+    patient.close()
+    patient.heard([0.1])
+    assert patient.limit_of("step") == 300
