@@ -281,6 +281,10 @@ class Train(Section):
     keep_last: Positive = 3  # complete checkpoints kept
     keep_every: Positive | None = None  # also kept: those of every so many steps
     keep_best: str | None = None  # also kept: the one that this metric finds best, such as fd_pixels
+    spike_factor: Annotated[float, Field(ge=0)] = 10.0  # a norm over so many recent ones is refused; 0: none
+    bad_steps: Positive = 3  # refused in a row: the run goes back to its newest checkpoint and leaves their images out
+    rollbacks: NonNegative = 5  # of a run; the next one ends it and names the samples
+    hang_limit: Annotated[float, Field(ge=0)] = 300.0  # seconds without a step, at least, that are a hang; 0: none are
     deadline: str | None = None  # [D-]HH:MM:SS from the start, or an ISO 8601 time; default: the SLURM job's end
 
 

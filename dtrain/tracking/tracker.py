@@ -44,8 +44,11 @@ class Tracker:
         context: dict[str, Any],
         deepspeed: dict[str, Any],
     ) -> None:
-        """Record that an attempt starts at `position`, and what its config changes; start shipping."""
+        """Record that an attempt starts at `position`, or that the run goes back there, and what its config changes;
+        start shipping.
+        """
         self._position = position
+        self._own.attempt = None  # on other ranks: another one from now on
         self._watch_node(config.tracking.system_every)
         if self._journal is None:
             return

@@ -158,6 +158,14 @@ class Engine:
         self._write(lambda name: self._initial_value(name, self.shapes[name], self._config.run.seed))
         self.refresh(optimizer_steps=0)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the initial weights, EMAs as these, moments zero, no step taken. On all ranks."""
+        for piece in self.pieces(whole=True):
+            if piece.name.split(":")[1] in MOMENTS:
+                piece.values.zero_()
+        self._write_initial_weights()
+
     def set_weights(self, model: torch.nn.Module) -> None:
         """Begin with a whole model's weights, EMAs as these and moments zero; `refresh` must follow on all ranks."""
         weights = dict(model.named_parameters())

@@ -12,24 +12,33 @@ import torch
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data.loader import Batches
-from dtrain.data.stream import Report
+from dtrain.data.manifest import Manifest
+from dtrain.data.skipped import Skipped
+from dtrain.data.stream import Report, train_batches
 from dtrain.errors import SharedError, UserError
 
 
 class Feed:
-    """Batches on this rank's device, one after the other from `next`.
+    """Batches on this rank's device, one after the other from `next`, once `begin` has said where.
 
     report: how the batch given last was read. seconds: how long it was waited for. error: why this rank has none.
     """
 
-    def __init__(self, config: Config, batches: Batches):
-        self._config, self._batches = config, batches
+    def __init__(self, config: Config, manifest: Manifest):
+        self._config, self._manifest = config, manifest
+        self._batches: Batches | None = None
         self.report = Report()
         self.seconds = 0.0
         self.error: str | None = None
 
+    def begin(self, images: int, skipped: Skipped) -> None:
+        """Go on, or anew, from place `images` of the run's order, without what is left out of it."""
+        self.close()
+        ranks = distributed.rank(), distributed.world_size()
+        self._batches = train_batches(self._config, self._manifest, *ranks, images, skipped)
+
     def next(self, first: int) -> dict[str, torch.Tensor]:
-        """The batch of `StepDataset` that begins at image `first`, or after an error one that stands in for it."""
+        """The next batch, which begins at image `first`, or after an error one that stands in for it."""
         started = time.perf_counter()
         batch, self.report = self._read(first), self._batches.report if self.error is None else Report()
         if (device := distributed.device()).type != "cpu":
@@ -54,7 +63,8 @@ class Feed:
         raise SharedError(next(e for e in distributed.gather_objects(self.error) if e is not None))
 
     def close(self) -> None:
-        self._batches.close()
+        if self._batches is not None:
+            self._batches.close()
 
 
 def stand_in(config: Config, first: int) -> dict[str, torch.Tensor]:

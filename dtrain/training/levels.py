@@ -58,6 +58,13 @@ def remember(process, checkpoint: Checkpoint) -> None:
     process.times.load_state(found)
 
 
+def forget(process) -> None:
+    """As if no step had been taken."""
+    state = memory(process)
+    if state:
+        process.times.load_state({n.removeprefix("times:"): torch.zeros_like(value) for n, value in state.items()})
+
+
 def mean_by_level(heard: list[StepSums]) -> dict[str, float]:
     """loss_level_0 (least noise) … loss_level_7 over the steps heard of; a level that had no row is left out."""
     sums = [sum(s.levels[i] for s in heard) for i in range(2 * LEVEL_BINS)]

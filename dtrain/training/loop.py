@@ -5,33 +5,31 @@
 Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
 """
 
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
-
-import torch
 
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
-from dtrain.data.stream import train_batches
+from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
-from dtrain.diffusion.times import stratified
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
-from dtrain.models.dropout import dropout_keys
 from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
+from dtrain.training.bad_steps import BadSteps
+from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
 from dtrain.training.data_health import DataHealth
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
+from dtrain.training.goodput import Goodput, lost_steps
 from dtrain.training.levels import StepLosses, memory
 from dtrain.training.output import redirect_to_log
 from dtrain.training.progress import TrainingProgress
@@ -40,6 +38,7 @@ from dtrain.training.saving import Saving
 from dtrain.training.start import prepare, resume
 from dtrain.training.stopping import StopRequest, deadline
 from dtrain.training.throughput import Meter
+from dtrain.training.watchdog import Watchdog
 
 
 def train(config: Config) -> Outcome:
@@ -67,17 +66,32 @@ def train(config: Config) -> Outcome:
     stop = StopRequest(run.stop_file if rank == 0 else None, ends)
     stop.listen()
     tracker = Tracker(run, rank)
-    position, feed, outcome = Position(), None, None
+    feed = Feed(config, manifest)
+    bad_steps = BadSteps(config, SampleNames(config, manifest), tracker)
+    watchdog, goodput = Watchdog(run, rank, config.train.hang_limit), Goodput(tracker)
+    position, outcome = Position(), None
     try:
         engine = Engine(config, micro_batch)
         process = build_process(config.diffusion)
-        position = resume(engine, process, run, config)
-        context = {"data": manifest.hash, "world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
+        position = resume(engine, process, run, config, bad_steps)
+        context = {"data": manifest.hash, "batch_size": config.data.batch_size}
+        context |= {"world_size": world_size, "zero_stage": config.deepspeed.zero_stage}
         if isinstance(process, GaussianDiffusion):
             context["snr"] = process.schedule.snr_ends
-        tracker.begin(config, position, changes, context, engine.options)
-        feed = Feed(config, train_batches(config, manifest, rank, world_size, position.images))
-        position, outcome = steps(config, run, manifest, engine, process, position, feed, tracker, stop)
+
+        def begin(position: Position, changes: dict[str, tuple], **more) -> None:
+            """An attempt begins at `position`: now, and again whenever the run goes back."""
+            about = context | {"skipped": bad_steps.skipped.ranges} | more
+            if rank == 0:
+                goodput.begin_attempt(lost_steps(run.journal_file, position))
+            tracker.begin(config, position, changes, about, engine.options)
+            watchdog.attempt = tracker.attempt if rank == 0 else None
+            feed.begin(position.images, bad_steps.skipped)
+
+        begin(position, changes)
+        position, outcome = steps(
+            config, run, manifest, engine, process, position, feed, bad_steps, begin, tracker, stop, watchdog, goodput
+        )
         if rank == 0:
             why = stop.reason or "another rank was asked to" if outcome == "stopped" else None
             run.write_outcome(outcome, position.step, tracker.attempt, why)
@@ -85,8 +99,8 @@ def train(config: Config) -> Outcome:
         run.write_outcome("user_error", position.step, message=str(e))
         raise
     finally:
-        if feed is not None:
-            feed.close()
+        watchdog.close()
+        feed.close()
         unsent = tracker.close(outcome == "finished")
         stop.restore()
         if rank == 0:
@@ -104,8 +118,12 @@ def steps(
     process: GaussianDiffusion | RectifiedFlow,
     position: Position,
     feed: Feed,
+    bad_steps: BadSteps,
+    begin: Callable[..., None],
     tracker: Tracker,
     stop: StopRequest,
+    watchdog: Watchdog,
+    goodput: Goodput,
 ) -> tuple[Position, Outcome]:
     """From `position` to config.train.steps, or to where the ranks agree to stop."""
     device, batch_size, rank = distributed.device(), config.data.batch_size, distributed.rank()
@@ -128,25 +146,56 @@ def steps(
             return False
         if sums.error:
             feed.raise_on_all()
+        watchdog.heard(sums.step_seconds)
         saving.heard(sums)
         stopping = stopping or sums.stop
-        meter.heard(sums)
         health.heard(sums)
+        if (refused := bad_steps.heard(sums)) is not None:
+            progress.say(refused)
+            return sums.no_room
+        meter.heard(sums)
         step = sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
             metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
             tracker.write("train", sums.position, metrics | meter.metrics() | health.metrics(sums.position.images))
             progress.update(step, sums.loss, batch_size / meter.seconds_per_step, meter.seconds_per_step)
             meter.restart()
+            goodput.journal_now_and_then(sums.position)
         return sums.no_room
 
+    def save() -> None:
+        with watchdog.during("saving"), goodput.during("save_stall_s"):
+            saving.begin(position, engine, memory(process), bad_steps=bad_steps.state())
+
+    def settle() -> None:
+        with watchdog.during("saving"), goodput.during("save_stall_s"):
+            saving.settle()
+
+    def go_back() -> Position:
+        """To the newest whole checkpoint, and from there around the images that were refused last."""
+        bad_steps.leave_out(position)
+        settle()
+        goodput.end_attempt(position)
+        with watchdog.during("start"):
+            found = resume(engine, process, run, config, bad_steps, anew=True)
+            saving.went_back(found)
+            why = f"{config.train.bad_steps} steps in a row were refused"
+            progress.say(f"back from step {position.step} to {found.step}, to leave out images: {why}")
+            begin(found, {}, back_from=position.step, why=why)
+        goodput.train()
+        meter.restart()
+        return found
+
+    goodput.train()
+    watchdog.beat(position.step)
     try:
         while position.step < config.train.steps and not stopping:
             faults.at("step", position.step + 1)
             started = time.perf_counter()
-            batch = prepared(feed.next(position.images), config, position)
+            images = bad_steps.batch(position.images)
+            batch = prepared(feed.next(images[0][0]), config, position, bad_steps.skipped)
             health.journal(feed.report, position)
-            poisoned = faults.poisons(position.images, position.images + batch_size)
+            poisoned = any(faults.poisons(first, last) for first, last in images)
             step_losses = StepLosses(process, device)
             for part in split(batch, engine.micro_batch):
                 labels = with_dropped_labels(part, config)
@@ -157,27 +206,32 @@ def steps(
                 engine.backward(losses.mean())
                 step_losses.add(part, losses)
             faults.at("step:update")
-            grad_norm = engine.step(learning_rate(config, position.step + 1))
+            limit = bad_steps.limit
+            grad_norm = engine.step(learning_rate(config, position.step + 1), limit)
             faults.at("step:moved")
-            if math.isfinite(grad_norm):
+            taken = bad_steps.judge(grad_norm, limit, images)
+            if taken:
                 step_losses.observe(distributed.world_size())
-            position = Position(position.step + 1, position.images + batch_size)
-            if position.step == 1 and isinstance(process, GaussianDiffusion):  # not before: a mistake is one line
-                most, least = process.schedule.snr_ends
-                progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
+            position = Position(position.step + taken, images[-1][1])
+            if taken and position.step == 1:  # not before: a mistake is one line
+                say_ends(process, progress)
             if evaluation is None and config.eval.every:
-                evaluation = evaluation_of(run, config, process, tracker, progress)
+                with watchdog.during("start"), goodput.during("evaluation_s"):
+                    evaluation = evaluation_of(run, config, process, tracker, progress)
                 meter.restart()
 
             hear()
             last = position.step == config.train.steps
-            save_due = last or stopping or position.step % config.train.checkpoint_every == 0
-            evaluation_due = evaluation is not None and (last or position.step % config.eval.every == 0)
+            save_due = last or (taken and position.step % config.train.checkpoint_every == 0)
+            save_due = save_due or (stopping and position.step != saving.begun)
+            evaluation_due = evaluation is not None and taken and (last or position.step % config.eval.every == 0)
+            goodput.step(taken, feed.seconds, batch_size)
             reduction.start(
                 position,
                 step_losses.sum,
                 grad_norm,
                 step_losses.by_level(),
+                taken=taken,
                 stop=stop.wanted(meter.seconds_per_step, saving.seconds),
                 written=saving.written,
                 failed=saving.failed,
@@ -187,19 +241,23 @@ def steps(
                 step_seconds=time.perf_counter() - started,
                 data_seconds=feed.seconds,
             )
-            if save_due or evaluation_due:
+            if save_due or evaluation_due or stopping or bad_steps.too_many:
                 no_room = hear()  # the journal must not lack a step that a checkpoint holds
-            if save_due:
-                saving.skip(position) if no_room else saving.begin(position, engine, memory(process))
+            if bad_steps.too_many:
+                position = go_back()
+            elif save_due:
+                saving.skip(position) if no_room else save()
             if evaluation_due and not stopping:
-                saving.settle()  # a kill during a long evaluation must not cost the checkpoint
-                evaluation.run(engine, position)
+                settle()  # a kill during a long evaluation must not cost the checkpoint
+                with watchdog.during("evaluation"), goodput.during("evaluation_s"):
+                    evaluation.run(engine, position)
                 meter.restart()
-        saving.settle()
-        if saving.newest != position and saving.problem is None:
-            saving.begin(position, engine, memory(process))
-            saving.settle()
-        if saving.newest != position:
+            watchdog.beat(position.step)
+        settle()
+        if saving.newest.step != position.step and saving.problem is None:
+            save()
+            settle()
+        if saving.newest.step != position.step:
             distributed.barrier()  # rank 0 has journaled by then; the launcher kills it once another rank has left
             raise UserError(
                 f"{run.path} ended at step {position.step}, but its newest checkpoint is of step {saving.newest.step}: "
@@ -207,10 +265,17 @@ def steps(
             )
     finally:
         progress.close()
+        goodput.journal(position)
     if position.step < config.train.steps:
         progress.say(f"stopped after step {position.step}: {stop.reason or 'another rank was asked to'}")
         return position, "stopped"
     return position, "finished"
+
+
+def say_ends(process: GaussianDiffusion | RectifiedFlow, progress: TrainingProgress) -> None:
+    if isinstance(process, GaussianDiffusion):
+        most, least = process.schedule.snr_ends
+        progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
 
 
 def evaluation_of(*arguments):
@@ -220,31 +285,3 @@ def evaluation_of(*arguments):
     from dtrain.training.evaluation import Evaluation
 
     return Evaluation(*arguments)
-
-
-def prepared(batch: dict[str, torch.Tensor], config: Config, position: Position) -> dict[str, torch.Tensor]:
-    """The batch with what only some configs draw: times spread evenly over the global batch, keys of dropout."""
-    if config.diffusion.stratified:
-        spread = stratified(batch["time"], batch["k"], position.images, config.data.batch_size, config.run.seed)
-        batch = batch | {"time": spread}
-    if getattr(config.model, "dropout", 0.0):
-        batch = batch | {"dropout": dropout_keys(config.run.seed, batch["k"])}
-    return batch
-
-
-def split(batch: dict[str, torch.Tensor], micro_batch: int) -> Iterator[dict[str, torch.Tensor]]:
-    for start in range(0, len(batch["k"]), micro_batch):
-        yield {k: v[start : start + micro_batch] for k, v in batch.items()}
-
-
-def with_dropped_labels(batch: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
-    """Labels (n,) int64, a share of them replaced by the null label, for classifier-free guidance."""
-    if not config.model.num_classes:
-        return batch["label"]
-    drop = batch["drop"] < config.diffusion.label_dropout
-    return torch.where(drop, config.model.num_classes, batch["label"])
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Of step 1, 2, …: linear warm-up, then constant."""
-    return config.optim.lr * min(1.0, step / max(1, config.optim.warmup_steps))

@@ -36,6 +36,7 @@ class StepSums:
     """What all ranks know of a step once it is reduced; equal on every rank."""
 
     position: Position  # after the step
+    taken: bool  # moved the weights; a refused step counts images, but not as a step
     loss: float  # mean over the global batch
     grad_norm: float  # of the mean gradient, before clipping
     stop: bool  # some rank wants the run to stop
@@ -55,7 +56,7 @@ class StepSums:
 class StepReduction:
     def __init__(self, rank: int, world_size: int, batch_size: int):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self._pending = None  # (position, vector, work)
+        self._pending = None  # (position, taken, vector, work)
 
     def start(
         self,
@@ -64,6 +65,7 @@ class StepReduction:
         grad_norm: torch.Tensor | float,
         levels: torch.Tensor,
         *,
+        taken: bool = True,
         stop: bool,
         written: bool,
         failed: bool,
@@ -90,13 +92,13 @@ class StepReduction:
         vector[1] = grad_norm
         vector[flags:] = levels
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
-        self._pending = (position, vector, work)
+        self._pending = (position, taken, vector, work)
 
     def finish(self) -> StepSums | None:
         """The sums of the step begun last; None when there is none."""
         if self._pending is None:
             return None
-        position, vector, work = self._pending
+        position, taken, vector, work = self._pending
         self._pending = None
         if work is not None:
             work.wait()
@@ -106,6 +108,7 @@ class StepReduction:
         own = values[len(SUMS) :]
         return StepSums(
             position,
+            taken,
             loss=loss / self.batch_size,
             grad_norm=norm / self.world_size,
             stop=stop > 0,

@@ -38,11 +38,16 @@ class Saving:
         self._tracker, self._progress = tracker, progress
         self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
         self._position: Position | None = None  # of the save in flight
-        self._begun = 0.0
+        self._since = 0.0
         self._needed = self._free = 0  # bytes, as rank 0 last found them
         self.newest = position  # of the newest complete checkpoint
         self.problem: str | None = None  # why the last save came to nothing
         self.seconds = 0.0  # from copy to commit, of the slowest save so far
+
+    @property
+    def begun(self) -> int:
+        """The step of the save in flight, else of the newest complete checkpoint."""
+        return (self._position or self.newest).step
 
     @property
     def written(self) -> bool:
@@ -75,14 +80,14 @@ class Saving:
         self.settle()
         self._lost(position, self._shortage())
 
-    def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor]) -> None:
+    def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor], **meta) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight.
 
-        more: tensors by name that every rank holds alike; rank 0 writes them.
+        more: tensors by name that every rank holds alike; rank 0 writes them. meta: plain data beside them.
         """
         self.settle()
-        self._position, self._begun = position, time.perf_counter()
-        meta = {
+        self._position, self._since = position, time.perf_counter()
+        meta |= {
             "step": position.step,
             "images": position.images,
             "optimizer_steps": engine.optimizer_steps,
@@ -107,6 +112,10 @@ class Saving:
             self._writer.wait()
             self._finish(not all(distributed.gather_objects(self.written)))
 
+    def went_back(self, position: Position) -> None:
+        """The run goes on from the checkpoint at `position`, where it has one."""
+        self.newest, self.problem = position, None
+
     def _finish(self, failed: bool) -> None:
         position, self._position, failure = self._position, None, self._writer.failure
         if not failed:
@@ -120,7 +129,7 @@ class Saving:
             return
         faults.at("save:journal")
         self.newest, self.problem = position, None
-        self.seconds = max(self.seconds, time.perf_counter() - self._begun)
+        self.seconds = max(self.seconds, time.perf_counter() - self._since)
         if distributed.rank() == 0:
             context = {
                 "path": path.name,

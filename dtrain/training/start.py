@@ -14,9 +14,10 @@ from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
+from dtrain.training.bad_steps import BadSteps
 from dtrain.training.check import PUBLISHED, check_data, checkpoint_at
 from dtrain.training.engine import Engine
-from dtrain.training.levels import remember
+from dtrain.training.levels import forget, remember
 
 
 def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:
@@ -39,8 +40,17 @@ def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest
     return changes
 
 
-def resume(engine: Engine, process: GaussianDiffusion | RectifiedFlow, run: RunDirectory, config: Config) -> Position:
+def resume(
+    engine: Engine,
+    process: GaussianDiffusion | RectifiedFlow,
+    run: RunDirectory,
+    config: Config,
+    bad_steps: BadSteps | None = None,
+    anew: bool = False,
+) -> Position:
     """Load the newest checkpoint that every rank can read whole; where there is none, begin.
+
+    anew: the engine has been trained with since it was made.
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
@@ -50,6 +60,8 @@ def resume(engine: Engine, process: GaussianDiffusion | RectifiedFlow, run: RunD
         if checkpoint is not None:
             engine.refresh(checkpoint.meta["optimizer_steps"])
             remember(process, checkpoint)
+            if bad_steps is not None:
+                bad_steps.load_state(checkpoint.meta.get("bad_steps", {}))
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
         if distributed.rank() == 0:
             print(f"skipping a damaged checkpoint: {problem}", flush=True)
@@ -57,6 +69,10 @@ def resume(engine: Engine, process: GaussianDiffusion | RectifiedFlow, run: RunD
         raise UserError(
             f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; move them away to start anew"
         )
+    if anew:
+        engine.reset()
+        forget(process)
+        bad_steps.load_state({})
     if config.run.init_from:
         _begin_from(engine, config)
     return Position()
