@@ -16,6 +16,7 @@ from dtrain.tracking.journal import events, read
 from dtrain.training.bad_steps import FEWEST, WINDOW, BadSteps
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
+from tests.training.elastic import tensors
 from tests.training.test_bad_steps import differing, state
 from tests.training.test_loop import train
 
@@ -196,8 +197,11 @@ def test_a_run_that_would_go_back_too_often_ends_on_all_ranks_and_names_the_samp
 
 
 def test_importance_sampling_does_not_remember_what_was_refused(digits, tmp_path):
-    config = tiny(digits, tmp_path, "train.steps=6", "diffusion.times=importance", "diffusion.timesteps=20")
+    config = tiny(digits, tmp_path, "train.steps=6", "diffusion.times=importance", "diffusion.timesteps=24")
     poisoned(config, 2, "48:72")
+    memory = {name: value for name, value in tensors(tmp_path).items() if name.startswith("times:")}
+    assert memory["times:counts"].sum() == 6 * BATCH
+    assert all(np.isfinite(value).all() for value in memory.values())
     assert np.isfinite(losses(config)).all()
 
 
