@@ -10,25 +10,34 @@ from dtrain.data.shards import ShardReader
 
 
 class SampleNames:
-    """Names of images by their place k in the run's order. Nothing is read before the first is asked for."""
+    """Where images lie, by their place k in the run's order."""
 
     def __init__(self, config: Config, manifest: Manifest):
-        self._config, self._manifest = config, manifest
+        self._config, self._manifests = config, (manifest, *manifest.mixed)
+        self._places = [source.shards for source in (config.data, *config.data.mix)]
 
-    def __call__(self, k: np.ndarray) -> list[str]:
-        """`shard: member` of each image k (n,); of remote shards, which are not read for it, `shard: sample i`."""
-        data, manifests = self._config.data, (self._manifest, *self._manifest.mixed)
-        places = [source.shards for source in (data, *data.mix)]
-        readers = [
-            None if is_url(place) else ShardReader(one, place) for one, place in zip(manifests, places, strict=True)
-        ]
+    def by_shard(self, k: np.ndarray) -> dict[str, list[int]]:
+        """Shard → which of its samples the images k (n,) are, counted from 0. Reads nothing."""
+        found: dict[str, list[int]] = {}
+        for shard, number, _, _ in self._located(k):
+            found.setdefault(shard, []).append(number)
+        return {shard: sorted(numbers) for shard, numbers in found.items()}
+
+    def of(self, k: np.ndarray) -> list[str]:
+        """`shard: member` of a few images k (n,), as each shard is read up to its sample; remote: `shard: sample 7`."""
         names = []
-        for source, sample in zip(*of_run(self._config, self._manifest).samples(k), strict=True):
-            if readers[source] is not None:
-                names.append(readers[source].name(int(sample)))
-                continue
-            ends = np.cumsum(manifests[source].shard_sizes)
-            shard = int(np.searchsorted(ends, sample, side="right"))
-            within = int(sample - ends[shard] + manifests[source].shards[shard].samples)
-            names.append(f"{places[source]}/{manifests[source].shards[shard].name}: sample {within}")
+        for shard, number, source, sample in self._located(k):
+            remote = is_url(self._places[source])
+            reader = None if remote else ShardReader(self._manifests[source], self._places[source])
+            names.append(f"{shard}: sample {number}" if remote else reader.name(sample))
         return names
+
+    def _located(self, k: np.ndarray) -> list[tuple[str, int, int, int]]:
+        """Of each image: its shard, its number in there, its source, and its sample id in the source."""
+        found = []
+        for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
+            sizes = self._manifests[source].shard_sizes
+            shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
+            name = f"{self._places[source]}/{self._manifests[source].shards[shard].name}"
+            found.append((name, int(sample - sizes[:shard].sum()), int(source), int(sample)))
+        return found

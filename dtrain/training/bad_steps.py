@@ -77,8 +77,8 @@ class BadSteps:
         spike = f"the norm of its gradient is {norm:.4g}, over {limit:.4g}"
         why = spike if np.isfinite(norm) else "its loss or gradient is not finite"
         message = f"the step after {sums.position.step} was refused: {why}"
-        names = self._names(_places(images))
-        context = {"kind": "bad_step", "message": message, "refused": images, "samples": names}
+        samples = self._names.by_shard(_places(images))
+        context = {"kind": "bad_step", "message": message, "refused": images, "samples": samples}
         self._tracker.write("fault", sums.position, {"grad_norm": norm}, context)
         return message
 
@@ -90,12 +90,12 @@ class BadSteps:
         """Be without the images refused in a row up to `position`. Raises SharedError where that is too often."""
         ranges = [one for batch in self.refused for one in batch]
         if self.rollbacks >= self._train.rollbacks:
-            names = self._names(_places(ranges))
-            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            places = _places(ranges)
+            more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
             raise SharedError(
                 f"{len(self.refused)} steps in a row after step {position.step} were refused, and the run has gone "
-                f"back {self.rollbacks} times already (train.rollbacks); the last images were "
-                f"{', '.join(names[:NAMED])}{more}; look at them, at optim.lr, or at train.spike_factor"
+                f"back {self.rollbacks} times already (train.rollbacks); look at the samples "
+                f"{', '.join(self._names.of(places[:NAMED]))}{more}, at optim.lr, or at train.spike_factor"
             )
         self.skipped = Skipped([*self.skipped.ranges, *ranges])
         self.rollbacks += 1
