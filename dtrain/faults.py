@@ -7,6 +7,7 @@ DTRAIN_FAULTS holds a schedule, several faults separated by `;`:
     sigkill | sigkill_all | sigterm    this rank, all ranks on this machine, this rank politely
     stall                              this thread sleeps for `seconds`, else for ever
     nan                                the loss of a batch with some of images [a, b) of the run's order is not a number
+    fill, free                         a file at `path` takes all that is left of a small file system; it is gone again
 
 at: one of POINTS. step: of the training, or that a save or an evaluation belongs to; default: any. rank: default: each.
 attempt: counts from 1, so that a run that goes on is not hit again; default: every one. skip: how often the point is
@@ -14,12 +15,16 @@ passed first. times: how often it happens, by this process; default: once, and `
 point costs one look at an empty tuple.
 """
 
+import errno
 import math
 import os
+import shlex
+import shutil
 import signal
 import threading
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from dtrain.errors import UserError
 
@@ -30,7 +35,7 @@ POINTS = {
     "step:update": "gradients are there, the weights have not moved",
     "step:moved": "weights, moments and averages have moved, nobody has been told",
     "save:stage": "before each piece is copied",
-    "save:write": "after each block of the rank's file",
+    "save:write": "after each half of a block of the rank's file",
     "save:fsync": "the file is written, not yet durable",
     "save:index": "the file is durable, its index is not written",
     "save:rename": "an index or the manifest has its temporary name",
@@ -45,7 +50,8 @@ POINTS = {
     "eval:draw": "before each block of samples",
     "eval:journal": "before its line is written",
 }
-KINDS = ("sigkill", "sigkill_all", "sigterm", "stall", "nan")
+KINDS = ("sigkill", "sigkill_all", "sigterm", "stall", "nan", "fill", "free")
+MOST_FILLED = 2**30  # bytes; the disk that others work on is not filled by mistake
 
 
 @dataclass
@@ -61,13 +67,14 @@ class Fault:
     times: float = 1
     seconds: float = math.inf
     images: tuple[int, int] | None = None
+    path: str | None = None
     _passed: int = field(default=0, repr=False)  # how often this process has met the point
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
         """Raises UserError."""
-        kind, *words = text.split()
+        kind, *words = shlex.split(text)
         values = dict(word.partition("=")[::2] for word in words)
         types = {f.name: f.type for f in fields(cls) if not f.name.startswith("_") and f.name != "kind"}
         try:
@@ -86,6 +93,8 @@ class Fault:
                 if values.keys() & {"at", "step"} or "images" not in values:
                     raise ValueError("nan takes images=FIRST:LAST instead of a point")
                 values.setdefault("times", math.inf)
+            elif kind in ("fill", "free") and "path" not in values:
+                raise ValueError(f"{kind} takes path=FILE")
             elif values.get("at") not in POINTS:
                 raise ValueError(f"at={values.get('at')} is none of {', '.join(POINTS)}")
         except ValueError as e:
@@ -99,7 +108,7 @@ class Fault:
             if f.name.startswith("_") or value == f.default or (f.name == "times" and value == math.inf):
                 continue
             parts.append(f"{f.name}={value[0]}:{value[1]}" if f.name == "images" else f"{f.name}={value}")
-        return " ".join(parts)
+        return shlex.join(parts)
 
     def due(self) -> bool:
         """Called each time its point is met: whether it happens this time."""
@@ -163,3 +172,20 @@ def _happen(fault: Fault) -> None:
         end = time.monotonic() + fault.seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 1.0))
+    elif fault.kind == "fill":
+        _fill(Path(fault.path))
+    elif fault.kind == "free":
+        Path(fault.path).unlink(missing_ok=True)
+
+
+def _fill(path: Path) -> None:
+    assert shutil.disk_usage(path.parent).free <= MOST_FILLED, f"{path.parent} is no small file system"
+    with open(path, "ab", buffering=0) as f:
+        for size in (2**20, 2**12, 1):
+            block = bytes(size)
+            try:
+                while True:
+                    f.write(block)
+            except OSError as e:
+                if e.errno != errno.ENOSPC:
+                    raise

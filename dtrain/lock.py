@@ -84,13 +84,13 @@ def holder(path: Path) -> dict | None:
 def _create(path: Path, text: str) -> bool:
     """Write a new file whole; False where there is one. A hard link appears with its contents, or not at all."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(text)
     try:
+        temporary.write_text(text)
         os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 

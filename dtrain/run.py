@@ -85,7 +85,10 @@ class RunDirectory:
         self, outcome: Outcome, step: int, attempt: int | None = None, message: str | None = None
     ) -> None:
         body = {"outcome": outcome, "step": step, "attempt": attempt, "message": message}
-        replace(self.outcome_file, json.dumps({k: v for k, v in body.items() if v is not None}) + "\n")
+        try:
+            replace(self.outcome_file, json.dumps({k: v for k, v in body.items() if v is not None}) + "\n")
+        except OSError as e:  # how the run ended is worth more than this file
+            print(f"{self.outcome_file} cannot be written ({e.strerror}): scripts will take this end for a crash")
 
     def outcome(self) -> dict | None:
         """How the last attempt ended; None while it runs or after a crash."""
@@ -96,7 +99,10 @@ class RunDirectory:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Scheduled faults happen at their point, step, rank and attempt, and nowhere else."""
 
+import shutil
 import signal
 import time
 
@@ -11,6 +12,7 @@ from dtrain.faults import POINTS, Fault
 from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks, start_ranks
+from tests.training.test_full_disk import small_disk
 from tests.training.test_loop import train
 
 
@@ -32,6 +34,7 @@ def armed(monkeypatch):
         "stall at=eval",
         "nan images=240:264",
         "sigterm at=save:stage skip=3 times=2",
+        "fill at=save:fsync step=6 rank=0 'path=/a b/filler'",
     ],
 )
 def test_a_fault_is_read_and_written_alike(text):
@@ -41,10 +44,11 @@ def test_a_fault_is_read_and_written_alike(text):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("explode at=step", "'explode' is none of sigkill, sigkill_all, sigterm, stall, nan"),
+        ("explode at=step", "'explode' is none of sigkill, sigkill_all, sigterm, stall, nan, fill, free"),
         ("sigkill at=save:wite", "at=save:wite is none of load, "),
         ("sigkill at=step stpe=4", "'stpe' is none of at, step, rank"),
         ("sigkill", "at=None is none of"),
+        ("fill at=step", "fill takes path=FILE"),
         ("nan at=step", "nan takes images=FIRST:LAST instead of a point"),
         ("nan images=24", "not enough values"),
         ("sigkill at=step step=x", "invalid literal"),
@@ -84,6 +88,19 @@ def test_a_range_of_images_is_poisoned_for_batches_that_meet_it(armed):
     assert [faults.poisons(first, first + 32) for first in range(0, 128, 32)] == [False, True, True, False]
     armed("nan images=48:72 times=1")
     assert [faults.poisons(*batch) for batch in [*batches, *batches]].count(True) == 1
+
+
+def test_a_small_disk_is_filled_to_the_last_byte_and_no_large_one_is(armed, tmp_path):
+    with small_disk(tmp_path / "disk", "size=1m"):
+        armed(f"fill at=step path={tmp_path}/disk/filler; free at=save:stage path={tmp_path}/disk/filler")
+        faults.at("step")
+        assert shutil.disk_usage(tmp_path / "disk").free == 0
+        faults.at("save:stage")
+        assert shutil.disk_usage(tmp_path / "disk").free > 2**19
+    with small_disk(tmp_path / "large", "size=3g"):
+        armed(f"fill at=step path={tmp_path}/large/filler")
+        with pytest.raises(AssertionError, match="is no small file system"):
+            faults.at("step")
 
 
 def test_nothing_happens_where_nothing_is_scheduled(armed):

@@ -82,10 +82,12 @@ class Writer:
             self._thread.join()
 
     def commit(self) -> Path:
-        """Every rank has written: rank 0 makes the checkpoint complete. Raises OSError or Damaged when it cannot."""
+        """Every rank has written: rank 0 makes the checkpoint complete.
+
+        Raises OSError or Damaged when it cannot; the save is then still to be abandoned.
+        """
         faults.at("save:commit")
         partial, final = self.partial, step_path(self.directory, self.step)
-        self.step = self._thread = None
         if self.rank == 0:
             format.write_manifest(partial, self.world_size, self._tensors, self._meta)
             faults.at("save:manifest")
@@ -97,6 +99,7 @@ class Writer:
             faults.at("save:committed")
             format.fsync_folder(self.directory)
             shutil.rmtree(replaced, ignore_errors=True)
+        self.step = self._thread = None
         return final
 
     def abandon(self) -> None:

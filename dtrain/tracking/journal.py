@@ -78,26 +78,30 @@ class Journal:
         """
         if self.attempt is None:
             self.attempt = highest_attempt(events(self.path))
+        self._write(self._line(event, step, images, metrics or {}, context or {}), event in SYNCED)
+
+    def _line(self, event: str, step: int, images: int, metrics: dict, context: dict) -> bytes:
         line = {
             "event": event,
             "step": int(step),
             "images": int(images),
             "attempt": self.attempt,
             "time": round(time.time(), 3),
-            "metrics": {name: _number(value) for name, value in (metrics or {}).items()},
-            "context": context or {},
+            "metrics": {name: _number(value) for name, value in metrics.items()},
+            "context": context,
         }
-        self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        if event in SYNCED:
-            os.fsync(self._descriptor)
+        return json.dumps(line, allow_nan=False).encode() + b"\n"
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _write(self, line: bytes) -> None:
-        """One write to a descriptor in append mode, so that neither a kill nor another process can split the line."""
+    def _write(self, line: bytes, synced: bool) -> None:
+        """One write to a descriptor in append mode, so that neither a kill nor another process can split the line.
+
+        synced: wait until it is durable too.
+        """
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             end = os.fstat(self._descriptor).st_size
@@ -109,6 +113,8 @@ class Journal:
         if written < len(data) - 1:
             problem = f"only {written} of the {len(data)} bytes of a journal line were written"
             raise OSError(errno.ENOSPC, problem, str(self.path))
+        if synced:
+            os.fsync(self._descriptor)
 
 
 def events(path: str | Path) -> list[dict[str, Any]]:

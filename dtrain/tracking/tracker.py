@@ -13,9 +13,10 @@ from dtrain.credentials import without_credentials
 from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import Position, RunDirectory
-from dtrain.tracking.journal import Journal, Tail, evaluation_journal, events, highest_attempt
+from dtrain.tracking.journal import Tail, evaluation_journal, events, highest_attempt
 from dtrain.tracking.mlflow import Destination, Shipper, default_uri
 from dtrain.tracking.mlflow import sync as sync_journal
+from dtrain.tracking.patience import PatientJournal
 from dtrain.tracking.provenance import provenance
 from dtrain.tracking.system import SystemSampler
 
@@ -25,8 +26,8 @@ CLOSE_SECONDS = 30.0  # how long the end of a run waits for a slow tracking serv
 class Tracker:
     def __init__(self, run: RunDirectory, rank: int):
         self._run, self._rank = run, rank
-        self._journal = Journal(run.journal_file) if rank == 0 else None
-        self._own = self._journal or Journal(run.journal_file, rank)
+        self._journal = PatientJournal(run.journal_file) if rank == 0 else None
+        self._own = self._journal or PatientJournal(run.journal_file, rank)
         self._shipper: Shipper | None = None
         self._shipping = False
         self._sampler: SystemSampler | None = None
@@ -50,8 +51,13 @@ class Tracker:
         self._position = position
         self._own.attempt = None  # on other ranks: another one from now on
         self._watch_node(config.tracking.system_every)
-        if self._journal is None:
-            return
+        if self._journal is not None:
+            try:
+                self._begin(config, position, changes, context, deepspeed)
+            except OSError as e:
+                raise UserError(f"{e if e.strerror is None else e.strerror}; make room in {self._run.path}") from None
+
+    def _begin(self, config: Config, position: Position, changes, context, deepspeed) -> None:
         journal = Tail(self._run.journal_file)
         lines = journal.read()
         number = highest_attempt(lines) + 1
@@ -66,7 +72,7 @@ class Tracker:
     def write(self, event: str, position: Position, metrics: dict | None = None, context: dict | None = None) -> None:
         self._position = position
         if self._journal is not None:
-            self._journal.append(event, position.step, position.images, metrics, context)
+            self._append(self._journal, event, position, metrics, context)
             if event == "train":
                 self._ship()
 
@@ -88,15 +94,26 @@ class Tracker:
         if self._own.attempt is None:
             # Of rank 0's journal: who calls this has heard of rank 0 since it began.
             self._own.attempt = highest_attempt(events(self._run.journal_file))
-        self._own.append(event, position.step, position.images, context=context)
+        self._append(self._own, event, position, None, context)
+
+    def _append(self, journal: PatientJournal, event: str, position: Position, metrics, context) -> None:
+        before = journal.problem
+        journal.append(event, position.step, position.images, metrics, context)
+        if journal.problem is not None and before is None:
+            print(f"{journal.path} cannot be written ({journal.problem}); its lines wait in memory", flush=True)
+        elif journal.problem is None and before is not None:
+            print(f"{journal.path} is written again, with the lines that waited", flush=True)
 
     def close(self, finished: bool) -> int:
         """Ship what can be shipped soon; returns the number of journal lines that could not be."""
         if self._sampler is not None:
             self._sampler.close()
-        if self._journal is not None:
-            self._journal.close()
-        self._own.close()
+        for journal in {self._own, self._journal} - {None}:
+            journal.close()
+            if journal.unwritten:
+                print(
+                    f"{journal.unwritten} lines of {journal.path} could not be written: {journal.problem}", flush=True
+                )
         if self._shipper is None:
             return 0
         self._ship()

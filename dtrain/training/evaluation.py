@@ -38,10 +38,15 @@ class Evaluation:
         if distributed.rank() != 0:
             return
         name = f"samples/step-{position.step:08d}.png"
-        draw_grid(sampler, config, self._run.path / name)
+        try:
+            draw_grid(sampler, config, self._run.path / name)
+            context = context | {"artifact": name}
+        except OSError as e:  # the numbers count more than the picture
+            (self._run.path / name).unlink(missing_ok=True)
+            self._progress.say(f"{name} cannot be written: {e.strerror}")
         seconds = time.perf_counter() - started
         faults.at("eval:journal")
-        self._tracker.write("eval", position, metrics | {"seconds": seconds}, context | {"artifact": name})
+        self._tracker.write("eval", position, metrics | {"seconds": seconds}, context)
         self._tracker.write("validation", position, levels, {"ema": weights})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")

@@ -18,7 +18,7 @@ from dtrain.data.streams import with_streams
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
-from dtrain.errors import UserError
+from dtrain.errors import SharedError, UserError
 from dtrain.lock import RunLock
 from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
@@ -84,7 +84,7 @@ def train(config: Config) -> Outcome:
             about = context | {"skipped": bad_steps.skipped.ranges} | more
             if rank == 0:
                 goodput.begin_attempt(lost_steps(run.journal_file, position))
-            tracker.begin(config, position, changes, about, engine.options)
+            distributed.agree(tracker.begin, config, position, changes, about, engine.options)
             watchdog.attempt = tracker.attempt if rank == 0 else None
             feed.begin(position.images, bad_steps.skipped)
 
@@ -257,11 +257,12 @@ def steps(
         if saving.newest.step != position.step and saving.problem is None:
             save()
             settle()
-        if saving.newest.step != position.step:
-            distributed.barrier()  # rank 0 has journaled by then; the launcher kills it once another rank has left
-            raise UserError(
-                f"{run.path} ended at step {position.step}, but its newest checkpoint is of step {saving.newest.step}: "
-                f"{saving.problem}; make room and start it again"
+        # Rank 0 commits, and has journaled by then: the launcher kills it once another rank has left.
+        newest, problem = distributed.gather_objects((saving.newest, saving.problem))[0]
+        if newest.step != position.step:
+            raise SharedError(
+                f"{run.path} ended at step {position.step}, but its newest checkpoint is of step {newest.step}: "
+                f"{problem}; make room and start it again"
             )
     finally:
         progress.close()

@@ -122,7 +122,8 @@ class Saving:
             try:
                 path = self._writer.commit()
             except (OSError, Damaged) as e:  # on rank 0, the only one that knows: the next save will tell the others
-                failed, failure = True, str(e)
+                where = getattr(e, "filename", None) or self._run.checkpoints
+                failed, failure = True, f"cannot write {where}: {e.strerror}" if isinstance(e, OSError) else str(e)
         if failed:
             self._writer.abandon()
             self._lost(position, failure or "another rank could not write")

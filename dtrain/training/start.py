@@ -25,6 +25,14 @@ def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest
 
     Returns the config keys that differ from the last start. Nothing of the run is written before all is checked.
     """
+    try:
+        return _prepare(run, lock, config, manifest)
+    except OSError as e:
+        place = e.filename or run.path
+        raise UserError(f"cannot write {place}: {e.strerror}; make room, or choose another run.dir") from None
+
+
+def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:
     run.make_folders()
     lock.acquire()
     try:
@@ -34,7 +42,7 @@ def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest
         run.outcome_file.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
         remove_partial(run.checkpoints)
-    except UserError:
+    except (UserError, OSError):
         lock.release()
         raise
     return changes

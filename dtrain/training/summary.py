@@ -24,7 +24,8 @@ def summary(path: Path) -> str:
             f"{metric} of {context['ema']}, {context['n']} samples, {context['steps']} {context['sampler']} steps"
         )
         lines += [f"  step {s:>8}  {v:>9.4f}  {'█' * max(1, round(BAR * v / top))}" for s, v in curve]
-        lines.append(f"sample grid: {run.path / evaluations[-1]['context']['artifact']}")
+        if "artifact" in context:
+            lines.append(f"sample grid: {run.path / context['artifact']}")
     uri = without_credentials(tracking_uri(run, run.config()))
     opens = f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else uri
     lines.append(f"curves in MLflow: {opens}")
