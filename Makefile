@@ -1,12 +1,13 @@
 # make demo    set up, pack digits, train on 2 CPU ranks (all GPUs where there are any), evaluate, say what to open
 # make test    set up, lint, run the whole test suite;   make campaigns: the long ones
+# make chaos   half an hour of kills, damage and starvation against a small job; the report is tests/chaos.md
 # make test-slurm    trainings on a real SLURM of two nodes, started on this machine (root; Debian: slurm-wlm munge)
 PYTHON ?= python3
 BIN := .venv/bin
 ACCELERATORS := $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slurm campaigns lint clean
+.PHONY: demo test test-slurm campaigns chaos lint clean
 
 demo: .venv/ready
 	dtrain pack sklearn:digits data/digits --holdout 360
@@ -20,6 +21,9 @@ test-slurm: .venv/ready
 
 campaigns: .venv/ready
 	python -m pytest -m campaign tests/campaigns
+
+chaos: .venv/ready
+	dtrain chaos --minutes 30 --seed 0 --out tests/chaos.md
 
 lint: .venv/ready
 	ruff check .

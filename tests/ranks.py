@@ -3,46 +3,28 @@
 A two-rank DeepSpeed training costs a fraction of a second this way instead of the launcher's 25 s.
 """
 
-import multiprocessing
 import os
 import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from dtrain.distributed import free_port
+from dtrain.chaos import forked
 
-PRELOAD = [
-    "torch",
-    "torchmetrics",
-    "dtrain.training.deepspeed_import",
-    "torch._dynamo",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "tests.ranks",
-]
 # The parent of all ranks finds `tests` here, wherever a test has gone.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+forked.preload("tests.ranks")
 
 
 def start_ranks(function, world_size: int, *args, environment: dict[str, str] | None = None):
     """Processes and their result pipes. `function`, of a module's top level, is called as function(*args)."""
-    port = str(free_port())
-    started = []
-    for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | (environment or {})
-        process = _context.Process(
-            target=_rank_main, args=(sender, {k: str(v) for k, v in env.items()}, os.getcwd(), function, args)
-        )
-        process.start()
+    pipes = [forked.context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = forked.fork_ranks(_rank_main, [(sender, function, args) for _, sender in pipes], environment)
+    for _, sender in pipes:
         sender.close()
-        started.append((process, receiver))
-    return started
+    return [(process, receiver) for process, (receiver, _) in zip(processes, pipes, strict=True)]
 
 
 def run_ranks(
@@ -81,9 +63,7 @@ def join_ranks(started: list, timeout: float = 120) -> list:
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(sender, environment, directory, function, args):
-    os.environ.update(environment)
-    os.chdir(directory)
+def _rank_main(sender, function, args):
     import torch
 
     from dtrain import distributed

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from dtrain.cli import checkpoints, cluster, data, evaluation, planning, running
+from dtrain.cli import chaos, checkpoints, cluster, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError
 from dtrain.training.output import say_error
 
@@ -32,6 +32,7 @@ for command in (
     cluster.status,
     planning.plan,
     planning.doctor,
+    chaos.chaos,
 ):
     app.command()(command)
 app.add_typer(data.data, name="data")

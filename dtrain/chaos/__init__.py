@@ -1,0 +1,1 @@
+"""A job that is killed, damaged and starved on purpose, again and again, and compared with the same job left alone."""

@@ -1,0 +1,84 @@
+"""One attempt of a job: `dtrain train` on several ranks, forked or started by `deepspeed`, until all are gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.chaos.forked import fork_ranks
+
+GRACE_SECONDS = 10.0  # that the others have when a rank has failed; `deepspeed` gives 30
+LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "train.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended."""
+
+    codes: list[int]  # of each rank; of the launcher, the one it passes on
+    at: float  # unix seconds when nothing of it was left
+    hung: bool  # it had to be ended
+
+    def __str__(self) -> str:
+        words = [signal.Signals(-code).name if code < 0 else f"exit {code}" for code in self.codes]
+        return ("hung, " if self.hung else "") + " / ".join(words)
+
+
+def forked(arguments: list[str], ranks: int, faults: str, log: Path, limit: float) -> Ended:
+    """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`."""
+    environment = {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    processes = fork_ranks(_command, [(arguments, str(log))] * ranks, environment)
+    end, failing = time.monotonic() + limit, None
+    while any(process.is_alive() for process in processes):
+        now = time.monotonic()
+        if failing is None and any(process.exitcode for process in processes):
+            failing = now + GRACE_SECONDS
+        if now > min(end, failing or end):
+            for process in processes:
+                process.kill()
+        next((p for p in processes if p.is_alive()), processes[0]).join(0.02)
+    hung = time.monotonic() > end
+    return Ended([process.exitcode for process in processes], time.time(), hung)
+
+
+def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: float) -> Ended:
+    """The same through `deepspeed`, as people start it."""
+    from dtrain.distributed import free_port
+
+    program = Path(sys.executable).parent / "deepspeed"
+    environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"DTRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    command = [program, "--num_accelerators", str(ranks), "--master_port", str(free_port()), LAUNCHER, *arguments[1:]]
+    with open(log, "ab") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    hung = False
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        hung = True
+    _end_session(process)
+    return Ended([process.wait()], time.time(), hung)
+
+
+def _end_session(process: subprocess.Popen) -> None:
+    """Nothing that the launcher started outlives it: ranks are in its session."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue
+
+
+def _command(arguments: list[str], log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from dtrain.cli import main
+
+    sys.argv = ["dtrain", *arguments]
+    main()

@@ -1,0 +1,35 @@
+"""`dtrain chaos` on a product that is broken on purpose: it takes bytes of a checkpoint for good that are not.
+
+The ranks are forked from a parent that has imported this module, so that it is the training that is broken, and not
+the judge.
+"""
+
+import os
+import sys
+from functools import partial
+
+import numpy as np
+
+from dtrain.chaos import forked
+
+if __name__ == "__main__":
+    from dtrain.chaos import schedule
+    from dtrain.cli import main
+
+    forked.preload("dtrain.training.loop", "dtrain.training.evaluation", "tests.chaos.broken")
+    kinds = {
+        "damage": [partial(schedule.damage_after_a_kill, "an exchanged file")],
+        "kill": [partial(schedule.kill_in_a_step, "step", "all")],
+    }
+    schedule.everything = lambda job: [*kinds["kill"] * 2, *kinds["damage"]]
+    sys.argv[0] = "dtrain"
+    main()
+else:
+    from dtrain.checkpoint import format
+
+    def read_block(file, number):
+        start = number * file.block
+        with open(file.path, "rb") as f:
+            return np.frombuffer(os.pread(f.fileno(), min(file.block, file.size - start), start), np.uint8)
+
+    format._File.read_block = read_block
