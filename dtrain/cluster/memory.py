@@ -5,6 +5,7 @@ bucket in which gradients are reduced.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 from dtrain.config import Config
 
@@ -17,15 +18,37 @@ MOST_GATHERED = 1_000_000_000  # elements that stage 3 gathers before it lets go
 class Sizes:
     """Elements of a model's parameters."""
 
-    trainable: int
+    each: tuple[int, ...]  # of the trainable ones, in the model's order
     frozen: int
-    persistent: int  # of the trainable ones, those that stage 3 never partitions
 
     @classmethod
     def of(cls, model) -> "Sizes":
-        trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        return cls(sum(trainable), frozen, sum(n for n in trainable if n < PERSISTENT))
+        trainable = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+        return cls(trainable, sum(p.numel() for p in model.parameters() if not p.requires_grad))
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.each)
+
+    @property
+    def persistent(self) -> int:
+        """Of the trainable ones, those that stage 3 never partitions."""
+        return sum(n for n in self.each if n < PERSISTENT)
+
+    def share(self, ranks: int, stage: int) -> int:
+        """Trainable elements of a rank's own, padding too: stage 3 cuts each parameter, 1 and 2 all of them as one."""
+        if stage == 0:
+            return self.trainable
+        if stage == 3:
+            return sum(-(-n // ranks) for n in self.each)
+        return 2 * -(-self.trainable // (2 * ranks))
+
+    def touched(self, ranks: int) -> int:
+        """Elements of all parameters with a part in a rank's share at stages 1 and 2, of the rank that has most."""
+        share, ends = self.share(ranks, 1), accumulate(self.each)
+        spans = [(end - n, end) for n, end in zip(self.each, ends, strict=True)]
+        shares = [(rank * share, (rank + 1) * share) for rank in range(ranks)]
+        return max(sum(e - b for b, e in spans if b < last and e > first) for first, last in shares)
 
 
 @dataclass(frozen=True)
@@ -47,21 +70,21 @@ class State:
 
 
 def state(config: Config, sizes: Sizes, ranks: int, stage: int) -> State:
-    """Of the config's precision, offload and averages at another `stage`; every rank holds the same but for padding."""
-    w, share = weight_bytes(config), sizes.trainable / ranks
-    offload = config.deepspeed.offload
-    averages = 4 * len(config.ema)
-    whole = w * sizes.trainable
+    """Of the config's precision, offload and averages at another `stage`, of the rank that holds most.
+
+    Stages 1 and 2 keep the gradients of a parameter that a share's end cuts through whole, on both sides.
+    """
+    w, share = weight_bytes(config), sizes.share(ranks, stage)
+    offload, averages = config.deepspeed.offload, 4 * len(config.ema)
+    weights = w * (sizes.trainable + sizes.frozen)
     if stage == 0:
-        p = sizes.trainable
-        return State(whole + w * sizes.frozen, 0, whole, 8 * p, averages * p, 0, 0)
-    partitioned = stage == 3
-    weights = w * ((sizes.trainable + sizes.frozen) / ranks if partitioned else sizes.trainable + sizes.frozen)
-    if partitioned and ranks > 1:
-        weights += w * sizes.persistent
-    held = [weights, 4 * share, w * share, 8 * share, averages * share, bucket_bytes(config, sizes) * partitioned]
-    offloaded = {"none": 0, "optimizer": sum(held[1:5]), "all": sum(held[1:5]) + held[0]}[offload]
-    return State(*map(round, held), host=round(offloaded))
+        return State(weights, 0, w * share, 8 * share, averages * share, 0, 0)
+    gradients, buckets = w * sizes.touched(ranks), 0
+    if stage == 3:
+        weights = w * (share + -(-sizes.frozen // ranks) + (sizes.persistent if ranks > 1 else 0))
+        gradients, buckets = w * share, bucket_bytes(config, sizes)
+    held = [weights, 4 * share, gradients, 8 * share, averages * share, buckets]
+    return State(*held, host={"none": 0, "optimizer": sum(held[1:5]), "all": sum(held[:5])}[offload])
 
 
 def in_backward(config: Config, sizes: Sizes, ranks: int, stage: int) -> int:

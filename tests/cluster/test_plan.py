@@ -160,19 +160,30 @@ def storages() -> dict[int, int]:
     return {at: size for at, size in found.items() if at}
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(
     ("stage", "precision", "ranks"),
-    [(stage, "fp32", ranks) for stage in range(4) for ranks in (1, 2, 3)] + [(s, "bf16", 2) for s in (1, 2, 3)],
+    [(stage, "fp32", ranks) for stage in range(4) for ranks in (1, 2, 3)] + [(s, "bf16", 3) for s in (1, 2, 3)],
 )
-def test_a_rank_holds_what_the_plan_says_within_5_percent(digits, tmp_path, stage, precision, ranks):
-    overrides = [f"deepspeed.zero_stage={stage}", f"deepspeed.precision={precision}", "model.width=160"]
-    config = tiny(digits, tmp_path, *overrides, "ema=[{decay: 0.9}, {decay: 0.99}]")
+def test_the_fullest_rank_holds_what_the_plan_says_within_5_percent(digits, tmp_path, stage, precision, ranks, depth):
+    shape = [f"model.depth={depth}", "model.width=160", "ema=[{decay: 0.9}, {decay: 0.99}]"]
+    config = tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}", f"deepspeed.precision={precision}", *shape)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
     planned = state(config, sizes, ranks, stage)
-    for real_bytes, saved in run_ranks(held, ranks, config):
-        assert planned.device == pytest.approx(real_bytes, rel=0.05)
-        assert checkpoint_bytes(config, sizes) == saved
+    measured, saved = zip(*run_ranks(held, ranks, config, timeout=600), strict=True)
+    assert planned.device == pytest.approx(max(measured), rel=0.05)
+    assert set(saved) == {checkpoint_bytes(config, sizes)}
+
+
+def test_what_a_rank_touches_is_what_brute_force_finds():
+    each = (7, 1, 40, 3, 3, 90, 2, 11)
+    owners = [n for n, size in enumerate(each) for _ in range(size)]
+    for ranks in (1, 2, 3, 5, 60):
+        sizes = Sizes(each, 0)
+        share = sizes.share(ranks, 1)
+        touched = [{owners[i] for i in range(r * share, min((r + 1) * share, len(owners)))} for r in range(ranks)]
+        assert sizes.touched(ranks) == max(sum(each[n] for n in names) for names in touched)
 
 
 def test_what_does_not_fit_is_said_and_what_is_recommended_fits(digits, tmp_path):
@@ -180,13 +191,13 @@ def test_what_does_not_fit_is_said_and_what_is_recommended_fits(digits, tmp_path
     size = ["model={name: dit, size: L/2, num_classes: 10}", "data.image_size=32", "data.batch_size=256"]
     path.write_text(load(CONFIG, [*size, "deepspeed.zero_stage=0", "run.name=big"]).dump())
     ranks = ["--nodes", 2, "--gpus-per-node", 8, "--gpu-memory", 12, "--json"]
-    code, text = run_ranks(command, 1, "plan", path, *ranks)[0]
+    code, text = run_ranks(command, 1, "plan", path, *ranks, timeout=600)[0]
     found = json.loads(text)
     assert (code, found["fits"], found["gpus"], found["rows"]) == (1, False, 16, 16)
     assert found["usable"] < found["stages"][0]["needed"]
-    code, text = run_ranks(command, 1, "plan", path, *found["recommended"], "eval.batch_size=8", *ranks)[0]
+    code, text = run_ranks(command, 1, "plan", path, *found["recommended"], "eval.batch_size=8", *ranks, timeout=600)[0]
     assert (code, json.loads(text)["fits"]) == (0, True)
-    code, text = run_ranks(command, 1, "plan", path, "--gpu-memory", 0.5)[0]
+    code, text = run_ranks(command, 1, "plan", path, "--gpu-memory", 0.5, timeout=600)[0]
     assert code == 1
     assert "does not fit" in text
     assert "nothing fits" in text
