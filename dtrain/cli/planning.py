@@ -120,8 +120,17 @@ def doctor(
         print(json.dumps([asdict(f) for f in findings]))
     else:
         _show_findings(findings)
+        print(verdict(findings))
     if any(f.status == "bad" for f in findings):
         raise typer.Exit(DAMAGED)
+
+
+def verdict(findings) -> str:
+    """The line that somebody in a hurry reads."""
+    bad, warnings = ([f.check for f in findings if f.status == status] for status in ("bad", "warning"))
+    if bad:
+        return f"bad: {', '.join(bad)}"
+    return f"nothing is bad; to be looked at: {', '.join(warnings)}" if warnings else "all is well"
 
 
 def _show_findings(findings) -> None:

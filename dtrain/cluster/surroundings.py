@@ -135,9 +135,7 @@ def disk_space(config: Config) -> Finding:
     wanted = max(1, config.train.keep_last + 1 - there)
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
-    found = (
-        f"{folder} has {free / GIB:,.2f} GiB free; a checkpoint takes {size / GIB:,.3f}, and {wanted} more will come"
-    )
+    found = f"{folder} has {free / GIB:,.2f} GiB free; {wanted} checkpoints of {size / GIB:,.3f} GiB will come"
     advice = "free some space, take another run.dir, or a smaller train.keep_last"
     if free < size:
         return bad("disk space", found, advice)

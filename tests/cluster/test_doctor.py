@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.cli.planning import verdict
 from dtrain.cluster import machine, surroundings
+from dtrain.cluster.finding import Finding
 from dtrain.cluster.tested import DEEPSPEED_DEFAULTS, VERSIONS
 from dtrain.distributed import free_port
 from dtrain.run import RunDirectory
@@ -81,6 +83,15 @@ def test_the_tested_versions_are_those_of_the_constraints(monkeypatch):
     assert "(tested: 1.0.0)" in found.found
     monkeypatch.setitem(VERSIONS, "no-such-package", "1.0.0")
     assert machine.versions().status == "bad"
+
+
+def test_the_last_line_is_for_somebody_in_a_hurry():
+    fine, odd, broken = (
+        Finding(name, status, "x") for name, status in zip("abc", ("ok", "warning", "bad"), strict=True)
+    )
+    assert verdict([fine]) == "all is well"
+    assert verdict([fine, odd]) == "nothing is bad; to be looked at: b"
+    assert verdict([fine, odd, broken]) == "bad: c"
 
 
 def defaults_against(changed: dict):
