@@ -128,7 +128,7 @@ def test_a_cancelled_job_is_not_requeued(job, stubs):
 @pytest.mark.parametrize("checkpoint", [CHECKPOINT, ""])
 def test_a_training_that_hangs_when_its_time_is_over_is_given_up_before_slurm_kills_the_script(job, stubs, checkpoint):
     (stubs.bin / "squeue").write_text("#!/bin/bash\necho 2021-01-02T03:04:05\n")
-    script = slurm.render(job, slurm.Request(2, 1, "1:00:00")).replace("sleep 20;", "sleep 1;")
+    script = slurm.render(job, slurm.Request(2, 1, "1:00:00")).replace("sleep 10;", "sleep 1;")
     training = (
         'trap "" TERM; ' + checkpoint + 'touch "$RUN/up"; for _ in {1..60}; do [[ -e $RUN/over ]] || sleep 1; done'
     )
