@@ -12,7 +12,7 @@ import numpy as np
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
 from dtrain.data.order import Order
-from dtrain.data.streams import default_streams, with_streams
+from dtrain.data.streams import MIXED, default_streams, with_streams
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose, key_of, permutation
 
@@ -103,7 +103,7 @@ def of_run(config: Config, manifest: Manifest) -> Mixture:
     orders = [Order(seed, manifest.shard_sizes, streams, data.shuffle_window)]
     for source, other in zip(data.mix, manifest.mixed, strict=True):
         own = key_of(f"{seed} {source.name}") >> 1  # sources of equal shape must not go in step
-        orders.append(Order(own, other.shard_sizes, default_streams(other.samples), data.shuffle_window))
+        orders.append(Order(own, other.shard_sizes, default_streams(other.samples, MIXED), data.shuffle_window))
     try:
         return Mixture(seed, orders, [data.weight, *(s.weight for s in data.mix)])
     except ValueError as e:

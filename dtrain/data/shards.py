@@ -16,7 +16,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.tar import ABSENT, member_name
 from dtrain.errors import BadSample, UserError
 
-OPEN_SHARDS = 128  # descriptors a reader keeps; a process is commonly allowed 1,024
+OPEN_SHARDS = 256  # descriptors a reader keeps, one a stream; a process is commonly allowed 1,024
 CONNECTIONS = 16  # ranges a reader asks for at a time: object stores answer late, but many at once
 RUN = 16  # blocks asked for in one range
 

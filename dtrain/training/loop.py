@@ -50,11 +50,11 @@ def train(config: Config) -> Outcome:
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load_all(config.data)
-    config = with_streams(config, manifest)
+    run = RunDirectory(config.run.path)
+    config = with_streams(config, manifest, run)
     distributed.initialize()
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     distributed.on_rank_0(manifests.check_all, manifest, config.data)
-    run = RunDirectory(config.run.path)
     if faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
         faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))

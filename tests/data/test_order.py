@@ -245,6 +245,6 @@ def test_impossible_requests_are_refused():
         order.rows(0, 10, 2, 2)
 
 
-@pytest.mark.parametrize(("samples", "streams"), [(1, 1), (1023, 1), (2048, 2), (50_000, 48), (10**7, 64)])
-def test_the_default_is_a_stream_per_1024_samples_up_to_64(samples, streams):
+@pytest.mark.parametrize(("samples", "streams"), [(1, 1), (1023, 1), (2048, 2), (50_000, 48), (10**7, 256)])
+def test_the_default_is_a_stream_per_1024_samples_up_to_256(samples, streams):
     assert default_streams(samples) == streams

@@ -1,0 +1,39 @@
+"""The number of streams a run is read in stays what it was when the run began, whatever the default becomes."""
+
+import pytest
+
+from dtrain.config import validate
+from dtrain.data.manifest import Manifest, Shard
+from dtrain.data.streams import with_streams
+from dtrain.errors import UserError
+from dtrain.run import RunDirectory
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """300,000 samples in one shard, which nobody opens."""
+    shard = Shard(name="a.tar", samples=300_000, bytes=1, sha256="0" * 64)
+    return Manifest(tmp_path / "m.json", ["jpg"], [shard], None, tmp_path / "m.members")
+
+
+def configuration(tmp_path, **data):
+    tree = {
+        "run": {"name": "old", "dir": str(tmp_path)},
+        "data": {"shards": str(tmp_path), "image_size": 8, "batch_size": 8} | data,
+        "model": {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 2},
+        "train": {"steps": 1},
+    }
+    return validate(tree, "a test")
+
+
+def test_a_run_of_an_earlier_default_goes_on_in_its_own_streams(tmp_path, manifest):
+    run = RunDirectory(tmp_path / "old")
+    fresh = configuration(tmp_path)
+    assert with_streams(fresh, manifest, run).data.streams == 256
+    run.make_folders()
+    run.save_config(configuration(tmp_path, streams=64))  # as an earlier version resolved it
+    again = with_streams(fresh, manifest, run)
+    assert again.data.streams == 64
+    assert run.reconcile(again) == {}
+    with pytest.raises(UserError, match=r"data\.streams was 64, is 256"):
+        run.reconcile(with_streams(configuration(tmp_path, streams=256), manifest, run))
