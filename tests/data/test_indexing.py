@@ -1,0 +1,61 @@
+"""Indexing many shards, with kills on the way: what was scanned is not scanned again, and the manifest is the same."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dtrain.data.indexing import index_shards
+from dtrain.data.manifest import load
+from dtrain.data.tar import scan
+from tests.data.shard_files import write_shards
+
+SHARDS = int(os.environ.get("DTRAIN_CAMPAIGN_INDEX", "160"))
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Real ones of 3 samples each, no two alike."""
+    samples = [{"jpg": b"%d" % n * (n % 50), "cls": str(n % 10).encode()} for n in range(3 * SHARDS)]
+    return write_shards(tmp_path_factory.mktemp("many"), samples, 3)
+
+
+def _index(shards, destination) -> None:
+    """In a process group of its own, so that its workers die with it as a job's do."""
+    os.setpgrp()
+    index_shards(shards, destination, progress=lambda _: time.sleep(0.001), processes=2)
+
+
+def test_indexing_that_was_killed_goes_on_where_it_was(shards, tmp_path):
+    """SIGKILL at random moments; the files are those of an uninterrupted call, byte for byte."""
+    (tmp_path / "whole").mkdir()
+    whole = index_shards(shards, tmp_path / "whole" / "manifest.json", processes=1)
+    assert len(whole.shards) == SHARDS
+    (tmp_path / "killed").mkdir()
+    destination = tmp_path / "killed" / "manifest.json"
+    kept: dict[str, int] = {}
+    rng = np.random.default_rng(3)
+    for round in range(1, KILLS + 1):
+        process = multiprocessing.get_context("fork").Process(target=_index, args=(shards, destination))
+        process.start()
+        until = round * SHARDS // (KILLS + 1) + int(rng.integers(5))
+        while len(parts := list((tmp_path / "killed").glob(".manifest.json.partial/*.scan"))) < until:
+            assert process.is_alive()
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        now = {part.name: part.stat().st_ino for part in parts}
+        assert now.items() >= kept.items()
+        assert not destination.exists()
+        kept = now
+    again = index_shards(shards, destination, processes=2)
+    assert again.hash == whole.hash
+    for name in ("manifest.json", "manifest.members"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == ["manifest.json", "manifest.members"]
+    last = scan(shards[-1])
+    assert np.array_equal(load(destination).members[-3:], last.members[:, np.argsort(last.fields)])
