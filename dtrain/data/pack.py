@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dtrain.data.indexing import index_shards
 from dtrain.data.manifest import check_shards, load, replacing
+from dtrain.data.parallel import WorkerKilled
 from dtrain.data.sources import FORMATS, open_source
 from dtrain.data.writing import Limits, write_shards
 from dtrain.errors import UserError
@@ -136,6 +137,8 @@ def _unfinished(destination: Path, request: dict) -> Iterator[Path]:
                 with replacing(asked) as file:
                     file.write(text.encode())
             yield folder
+        except WorkerKilled:
+            raise
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -4,11 +4,20 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from dtrain.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+KILLED = "a worker process was killed; see that memory suffices and start again"
+
+
+class WorkerKilled(UserError):
+    """A worker process was killed from outside, as the system does where memory is short."""
 
 
 def cores() -> int:
@@ -33,13 +42,13 @@ def each(
         running = {}
         while True:
             for place, item in todo:
-                running[pool.submit(function, item)] = place
+                running[_submit(pool, function, item)] = place
                 if len(running) >= 2 * processes:
                     break
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(done), done.result()
+                yield running.pop(done), _result(done)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -56,10 +65,24 @@ def in_order(
     running: deque = deque()
     try:
         for item in items:
-            running.append(pool.submit(function, item))
+            running.append(_submit(pool, function, item))
             if len(running) > 2 * processes:
-                yield running.popleft().result()
+                yield _result(running.popleft())
         while running:
-            yield running.popleft().result()
+            yield _result(running.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future:
+    try:
+        return pool.submit(function, item)
+    except BrokenProcessPool:
+        raise WorkerKilled(KILLED) from None
+
+
+def _result(future: Future) -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise WorkerKilled(KILLED) from None

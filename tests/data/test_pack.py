@@ -268,6 +268,18 @@ def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_
     assert list(tmp_path.iterdir()) == [destination]
 
 
+def test_a_worker_that_is_killed_ends_packing_in_one_line_and_nothing_is_lost(many, tmp_path):
+    def on_sample(done: int, of: int) -> None:
+        if done == 100:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(UserError, match=r"a worker process was killed; see that memory suffices"):
+        pack(str(many / "a.npz"), tmp_path / "new", **MANY, processes=2, progress=on_sample)
+    assert len(list((tmp_path / ".new.partial").rglob("*.tar"))) >= 10
+    pack(str(many / "a.npz"), tmp_path / "new", **MANY, processes=2)
+    assert tree(tmp_path / "new") == tree(many / "one")
+
+
 def test_what_another_request_left_when_it_was_killed_is_not_taken_over(many, tmp_path):
     process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=(many, tmp_path / "new", 1))
     process.start()
