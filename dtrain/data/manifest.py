@@ -16,11 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain.config import Data
+from dtrain.data.cache import default_directory
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submis
 
 FORMAT = 1
 RECORD_BYTES = 16  # of dtrain.data.tar.MEMBER
+REMEMBERED = 16 << 20  # bytes of a side file whose check is remembered
 
 Positive = Annotated[int, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -154,15 +156,39 @@ def load(path: str | Path) -> Manifest:
             expected = manifest.samples * len(manifest.fields) * RECORD_BYTES
             if size != expected:
                 raise UserError(f"{side} has {size:,} bytes, {path} asks for {expected:,}; {again}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != document.members.sha256:
+            if not _digest_is(file, document.members.sha256):
                 raise UserError(f"{side} is damaged or does not belong to {path} (other sha256); {again}")
     except OSError as e:
         raise UserError(f"cannot read {side}, which {path} needs: {e.strerror}; {again}") from None
     return manifest
 
 
-def check_shards(manifest: Manifest, directory: Path) -> None:
-    """Every shard is in `directory` with exactly the manifest's bytes, or UserError names the first that is not."""
+def _digest_is(file: BinaryIO, sha256: str) -> bool:
+    """Whether a side file has its digest. That a large one had is remembered on this machine while nobody touches it:
+    a second a gigabyte is too long for every rank of every resume, and members have their own crc32.
+    """
+    status = os.fstat(file.fileno())
+    if status.st_size < REMEMBERED:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    known = [sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    memory = default_directory() / f"checked-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}"
+    if memory.exists():
+        return True
+    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        return False
+    with suppress(OSError):  # a home that cannot be written costs time and nothing else
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.touch()
+    return True
+
+
+def check_shards(manifest: Manifest, directory: str | Path) -> None:
+    """Every shard is in `directory` with exactly the manifest's bytes, or UserError names the first that is not.
+
+    Remote shards are met when they are read.
+    """
+    if is_url(directory):
+        return
     for shard in manifest.shards:
         if problem := shard_problem(manifest, directory, shard):
             raise UserError(f"{problem}; restore it or run `dtrain index` again")
