@@ -94,7 +94,8 @@ def shards(config: Config, full: bool, progress: Callable[[float], None]) -> Fin
             (m, s.shards) for m, s in zip((manifest, *manifest.mixed), (config.data, *config.data.mix), strict=True)
         ]
         if config.data.holdout:
-            sets.append((manifests.load(config.data.holdout), str(Path(config.data.holdout).parent)))
+            held_out = manifests.load_holdout(config.data)
+            sets.append((held_out, held_out.place))
         size, read = sum(shard.bytes for one, _ in sets for shard in one.shards), 0
 
         def on_bytes(number: int) -> None:

@@ -69,11 +69,12 @@ class Data(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0  # of these shards, where others are mixed in
     mix: list[Source] = []  # data sets to mix in, by weight
     arrays: dict[str, ArrayField] = {}  # name in the batch → .npy field
-    holdout: str | None = None  # the manifest of the reference split, its shards beside it
+    holdout: str | None = None  # the manifest of the reference split, a local file
+    holdout_shards: str | None = None  # the folder or URL of its shards; default: beside the manifest
     image_size: Positive
     channels: Literal[1, 3] = 3
     batch_size: Positive  # global: images per optimizer step over all ranks
-    streams: Positive | None = None  # V; default min(64, one per 1,024 samples); stays for the life of the run
+    streams: Positive | None = None  # V; default: one per 1,024 samples, at most 256; stays for the life of the run
     shuffle_window: Positive = 4096  # W, in samples of one stream
     workers: NonNegative = 1  # loader processes a rank
     crop: Literal["centre", "random"] = "centre"  # random: scaled by up to 5/4 and cut anywhere, as ADM does
@@ -94,6 +95,14 @@ class Data(Section):
                 raise ValueError(f"shards {source.shards!r} would run a command; say allow_pipe: true to let it")
             if ("://" in source.shards or source.shards.startswith("pipe:")) and not source.manifest:
                 raise ValueError(f"shards {source.shards!r} are remote; name their `manifest`, a local file")
+        if self.holdout and "://" in self.holdout:
+            raise ValueError(f"holdout {self.holdout!r} is a URL; name a local manifest, its shards in holdout_shards")
+        if self.holdout_shards and not self.holdout:
+            raise ValueError("holdout_shards needs holdout, the manifest of these shards")
+        if (self.holdout_shards or "").startswith("pipe:") and not self.allow_pipe:
+            raise ValueError(
+                f"holdout_shards {self.holdout_shards!r} would run a command; say allow_pipe: true to let it"
+            )
         taken = {"k", "image", "label", "time", "noise", "drop"} & set(self.arrays)
         if taken:
             raise ValueError(f"arrays: {min(taken)!r} is what a batch calls something else; choose another name")

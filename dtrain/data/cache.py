@@ -12,6 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dtrain.config import Data
+from dtrain.data.remote import is_url
 from dtrain.errors import UserError
 
 BLOCK = 256 * 1024  # bytes: small samples are read near-sequentially, large ones cost at most two blocks too many
@@ -21,6 +23,11 @@ _STALE = 3600  # seconds after which an unfinished file was left by a kill
 
 def default_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
+
+
+def cache_of(data: Data, place: str | Path) -> "BlockCache | None":
+    """The cache that shards at `place` go through in a run; None for a folder."""
+    return BlockCache(data.cache_dir, data.cache_bytes) if is_url(place) else None
 
 
 class BlockCache:

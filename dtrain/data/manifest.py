@@ -72,6 +72,12 @@ class Manifest:
     classes: list[str] | None
     side: Path  # the file that `members` maps
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
+    shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
+
+    @property
+    def place(self) -> str:
+        """The folder or URL of the shards, of a manifest that is not data.shards' own."""
+        return self.shards_at or str(self.path.parent)
 
     @cached_property
     def samples(self) -> int:
@@ -107,6 +113,11 @@ class Manifest:
 def load_all(data: Data) -> Manifest:
     """The manifest of data.shards, with those of data.mix. Raises UserError."""
     return replace(load(data.manifest_path), mixed=tuple(load(source.manifest_path) for source in data.mix))
+
+
+def load_holdout(data: Data) -> Manifest:
+    """The manifest of data.holdout, which knows where its shards lie. Raises UserError."""
+    return replace(load(data.holdout), shards_at=data.holdout_shards)
 
 
 def check_all(manifest: Manifest, data: Data) -> None:

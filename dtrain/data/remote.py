@@ -96,6 +96,10 @@ def _filesystem(url: str):
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_SECONDS, sock_read=REQUEST_SECONDS)
         options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+    elif url.startswith("s3"):
+        # Its own retries, within each of ours, would make a server that is gone a matter of minutes.
+        waits = {"connect_timeout": REQUEST_SECONDS, "read_timeout": REQUEST_SECONDS}
+        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}} | waits}
     scheme = url.split("://", 1)[0]
     try:
         return fsspec.filesystem(scheme, **options)

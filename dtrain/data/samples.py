@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dtrain.config import ArrayField
+from dtrain.data.cache import BlockCache
 from dtrain.data.manifest import Manifest
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import centre_crop, decode
@@ -15,6 +16,7 @@ from dtrain.errors import BadSample
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
+_LABELS = 1024  # read at a time of a remote split
 
 
 class SampleReader:
@@ -92,11 +94,18 @@ def label_of(reader: ShardReader, sample: int, data: dict[str, bytes]) -> int:
 
 
 def read_split(
-    manifest: Manifest, directory: str | Path, image_size: int, channels: int, start: int, stop: int
+    manifest: Manifest,
+    directory: str | Path,
+    image_size: int,
+    channels: int,
+    start: int,
+    stop: int,
+    cache: BlockCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples start..stop of a split in the manifest's order: uint8 (n, C, H, W), and labels int64 (n,), 0 without."""
-    reader = ShardReader(manifest, directory)
+    reader = ShardReader(manifest, directory, cache)
     samples = range(start, stop)
+    reader.prefetch(samples, (*IMAGE_FIELDS, LABEL_FIELD))
     images = torch.empty((len(samples), channels, image_size, image_size), dtype=torch.uint8)
     labels = torch.zeros(len(samples), dtype=torch.int64)
     for row, sample in enumerate(samples):
@@ -107,10 +116,14 @@ def read_split(
     return images, labels
 
 
-def read_labels(manifest: Manifest, directory: str | Path) -> torch.Tensor:
+def read_labels(manifest: Manifest, directory: str | Path, cache: BlockCache | None = None) -> torch.Tensor:
     """The labels of a whole split in the manifest's order, int64 (N,), 0 without; no image is read."""
-    reader = ShardReader(manifest, directory)
     if LABEL_FIELD not in manifest.fields:
         return torch.zeros(manifest.samples, dtype=torch.int64)
-    labels = [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in range(manifest.samples)]
+    reader = ShardReader(manifest, directory, cache)
+    labels = []
+    for start in range(0, manifest.samples, _LABELS):
+        samples = range(start, min(start + _LABELS, manifest.samples))
+        reader.prefetch(samples, (LABEL_FIELD,))
+        labels += [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in samples]
     return torch.tensor(labels)

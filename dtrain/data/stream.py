@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import Dataset
 
 from dtrain.config import Config
-from dtrain.data.cache import BlockCache
+from dtrain.data.cache import cache_of
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
-from dtrain.data.remote import is_url
 from dtrain.data.samples import IMAGE_FIELDS, LABEL_FIELD, SampleReader, read_split
 from dtrain.data.shards import ShardReader
 from dtrain.data.skipped import NOTHING
@@ -77,8 +76,7 @@ class StepDataset(Dataset):
         self._readers, self._samples = [], []
         for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
             _check_fields(config, one)
-            cache = BlockCache(data.cache_dir, data.cache_bytes) if is_url(source.shards) else None
-            self._readers.append(ShardReader(one, source.shards, cache))
+            self._readers.append(ShardReader(one, source.shards, cache_of(data, source.shards)))
             self._samples.append(SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays))
         self._draws = Draws(config.run.seed)
         self._rank, self._world_size = rank, world_size

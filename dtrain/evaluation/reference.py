@@ -18,6 +18,7 @@ from torch import Tensor
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.cache import BlockCache, cache_of
 from dtrain.data.manifest import Manifest
 from dtrain.data.samples import IMAGE_FIELDS, read_labels, read_split
 from dtrain.data.shards import ShardReader
@@ -84,16 +85,18 @@ class Reference:
         self.labels = self.features = self.validation = None
         self.manifest = self._split(config, keep)
         if self.manifest is not None:
-            directory, first = self.manifest.path.parent, min(e.validation_images, self.manifest.samples)
-            self.labels = read_labels(self.manifest, directory)
-            images, labels = read_split(self.manifest, directory, data.image_size, data.channels, 0, first)
+            place, cache = self.manifest.place, cache_of(data, self.manifest.place)
+            self.labels = read_labels(self.manifest, place, cache)
+            first = min(e.validation_images, self.manifest.samples)
+            images, labels = read_split(self.manifest, place, data.image_size, data.channels, 0, first, cache)
             self.validation = normalize(images), labels
         stored = distributed.on_rank_0(self._stored, config)
         if stored is not None:
             self.statistics, self.hash = stored
         if stored is None or keep:
+            cache = cache_of(data, self.manifest.place)
             statistics, self.features = compute(
-                self.manifest, self.extractor, data.image_size, data.channels, device, keep, on_block
+                self.manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache
             )
             if stored is None:
                 self.statistics, self.hash = statistics, self.manifest.hash
@@ -108,8 +111,8 @@ class Reference:
                     "eval.labels is `data`, but there is no data.holdout to take labels from; set `uniform`"
                 )
             return None
-        manifest = manifests.load(Path(config.data.holdout))
-        distributed.on_rank_0(manifests.check_shards, manifest, manifest.path.parent)
+        manifest = manifests.load_holdout(config.data)
+        distributed.on_rank_0(manifests.check_shards, manifest, manifest.place)
         return manifest
 
     def _stored(self, config: Config) -> tuple[Statistics, str] | None:
@@ -170,9 +173,9 @@ def compute(
     device: torch.device,
     keep: bool = False,
     on_block: OnBlock = _quiet,
+    cache: BlockCache | None = None,
 ) -> tuple[Statistics, Tensor | None]:
     """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share."""
-    directory = manifest.path.parent
     moments = Moments(features.dimensions).to(device)
     kept = KeptFeatures(features.dimensions, device)
     starts = list(range(0, manifest.samples, READ_BLOCK))
@@ -180,7 +183,7 @@ def compute(
     for done, number in enumerate(mine):
         start = starts[number]
         images, _ = read_split(
-            manifest, directory, image_size, channels, start, min(start + READ_BLOCK, manifest.samples)
+            manifest, manifest.place, image_size, channels, start, min(start + READ_BLOCK, manifest.samples), cache
         )
         found = features(images.to(device))
         moments.update(found)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.cache import cache_of
 from dtrain.data.manifest import Manifest
 from dtrain.data.samples import read_split
 from dtrain.errors import BadSample
@@ -123,9 +124,10 @@ def _held_out(config: Config, count: int) -> Tensor:
     data = config.data
     if not data.holdout:
         return torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
-    manifest = manifests.load(data.holdout)
+    manifest = manifests.load_holdout(data)
     many = min(count, manifest.samples)
-    return read_split(manifest, manifest.path.parent, data.image_size, data.channels, 0, many)[0]
+    cache = cache_of(data, manifest.place)
+    return read_split(manifest, manifest.place, data.image_size, data.channels, 0, many, cache)[0]
 
 
 def _sources(config: Config, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
