@@ -17,11 +17,11 @@ if __name__ == "__main__":
     from dtrain.cli import main
 
     forked.preload("dtrain.training.loop", "dtrain.training.evaluation", "tests.chaos.broken")
-    kinds = {
-        "damage": [partial(schedule.damage_after_a_kill, "an exchanged file")],
-        "kill": [partial(schedule.kill_in_a_step, "step", "all")],
-    }
-    schedule.everything = lambda job: [*kinds["kill"] * 2, *kinds["damage"]]
+    # By its first evaluation a run has two checkpoints, so that the second fault is the damage.
+    schedule.everything = lambda job: [
+        partial(schedule.kill_in_an_evaluation, job, "eval", "any", "all"),
+        partial(schedule.damage_after_a_kill, "an exchanged file"),
+    ]
     sys.argv[0] = "dtrain"
     main()
 else:
