@@ -44,11 +44,6 @@ class RunLock:
                 time.sleep(0.1)
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
-    def holder(self) -> dict | None:
-        """Who holds it now: `host`, `pid` and `job`; None where nobody does."""
-        found = _read(self.path)
-        return found if found and self._alive(found) else None
-
     def release(self) -> None:
         if not self._released.is_set():
             self._released.set()

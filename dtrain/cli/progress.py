@@ -23,14 +23,16 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        began = said = time.monotonic()
+        begun, said = None, time.monotonic()
 
         def on_block(done: int, of: int) -> None:
-            nonlocal said
+            nonlocal begun, said
             bar.update(task, completed=done, total=of)
             now = time.monotonic()
-            if not console.is_terminal and done < of and now - said > LOG_SECONDS:
-                left = timedelta(seconds=round((now - began) / done * (of - done)))
+            if begun is None:  # what came before was getting ready, or was done by a call that was killed
+                begun, said = (now, done), now
+            if not console.is_terminal and begun[1] < done < of and now - said > LOG_SECONDS:
+                left = timedelta(seconds=round((now - begun[0]) / (done - begun[1]) * (of - done)))
                 print(f"dtrain: {what}: {done} of {of}, {left} left", file=sys.stderr, flush=True)
                 said = now
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from dtrain.errors import UserError
-from dtrain.lock import RunLock
+from dtrain.lock import holder
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 
@@ -68,8 +68,8 @@ def check_free(run: RunDirectory) -> None:
         raise UserError(
             f"{run.path} has job {number}, {job.state.lower()}; let another one follow with --after {number}"
         )
-    if holder := RunLock(run.lock_file).holder():
-        raise UserError(f"{run.path} is in use by process {holder['pid']} on {holder['host']}; wait for it, or stop it")
+    if found := holder(run.lock_file):
+        raise UserError(f"{run.path} is in use by process {found['pid']} on {found['host']}; wait for it, or stop it")
 
 
 def table(runs: list[RunDirectory]) -> str:
@@ -116,7 +116,7 @@ def row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
 
 def state(run: RunDirectory, job: QueuedJob | None, begun: bool) -> str:
     """running, waiting, starting, broke off, not begun, or how the last attempt ended."""
-    if RunLock(run.lock_file).holder():
+    if holder(run.lock_file):
         return "running"
     if job and job.state in WAITING:
         return "waiting"
