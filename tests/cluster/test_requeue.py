@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.cluster import slurm
-from tests.cluster.stubs import Stubs
+from tests.cluster.stubs import RECORD, Stubs
 from tests.digits import tiny
 
 CHECKPOINT = 'mkdir -p "$RUN/checkpoints/step-$(date +%s%N)"; '
@@ -113,6 +113,24 @@ def test_the_signal_before_the_end_becomes_a_stop_file_that_outlives_the_start_o
     assert process.wait(20) == -9
     assert ["requeue", "7"] in stubs.calls("scontrol")
     assert not (job.run / "stop").exists()
+
+
+def test_slurm_that_ends_the_script_before_it_answers_scontrol_has_requeued_all_the_same(job, stubs):
+    requeue = RECORD + "[[ $1 == requeue ]] || exit 0\nkill -TERM $PPID $$\nsleep 0.5\n"
+    (stubs.bin / "scontrol").write_text(requeue)
+    script = slurm.render(job, slurm.Request(2, 1, "1:00:00"))
+    process = stubs.start(script, job.run, job.log("7"), TRAINING=CHECKPOINT + outcome("stopped") + "exit 75")
+    process.wait(30)  # and not only when its sleep is over
+    assert stubs.calls("scontrol")[-1] == ["requeue", "7"]
+    assert job.log("7").read_text().splitlines()[-1].endswith("stopped in time; job 7 is requeued")
+
+
+def test_a_requeue_that_slurm_refuses_is_the_last_line(job, stubs):
+    (stubs.bin / "scontrol").write_text(RECORD + "[[ $1 != requeue ]]\n")
+    script = slurm.render(job, slurm.Request(2, 1, "1:00:00"))
+    code = stubs.run(script, job.run, job.log("7"), TRAINING=CHECKPOINT + outcome("stopped") + "exit 75")
+    assert code == 75
+    assert job.log("7").read_text().splitlines()[-1] == "dtrain: job 7 could not be requeued; submit it again"
 
 
 def test_a_cancelled_job_is_not_requeued(job, stubs):
