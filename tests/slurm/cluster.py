@@ -16,6 +16,7 @@ from tests.afterwards import afterwards
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE")
 PATIENCE = 900  # seconds; a launch takes half a minute on a quiet machine, and several on a busy one
 
 
@@ -93,7 +94,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        return self.state in ENDS
 
     def exit_code(self) -> int:
         """Of the job, when it has ended for good."""
