@@ -63,6 +63,8 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
+# A job that has ended is answered for an hour, not five minutes: there is no accounting to ask.
+MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
 SlurmdParameters=config_overrides
