@@ -77,7 +77,8 @@ def test_activations_are_those_that_torch_allocates_within_15_percent(model, pre
         saved, most = measured_activations(config, 8, checkpointing)
         found = activations(config, 8, checkpointing, device="cpu")
         assert found.saved == pytest.approx(saved, rel=0.02)
-        if precision == "fp32" or not checkpointing:  # CPUs without bf16 units compute products in fp32 beside them
+        # A CPU without bf16 units computes products in fp32, on copies that no accelerator makes.
+        if precision == "fp32" or (torch.cpu._is_avx512_bf16_supported() and not checkpointing):
             assert found.peak == pytest.approx(most, rel=0.15), checkpointing
 
 
