@@ -1,4 +1,4 @@
-"""deepspeed [options] eval/evaluate.py RUN [--n 50000 ...]"""
+"""deepspeed [options] eval/evaluate.py RUN [-n 50000 ...]"""
 
 from dtrain.cli import main
 

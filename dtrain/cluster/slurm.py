@@ -77,12 +77,17 @@ def training(config_file: Path, overrides: list[str], config: Config) -> Job:
 
 
 def evaluation(run: Path, arguments: list[str]) -> Job:
-    return Job("evaluate", run.absolute(), [str(ROOT / "eval/evaluate.py"), str(run.absolute()), *arguments])
+    return Job("evaluate", run.absolute(), [str(ROOT / "eval/evaluate.py"), str(run.absolute()), *_passed(arguments)])
 
 
 def sweep(run: Path, arguments: list[str], parts: list[list[str]]) -> Job:
-    command = [str(ROOT / "eval/sweep.py"), str(run.absolute()), *arguments]
+    command = [str(ROOT / "eval/sweep.py"), str(run.absolute()), *_passed(arguments)]
     return Job("sweep", run.absolute(), command, parts=parts)
+
+
+def _passed(arguments: list[str]) -> list[str]:
+    """The same, spelled so that deepspeed's own parser does not take `--n` for the beginning of one of its options."""
+    return [re.sub(r"^--n(=|$)", "-n", argument) for argument in arguments]
 
 
 def render(job: Job, request: Request, template: Path | None = None) -> str:

@@ -154,7 +154,7 @@ def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
     limit = ("--time", "1:00:00", "--gpus-per-node", "1", "--dry-run")
     run_ranks(train, 1, tiny(digits, Path("runs"), "train.steps=4", "train.checkpoint_every=2"))
     script = submit("--evaluate", "tiny", *limit, "--", "--n", "100", "--metrics", "fd,kid").stdout
-    assert f"eval/evaluate.py {Path.cwd()}/runs/tiny --n 100 --metrics fd,kid)" in script
+    assert f"eval/evaluate.py {Path.cwd()}/runs/tiny -n 100 --metrics fd,kid)" in script
     assert "No such option: --m" in submit("--evaluate", "tiny", *limit, "--", "--m", "1", expect=2).stderr
 
     words = ["--checkpoints", "all", "--eta", "0,0.5", "--steps", "5,10", "--n", "100"]
@@ -163,7 +163,7 @@ def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
     assert "8 combinations; the table then: dtrain sweep tiny --checkpoints all --eta 0,0.5" in done.stderr
     parts = [f"--checkpoints={c} --eta={e} --steps={s}" for c in (2, 4) for e in ("0", "0.5") for s in (5, 10)]
     assert f"parts=({' '.join(parts)})" in done.stdout
-    assert f"eval/sweep.py {Path.cwd()}/runs/tiny --n=100)" in done.stdout
+    assert f"eval/sweep.py {Path.cwd()}/runs/tiny -n100)" in done.stdout
     assert "give the sweep something to vary" in submit("--sweep", "tiny", *limit, expect=2).stderr
 
 
