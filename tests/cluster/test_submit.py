@@ -22,7 +22,7 @@ def work(digits, tmp_path, monkeypatch):
     """A folder with a config, and SLURM's commands in place of which stand-ins answer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
-    stubs = Stubs(tmp_path / "tools", pytest.MonkeyPatch())
+    stubs = Stubs(tmp_path / "tools", monkeypatch)
     monkeypatch.setenv("PATH", f"{stubs.bin}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(stubs.record))
     sbatch = stubs.bin / "sbatch"
