@@ -17,10 +17,10 @@ test: .venv/ready lint
 	python -m pytest tests
 
 test-slurm: .venv/ready
-	python -m pytest -m slurm tests/slurm
+	python -m pytest -m "slurm and not campaign" tests/slurm
 
 campaigns: .venv/ready
-	python -m pytest -m campaign tests/campaigns
+	python -m pytest -m campaign tests/campaigns tests/slurm
 
 chaos: .venv/ready
 	dtrain chaos --minutes 30 --seed 0 --out tests/chaos.md

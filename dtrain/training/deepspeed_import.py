@@ -29,6 +29,8 @@ finally:
 
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 deepspeed.ops.__compatible_ops__ = {}
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+_logger = logging.getLogger("DeepSpeed")
+_logger.setLevel(logging.WARNING)
+_logger.addFilter(lambda record: "Skipping step" not in record.getMessage())  # we say it, with the reason and once
 
 __all__ = ["deepspeed"]
