@@ -216,9 +216,11 @@ def steps(
             if taken and position.step == 1:  # not before: a mistake is one line
                 say_ends(process, progress)
             if evaluation is None and config.eval.every:
+                opening = time.perf_counter()
                 with watchdog.during("start"), goodput.during("evaluation_s"):
                     evaluation = evaluation_of(run, config, process, tracker, progress)
                 meter.restart()
+                started += time.perf_counter() - opening  # no part of a step, whose time sets the limit of a hang
 
             hear()
             last = position.step == config.train.steps

@@ -91,6 +91,30 @@ def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
         started[frozen].join()
 
 
+def train_with_a_slow_evaluation_to_open(config):
+    from dtrain.training import loop
+
+    opened = loop.evaluation_of
+
+    def slowly(*arguments):
+        time.sleep(3)
+        return opened(*arguments)
+
+    loop.evaluation_of = slowly
+    train(config)
+
+
+def test_what_an_evaluation_takes_to_open_is_no_part_of_the_step_that_limits_are_learned_from(digits, tmp_path):
+    config = tiny(digits, tmp_path, LIMIT, "eval.every=10")
+    stalled = {"DTRAIN_FAULTS": "stall at=step step=4 rank=0"}
+    started = start_ranks(train_with_a_slow_evaluation_to_open, 2, config, environment=stalled)
+    for process, _ in started:
+        process.join(120)
+        assert process.exitcode == HANG
+    message = RunDirectory(config.run.path).outcome()["message"]
+    assert float(re.search(r"nothing happened for (\d+) s", message)[1]) < 10 * 3
+
+
 def hang_in(path):
     watchdog = Watchdog(RunDirectory(path), 0, 1.0)
     watchdog.heard([0.01])
