@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.chaos.forked import fork_ranks
+from dtrain.errors import DONE, HANG, STOPPED, USER_ERROR
 
-GRACE_SECONDS = 10.0  # that the others have when a rank has failed; `deepspeed` gives 30
+GRACE_SECONDS = 30.0  # that the others have when a rank has failed, as `deepspeed` gives them
 LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "train.py"
 
 
@@ -21,9 +22,20 @@ class Ended:
     codes: list[int]  # of each rank; of the launcher, the one it passes on
     at: float  # unix seconds when nothing of it was left
     hung: bool  # it had to be ended
+    left: tuple[int, ...] = ()  # ranks that did not end by themselves when another had failed
+    launcher: bool = False
+
+    @property
+    def killed(self) -> bool:
+        """Whether a rank died of a SIGKILL that was not sent from here; a launcher says so only by its other codes."""
+        if self.launcher:
+            return self.codes[0] not in (DONE, USER_ERROR, STOPPED, HANG)
+        return any(code == -signal.SIGKILL and rank not in self.left for rank, code in enumerate(self.codes))
 
     def __str__(self) -> str:
         words = [signal.Signals(-code).name if code < 0 else f"exit {code}" for code in self.codes]
+        for rank in self.left:
+            words[rank] = f"still there {GRACE_SECONDS:.0f} s later"
         return ("hung, " if self.hung else "") + " / ".join(words)
 
 
@@ -31,17 +43,18 @@ def forked(arguments: list[str], ranks: int, faults: str, log: Path, limit: floa
     """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`."""
     environment = {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     processes = fork_ranks(_command, [(arguments, str(log))] * ranks, environment)
-    end, failing = time.monotonic() + limit, None
-    while any(process.is_alive() for process in processes):
+    end, failing, hung, left = time.monotonic() + limit, None, False, ()
+    while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
         now = time.monotonic()
         if failing is None and any(process.exitcode for process in processes):
             failing = now + GRACE_SECONDS
-        if now > min(end, failing or end):
-            for process in processes:
-                process.kill()
-        next((p for p in processes if p.is_alive()), processes[0]).join(0.02)
-    hung = time.monotonic() > end
-    return Ended([process.exitcode for process in processes], time.time(), hung)
+        if not hung and not left and now > min(end, failing or end):
+            hung = failing is None
+            left = () if hung else tuple(alive)
+            for rank in alive:
+                processes[rank].kill()
+        processes[alive[0]].join(0.02)
+    return Ended([process.exitcode for process in processes], time.time(), hung, left)
 
 
 def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: float) -> Ended:
@@ -60,7 +73,7 @@ def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: fl
     except subprocess.TimeoutExpired:
         hung = True
     _end_session(process)
-    return Ended([process.wait()], time.time(), hung)
+    return Ended([process.wait()], time.time(), hung, launcher=True)
 
 
 def _end_session(process: subprocess.Popen) -> None:

@@ -29,7 +29,7 @@ from dtrain.tracking.journal import events, read
 
 TOLERANCE = 1e-5
 LONGEST = 6 * 3600.0  # seconds, of the job undisturbed
-START_SECONDS = 120.0  # that an attempt may take on top of four times what the undisturbed run took
+START_SECONDS = 300.0  # that an attempt may take on top of four times the undisturbed run; others share the machine
 LAUNCHED_EVERY = 15  # of so many attempts one goes through `deepspeed`, which takes half a minute to start
 
 
@@ -114,12 +114,14 @@ class Round:
             self._shipped = True
         if plan.poison:
             self._poison, self.undisturbed = plan.poison, Undisturbed.train(self.job, plan.poison)
+        for stacks in self.run.logs.glob("rank-*.stacks"):  # of an earlier hang
+            stacks.unlink()
         lines, ended = self._attempt(overrides, plan.schedule, launch)
         last = max((line["attempt"] for line in lines), default=0)  # a process that goes back begins another
         trained_to = max(losses([e for e in lines if e["attempt"] == last]), default=self.state().step)
         result = Result(plan, "deepspeed" if launch else "fork", str(ended), trained_to, ended.at)
         result.notes += notes
-        result.problems += self._ended_otherwise(plan, ended, launch, trained_to)
+        result.problems += self._ended_otherwise(plan, ended, trained_to)
         if plan.ends != "killed":  # what it trained after the fault is part of surviving it
             self._compare(result, lines)
         if plan.damage is not None:
@@ -170,7 +172,7 @@ class Round:
             for result in self._waiting:
                 self._recovered(result, begun, lines, expected)
             self._waiting.clear()
-        elif ended.hung or not any(code == -9 for code in ended.codes):
+        elif ended.hung or not ended.killed:
             for result in self._waiting:
                 result.problems.append(f"the attempt after it did not begin: {ended}")
         return lines, ended
@@ -197,13 +199,13 @@ class Round:
         if not result.difference <= (0.0 if self.exact else TOLERANCE):
             result.problems.append(f"a loss differs by {result.difference:.2g}")
 
-    def _ended_otherwise(self, plan: Plan, ended: Ended, launch: bool, trained_to: int) -> list[str]:
+    def _ended_otherwise(self, plan: Plan, ended: Ended, trained_to: int) -> list[str]:
         if ended.hung:
             return ["did not end, and was killed"]
         outcome = self.run.outcome()
         said = outcome and outcome["outcome"]
         if plan.ends == "killed":
-            fine = outcome is None and (0 not in ended.codes if launch else -9 in ended.codes)
+            fine = outcome is None and ended.killed
         elif plan.ends == "stopped":
             fine = ended.codes == [STOPPED] * len(ended.codes) and said == "stopped"
             whole = self.state().step
