@@ -110,7 +110,7 @@ def test_what_an_evaluation_takes_to_open_is_no_part_of_the_step_that_limits_are
     started = start_ranks(train_with_a_slow_evaluation_to_open, 2, config, environment=stalled)
     for process, _ in started:
         process.join(120)
-        assert process.exitcode == HANG
+    assert started[0][0].exitcode == HANG  # the other may have seen it leave before its own limit passed
     message = RunDirectory(config.run.path).outcome()["message"]
     assert float(re.search(r"nothing happened for (\d+) s", message)[1]) < 10 * 3
 
