@@ -18,7 +18,7 @@ def better(metric: str):
 
 
 def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
-    """Step → metrics of the training's own evaluation there; all of them were computed with the same settings."""
+    """Step → metrics of the training's own evaluation there; those of jobs may have other settings and are left out."""
     return {line["step"]: line["metrics"] for line in read(journal_file) if line["event"] == "eval"}
 
 
