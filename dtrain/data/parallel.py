@@ -50,7 +50,7 @@ def each(
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(done), _result(done)
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)
 
 
 def in_order(
@@ -71,7 +71,18 @@ def in_order(
         while running:
             yield _result(running.popleft())
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers: what is still asked of them is wanted no more.
+
+    They are not asked to leave, since one that was killed while it waited for work has taken the queue's lock with it,
+    and whoever waits for the others would wait for ever.
+    """
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future:

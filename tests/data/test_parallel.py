@@ -1,0 +1,42 @@
+"""Worker processes that are killed from outside, as a system short of memory does."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from dtrain.data.parallel import WorkerKilled, each, in_order
+
+
+def itself(item):
+    return item
+
+
+def killed_at_7(item):
+    if item == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+@pytest.mark.parametrize("way", [each, in_order])
+def test_a_worker_that_is_killed_is_one_line(way):
+    with pytest.raises(WorkerKilled, match="a worker process was killed"):
+        list(way(killed_at_7, range(100), 2))
+
+
+@pytest.mark.parametrize("way", [each, in_order])
+def test_workers_killed_when_they_wait_for_work_stop_nobody(way):
+    """One of them holds the lock of the queue that all of them read."""
+    for _ in range(3):
+        others = set(multiprocessing.active_children())
+        results = way(itself, range(4), 2)
+        found = [next(results) for _ in range(4)]
+        assert sorted(f[1] if way is each else f for f in found) == [0, 1, 2, 3]
+        time.sleep(0.2)  # both wait now
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+            break
+        results.close()
+        assert set(multiprocessing.active_children()) == others
