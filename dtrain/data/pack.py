@@ -104,7 +104,8 @@ def pack(
                 shards = write_shards(data, samples, prefix, limits, record, report, processes)
                 index_shards(shards, folder / split / "manifest.json", classes=data.classes)
                 done += len(samples)
-            for left in (*folder.glob("*.done"), folder / _LOCK):
+            # With what `replacing` left where it was killed.
+            for left in (*folder.glob("*.done"), *folder.rglob(".*.tmp"), folder / _LOCK):
                 left.unlink()
             os.rename(folder, destination)
     except OSError as e:
