@@ -44,16 +44,21 @@ def forked(arguments: list[str], ranks: int, faults: str, log: Path, limit: floa
     environment = {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     processes = fork_ranks(_command, [(arguments, str(log))] * ranks, environment)
     end, failing, hung, left = time.monotonic() + limit, None, False, ()
-    while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
-        now = time.monotonic()
-        if failing is None and any(process.exitcode for process in processes):
-            failing = now + GRACE_SECONDS
-        if not hung and not left and now > min(end, failing or end):
-            hung = failing is None
-            left = () if hung else tuple(alive)
-            for rank in alive:
-                processes[rank].kill()
-        processes[alive[0]].join(0.02)
+    try:
+        while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
+            now = time.monotonic()
+            if failing is None and any(process.exitcode for process in processes):
+                failing = now + GRACE_SECONDS
+            if not hung and not left and now > min(end, failing or end):
+                hung = failing is None
+                left = () if hung else tuple(alive)
+                for rank in alive:
+                    processes[rank].kill()
+            processes[alive[0]].join(0.02)
+    finally:
+        for process in processes:  # some are left only where the caller itself is being ended
+            process.kill()
+            process.join()
     return Ended([process.exitcode for process in processes], time.time(), hung, left)
 
 
@@ -72,7 +77,8 @@ def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: fl
         process.wait(limit)
     except subprocess.TimeoutExpired:
         hung = True
-    _end_session(process)
+    finally:
+        _end_session(process)
     return Ended([process.wait()], time.time(), hung, launcher=True)
 
 

@@ -6,6 +6,8 @@ of a second instead of the launcher's 25 s.
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
@@ -49,6 +51,13 @@ def fork_ranks(
 
 
 def _enter(environment: dict[str, str], directory: str, function: Callable, args: tuple) -> None:
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.update(environment)
     os.chdir(directory)
     function(*args)
+
+
+def _end_with_the_caller() -> None:
+    """A rank is a child of the server that forked it, which does not end it when the caller is killed."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """`dtrain chaos`."""
 
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ def chaos(
     from dtrain.chaos.report import markdown
     from dtrain.chaos.schedule import Schedule
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the ranks and the disk go too
     work = Path(tempfile.mkdtemp(prefix="dtrain-chaos-"))
     overrides = overrides or []
     with progress("chaos") as show, small_disk(work / "disk", config, overrides) as disk:

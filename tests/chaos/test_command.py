@@ -2,11 +2,15 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from tests.digits import tiny
 
 
 def run(folder, *command):
@@ -46,6 +50,40 @@ def test_a_product_that_takes_damaged_bytes_for_good_does_not_pass(tmp_path):
     (failed,) = [row for row in rows(report) if "**no**" in row[-1]]
     assert "an exchanged file of the newest checkpoint" in failed[1]
     assert re.search(r"went on from step \d+, the newest whole checkpoint is of \d+", failed[-1])
+
+
+def those_in(folder):
+    """Processes, other than this one, that work in a folder or hold one of its files open."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            links = [process / "cwd", *(process / "fd").iterdir()]
+            if any(os.readlink(link).startswith(str(folder)) for link in links) and int(process.name) != os.getpid():
+                found.add(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_when_the_command_is_ended(digits, tmp_path, how):
+    (tmp_path / "hours.yaml").write_text(tiny(digits, tmp_path / "runs").dump())
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, *CHAOS, "hours.yaml", "train.steps=1000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    assert until(lambda: list(tmp_path.glob("dtrain-chaos-*/**/journal.jsonl")), 120)
+    assert len(those_in(tmp_path)) > 2
+    process.send_signal(how)
+    assert process.wait(60) == (128 + how if how == signal.SIGTERM else -how)
+    assert until(lambda: not those_in(tmp_path), 30), those_in(tmp_path)
+    assert until(lambda: str(tmp_path) not in Path("/proc/mounts").read_text(), 30)
 
 
 @pytest.mark.parametrize(
