@@ -61,9 +61,11 @@ class ShardReader:
             if size == ABSENT:
                 continue
             data = self._files.pread(shard, size, offset)
-            if len(data) == size and zlib.crc32(data) != crc32:
+            whole = zlib.crc32(data) == crc32
+            if len(data) == size and not whole:
                 data = self._files.pread_again(shard, size, offset, data)
-            if len(data) < size or zlib.crc32(data) != crc32:
+                whole = zlib.crc32(data) == crc32
+            if len(data) < size or not whole:
                 problem = "is cut off" if len(data) < size else "is damaged (its crc32 is not the manifest's)"
                 raise BadSample(
                     f"{self.name(sample, field)} {problem}; restore the shard, or run `dtrain index` again "
