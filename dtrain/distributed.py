@@ -4,6 +4,7 @@ Everything reads the environment that launchers set (RANK, WORLD_SIZE, LOCAL_RAN
 runs alone, under `deepspeed` and under srun.
 """
 
+import ctypes
 import os
 import socket
 from datetime import timedelta
@@ -40,6 +41,27 @@ def set_thread_counts() -> None:
     share = max(1, cores // local_world_size())
     asked = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
     torch.set_num_threads(asked if asked > 1 else share)
+
+
+def keep_freed_memory() -> None:
+    """On the CPU, let glibc keep what is freed for the next tensor; by default it gives large blocks back to the system
+    and has every page of the next one zeroed again, which costs EfficientNet's features half of their time.
+    """
+    import torch
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or torch.cuda.is_available():
+        return
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # glibc's malloc.h
+    mallopt(mmap_threshold, 32 * 2**20)  # the largest it takes
+    mallopt(trim_threshold, 2**29)
+    mallopt(top_pad, 2**24)
+
+
+def prepare() -> None:
+    """Threads and memory of a process that is about to compute."""
+    set_thread_counts()
+    keep_freed_memory()
 
 
 def free_port() -> int:

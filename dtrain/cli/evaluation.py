@@ -61,7 +61,7 @@ def evaluate(
     chosen["metrics"] = metrics.split(",") if metrics else None
     own = directory.config()
     settings = with_eval(own, chosen, raw)
-    distributed.set_thread_counts()
+    distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.evaluate import differences, open_sampler, scratch_of, weights_name
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
@@ -114,7 +114,7 @@ def sweep(
     chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
     chosen |= {"features": features, "weights": weights, "bootstrap": bootstrap}
     settings = with_eval(directory.config(), chosen, raw=False)
-    distributed.set_thread_counts()
+    distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
     from dtrain.evaluation.features import metric_name
@@ -151,7 +151,7 @@ def reference(
     """Compute once what evaluations compare with, and keep it beside the shards, where they look for it."""
     from dtrain import distributed
 
-    distributed.set_thread_counts()
+    distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.reference import make
 
@@ -188,7 +188,7 @@ def sample(
     classes = settings.model.num_classes
     if label is not None and label >= max(1, classes):
         raise UserError(f"--label {label}: the model of {directory.path} has {classes} classes, counted from 0")
-    distributed.set_thread_counts()
+    distributed.prepare()
     from dtrain.evaluation.sample import draw_to_file
 
     with progress("sampling") as on_block:
@@ -213,5 +213,5 @@ def report(
     if neighbours:
         from dtrain import distributed
 
-        distributed.set_thread_counts()
+        distributed.prepare()
     print(write_report(runs, out, neighbours, features, weights, progress))

@@ -31,7 +31,7 @@ def train(
     from dtrain import distributed
     from dtrain.training.summary import summary
 
-    distributed.set_thread_counts()
+    distributed.prepare()
     from dtrain.training.loop import train as run_training
 
     outcome = run_training(settings)
