@@ -161,7 +161,7 @@ def storages() -> dict[int, int]:
     return {at: size for at, size in found.items() if at}
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize(
     ("stage", "precision", "ranks"),
     [(stage, "fp32", ranks) for stage in range(4) for ranks in (1, 2, 3)] + [(s, "bf16", 3) for s in (1, 2, 3)],
