@@ -93,9 +93,11 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     where = device()
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout)
+    if where.type == "cpu":
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    torch.cuda.set_device(where)
+    dist.init_process_group("nccl", timeout=timeout, device_id=where)
 
 
 def barrier() -> None:

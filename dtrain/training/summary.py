@@ -26,7 +26,10 @@ def summary(path: Path) -> str:
         lines += [f"  step {s:>8}  {v:>9.4f}  {'█' * max(1, round(BAR * v / top))}" for s, v in curve]
         if "artifact" in context:
             lines.append(f"sample grid: {run.path / context['artifact']}")
-    uri = without_credentials(tracking_uri(run, run.config()))
+    config = run.config()
+    if not config.tracking.enabled:
+        return "\n".join(lines)
+    uri = without_credentials(tracking_uri(run, config))
     opens = f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else uri
     lines.append(f"curves in MLflow: {opens}")
     return "\n".join(lines)

@@ -24,5 +24,5 @@ def test_sixty_kills_in_saves_and_twenty_elsewhere(tmp_path):
     points = Counter(r.plan.schedule.partition("at=")[2].split()[0].partition(":")[0] for r in results)
     assert points["save"] == 60
     assert points["step"] + points["eval"] + points["load"] == 20 + 6
-    assert sum(r.exact for r in results) > 50
-    assert sum(not r.exact for r in results) > 8  # resumes in other shapes
+    assert sum(r.exact for r in results) > 40
+    assert sum(not r.exact for r in results) > 8  # after a resume in another shape

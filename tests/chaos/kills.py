@@ -54,7 +54,7 @@ def killed(work: Path, draws, seed: int, change_shapes: bool) -> list[Result]:
 
     def plans(state):
         plan = schedule.next(state)
-        if plan is not None and change_shapes and state.step > state.steps // 2 and rng.random() < 0.5:
+        if plan is not None and change_shapes and state.step > 2 * state.steps // 3 and rng.random() < 0.3:
             shape = shapes[rng.integers(len(shapes))]
             plan = replace(plan, what=f"{plan.what}, then {shape}", shape=shape)
         return plan
