@@ -17,7 +17,7 @@ test: .venv/ready lint
 	python -m pytest tests
 
 test-slurm: .venv/ready
-	python -m pytest -m "slurm and not campaign" tests/slurm
+	python -m pytest -m slurm tests/slurm
 
 campaigns: .venv/ready
 	python -m pytest -m campaign tests

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.slurm.cluster import submit
 from tests.training.test_loop import train
 
-pytestmark = [pytest.mark.slurm, pytest.mark.campaign]  # half an hour
+pytestmark = pytest.mark.slurm  # a quarter of an hour
 # Evaluations make a step slow and change nothing of the losses, so that the run to compare with takes no time.
 SLOW = ("eval.every=1", "eval.num_samples=300", "eval.batch_size=150", "eval.steps=20")
 
