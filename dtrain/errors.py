@@ -10,8 +10,12 @@ HANG = 76
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what is wrong, where, and what to do.
 
+    Names of files and members come into it as they are, so what is not printable, a line break in a name, is escaped.
     The command line prints the message without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class SharedError(UserError):

@@ -141,6 +141,13 @@ def test_shards_that_are_no_samples_are_refused_by_name(tmp_path, members, messa
     assert "\n" not in str(error.value)
 
 
+def test_a_name_with_a_line_break_does_not_break_the_line(tmp_path):
+    members = [("a\n\udcff.jpg", b"1"), ("b.jpg", b"2"), ("a\n\udcff.png", b"3")]
+    with pytest.raises(UserError, match=r"the second at a\\n\\udcff.png") as error:
+        scan(write_tar(tmp_path / "shard.tar", members))
+    assert str(error.value).isprintable()
+
+
 def test_links_compressed_and_missing_shards_are_refused_by_name(tmp_path):
     linked = tmp_path / "linked.tar"
     (tmp_path / "a.jpg").write_bytes(b"a")
