@@ -228,6 +228,7 @@ def steps(
             save_due = save_due or (stopping and position.step != saving.begun)
             evaluation_due = evaluation is not None and taken and (last or position.step % config.eval.every == 0)
             goodput.step(taken, feed.seconds, batch_size)
+            step_seconds = time.perf_counter() - started
             reduction.start(
                 position,
                 step_losses.sum,
@@ -240,7 +241,7 @@ def steps(
                 no_room=save_due and rank == 0 and saving.lacks_room(engine),
                 error=feed.error is not None,
                 read=feed.report,
-                step_seconds=time.perf_counter() - started,
+                step_seconds=step_seconds,
                 data_seconds=feed.seconds,
             )
             if save_due or evaluation_due or stopping or bad_steps.too_many:
@@ -254,7 +255,7 @@ def steps(
                 with watchdog.during("evaluation"), goodput.during("evaluation_s"):
                     evaluation.run(engine, position)
                 meter.restart()
-            watchdog.beat(position.step)
+            watchdog.beat(position.step, step_seconds)
         settle()
         if saving.newest.step != position.step and saving.problem is None:
             save()

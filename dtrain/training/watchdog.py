@@ -43,9 +43,11 @@ class Watchdog:
         if floor:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self, step: int) -> None:
-        """A step is done, or the run is ready for its first."""
+    def beat(self, step: int, seconds: float | None = None) -> None:
+        """A step is done, or the run is ready for its first. seconds: what it took here, until all ranks' are heard."""
         self.step = step
+        if seconds is not None and not self._recent["step"]:
+            self._recent["step"].append(seconds)
         self._enter("step")
 
     def heard(self, seconds: list[float]) -> None:

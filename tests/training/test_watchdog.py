@@ -76,6 +76,17 @@ def test_a_stalled_rank_gives_the_stacks_of_all_ranks_and_the_run_goes_on_afterw
     assert RunDirectory(config.run.path).outcome()["outcome"] == "finished"
 
 
+def test_a_stall_right_after_the_first_step_is_found_by_what_that_step_took(digits, tmp_path):
+    config = tiny(digits, tmp_path, LIMIT)
+    stalled = {"DTRAIN_FAULTS": "stall at=step step=2 rank=1"}
+    started = [process for process, _ in start_ranks(train, 2, config, environment=stalled)]
+    while not RunDirectory(config.run.path).journal_file.exists():
+        time.sleep(0.1)
+    assert assert_left_in_time(started, config, time.monotonic())["step"] == 1
+    assert "faults.py" in stacks(config, 1)
+    assert "loop.py" in stacks(config, 0)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
     config = tiny(digits, tmp_path, LIMIT, *LONG)
@@ -160,7 +171,10 @@ def test_a_job_suspended_as_a_whole_goes_on(tmp_path):
 def test_limits_are_learned_from_what_all_ranks_took(tmp_path):
     watchdog = Watchdog(RunDirectory(tmp_path), 0, 0)  # watches nothing
     assert watchdog.limit_of("step") == watchdog.limit_of("start") == 1800  # the first compiles and connects
+    watchdog.beat(1, 30.0)
+    assert watchdog.limit_of("step") == 300
     watchdog.heard([1.0, 40.0])
+    watchdog.beat(2, 50.0)
     assert watchdog.limit_of("step") == 400
     for _ in range(50):
         watchdog.heard([2.0, 3.0])
