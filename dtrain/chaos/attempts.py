@@ -1,5 +1,6 @@
 """One attempt of a job: `dtrain train` on several ranks, forked or started by `deepspeed`, until all are gone."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -83,14 +84,22 @@ def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: fl
 
 
 def _end_session(process: subprocess.Popen) -> None:
-    """Nothing that the launcher started outlives it: ranks are in its session."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == process.pid:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+    """Nothing that the launcher started, ranks are in its session, outlives it or holds a lock when this returns."""
+    while alive := _alive_in_session(process.pid):
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _alive_in_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == session and state not in "ZX":
+                found.append(int(entry.name))
+    return found
 
 
 def _command(arguments: list[str], log: str) -> None:
