@@ -147,7 +147,7 @@ def test_a_run_is_sampled_and_evaluated_by_name(work):
     difference = np.abs(a["images"].astype(int) - b["images"])
     assert difference.max() <= 1
     assert (difference == 0).mean() > 0.999
-    assert run_ranks(command, 1, "sample", "tiny", "--n", 20, "--out", "g.png")[0][0] == 0
+    assert run_ranks(command, 1, "sample", "tiny", "-n", 20, "--out", "g.png")[0][0] == 0
     picture = Image.open("g.png")
     assert picture.size == (4 * (10 * 9 - 1), 4 * (2 * 9 - 1))
     assert "must end in .png or .npz" in failing("sample", "tiny", "--out", "x.jpg")

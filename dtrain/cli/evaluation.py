@@ -164,7 +164,7 @@ def reference(
 
 def sample(
     run: RunName,
-    n: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="number of images")] = 64,
     steps: Steps = None,
     eta: Eta = None,
     sampler: SamplerName = None,
