@@ -1,13 +1,12 @@
-"""Commands people wait for at a prompt load neither torch nor NumPy, and cost little more than their libraries."""
+"""Commands people wait for at a prompt load neither torch nor NumPy; benchmarks/prompt.py times them."""
 
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.prompt import COMMANDS, LIBRARIES, RUN, cost
+from benchmarks.prompt import COMMANDS, RUN
 from tests.digits import tiny
 
 
@@ -27,12 +26,3 @@ def test_neither_torch_nor_numpy_is_loaded(work, command):
     done = subprocess.run([sys.executable, "-c", code, *COMMANDS[command]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_it_takes_at_most_three_times_what_importing_pydantic_and_typer_does(work, command):
-    """The processor's time, which other programs on this machine do not change."""
-    ours, libraries = (
-        [cost(*one, Path.cwd())[1] for _ in range(3)] for one in ((RUN, COMMANDS[command]), (LIBRARIES, []))
-    )
-    assert statistics.median(ours) <= 3 * statistics.median(libraries), (ours, libraries)
