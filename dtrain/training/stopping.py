@@ -31,6 +31,10 @@ class StopRequest:
         self._next_look = 0.0
         self._before: dict = {}
 
+    @property
+    def why(self) -> str:
+        return self.reason or "another rank was asked to"
+
     def listen(self) -> None:
         """Take over the signals until `restore`."""
         for number in SIGNALS:

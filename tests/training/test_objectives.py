@@ -66,7 +66,7 @@ def test_validation_losses_and_bits_per_dim_are_journaled_and_equal_on_one_rank_
 def test_labels_are_dropped_as_often_as_asked():
     from dtrain.config import load
     from dtrain.randomness import Draws, Purpose
-    from dtrain.training.loop import with_dropped_labels
+    from dtrain.training.batch import with_dropped_labels
     from tests.digits import CONFIG
 
     draws = Draws(0)

@@ -62,7 +62,7 @@ def test_a_stalled_rank_gives_the_stacks_of_all_ranks_and_the_run_goes_on_afterw
     assert outcome["step"] in (12, 13)
     assert outcome["attempt"] == 1
     assert "faults.py" in stacks(config, 1)  # where it stalls
-    assert "loop.py" in stacks(config, 0)  # where it waits for the other
+    assert "steps.py" in stacks(config, 0)  # where it waits for the other
     assert "rank 1 hangs after step 12" in stacks(config, 1)
     end = time.monotonic() + 30  # a worker that was starting itself looks for its parent every 5 s
     while any(map(runs, workers)) and time.monotonic() < end:
@@ -84,7 +84,7 @@ def test_a_stall_right_after_the_first_step_is_found_by_what_that_step_took(digi
         time.sleep(0.1)
     assert assert_left_in_time(started, config, time.monotonic())["step"] == 1
     assert "faults.py" in stacks(config, 1)
-    assert "loop.py" in stacks(config, 0)
+    assert "steps.py" in stacks(config, 0)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -95,7 +95,7 @@ def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
     os.kill(started[frozen].pid, signal.SIGSTOP)
     try:
         assert_left_in_time([started[1 - frozen]], config, time.monotonic())
-        assert "all_reduce" in stacks(config, 1 - frozen) or "loop.py" in stacks(config, 1 - frozen)
+        assert "all_reduce" in stacks(config, 1 - frozen) or "steps.py" in stacks(config, 1 - frozen)
         assert started[frozen].is_alive()
     finally:
         started[frozen].kill()
@@ -103,15 +103,15 @@ def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
 
 
 def train_with_a_slow_evaluation_to_open(config):
-    from dtrain.training import loop
+    from dtrain.training import steps
 
-    opened = loop.evaluation_of
+    opened = steps.evaluation_of
 
     def slowly(*arguments):
         time.sleep(3)
         return opened(*arguments)
 
-    loop.evaluation_of = slowly
+    steps.evaluation_of = slowly
     train(config)
 
 

@@ -1,0 +1,261 @@
+"""One step after the other:
+
+    x_0 ~ data,  t ~ U,  eps ~ N(0, I),  gradient step on the process' loss        (Ho et al. 2020, Algorithm 1)
+
+Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dtrain import distributed, faults
+from dtrain.config import Config
+from dtrain.data.manifest import Manifest
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.errors import SharedError
+from dtrain.run import Outcome, Position, RunDirectory
+from dtrain.tracking.tracker import Tracker
+from dtrain.training.bad_steps import BadSteps
+from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
+from dtrain.training.data_health import DataHealth
+from dtrain.training.engine import Engine
+from dtrain.training.feed import Feed
+from dtrain.training.goodput import Goodput, lost_steps
+from dtrain.training.levels import StepLosses, memory
+from dtrain.training.progress import TrainingProgress
+from dtrain.training.reduction import StepReduction
+from dtrain.training.saving import Saving
+from dtrain.training.start import resume
+from dtrain.training.stopping import StopRequest
+from dtrain.training.throughput import Meter
+from dtrain.training.watchdog import Watchdog
+
+
+@dataclass
+class Steps:
+    """The steps of a run on one rank, from `position` on; every rank calls the same methods at the same positions."""
+
+    config: Config
+    run: RunDirectory
+    manifest: Manifest
+    engine: Engine
+    process: GaussianDiffusion | RectifiedFlow
+    position: Position
+    feed: Feed
+    bad_steps: BadSteps
+    tracker: Tracker
+    stop: StopRequest
+    watchdog: Watchdog
+    goodput: Goodput
+
+    def __post_init__(self):
+        config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
+        self._is_rank_0 = rank == 0
+        self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
+        self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
+        self._reduction = StepReduction(rank, world_size, config.data.batch_size)
+        self._meter = Meter(config, world_size, distributed.device())
+        self._health = DataHealth(config, self.manifest, self.position, self.tracker)
+        self._evaluation = None
+        self._stopping = False
+
+    def take(self, changes: dict[str, tuple]) -> Outcome:
+        """Up to config.train.steps, or to where the ranks agree to stop; a checkpoint is there in either case.
+
+        changes: the config's keys that differ from the last start, with both values, for the journal. Raises UserError
+        where there is no room for a checkpoint, SharedError where the last one could not be written.
+        """
+        steps = self.config.train.steps
+        with contextlib.closing(self._progress):
+            self._begin(changes)
+            if self.position.step < steps:
+                distributed.on_rank_0(self._saving.require_room, self.engine)
+            if self.position.step:
+                self._progress.say(f"{self.run.path}: going on after step {self.position.step}")
+            self.goodput.train()
+            self._meter.restart()
+            self.watchdog.beat(self.position.step)
+            try:
+                while self.position.step < steps and not self._stopping:
+                    self._step()
+                self._end()
+            finally:
+                self.goodput.journal(self.position)
+        if self.position.step < steps:
+            self._progress.say(f"stopped after step {self.position.step}: {self.stop.why}")
+            return "stopped"
+        return "finished"
+
+    def _begin(self, changes: dict[str, tuple], **more) -> None:
+        """An attempt begins where the run is: once at the start, and again whenever it goes back."""
+        about = {"data": self.manifest.hash, "batch_size": self.config.data.batch_size}
+        about |= {"world_size": distributed.world_size(), "zero_stage": self.config.deepspeed.zero_stage}
+        if isinstance(self.process, GaussianDiffusion):
+            about["snr"] = self.process.schedule.snr_ends
+        about |= {"skipped": self.bad_steps.skipped.ranges} | more
+        if self._is_rank_0:
+            self.goodput.begin_attempt(lost_steps(self.run.journal_file, self.position))
+        distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.engine.options)
+        self.watchdog.attempt = self.tracker.attempt if self._is_rank_0 else None
+        self.feed.begin(self.position.images, self.bad_steps.skipped)
+
+    def _step(self) -> None:
+        """A batch and what is due after it: word from all ranks, a checkpoint, an evaluation, a way back."""
+        config, bad_steps = self.config, self.bad_steps
+        faults.at("step", self.position.step + 1)
+        started = time.perf_counter()
+        step_losses, grad_norm, taken = self._update()
+        if self._evaluation is None and config.eval.every:
+            opening = time.perf_counter()
+            self._open_evaluation()
+            started += time.perf_counter() - opening  # no part of a step, whose time sets the limit of a hang
+
+        self._hear()
+        step = self.position.step
+        last = step == config.train.steps
+        save_due = last or (taken and step % config.train.checkpoint_every == 0)
+        save_due = save_due or (self._stopping and step != self._saving.begun)
+        evaluation_due = self._evaluation is not None and taken and (last or step % config.eval.every == 0)
+        self.goodput.step(taken, self.feed.seconds, config.data.batch_size)
+        step_seconds = time.perf_counter() - started
+        self._reduction.start(
+            self.position,
+            step_losses.sum,
+            grad_norm,
+            step_losses.by_level(),
+            taken=taken,
+            stop=self.stop.wanted(self._meter.seconds_per_step, self._saving.seconds),
+            written=self._saving.written,
+            failed=self._saving.failed,
+            no_room=save_due and self._is_rank_0 and self._saving.lacks_room(self.engine),
+            error=self.feed.error is not None,
+            read=self.feed.report,
+            step_seconds=step_seconds,
+            data_seconds=self.feed.seconds,
+        )
+        if save_due or evaluation_due or self._stopping or bad_steps.too_many:
+            no_room = self._hear()  # the journal must not lack a step that a checkpoint holds
+        if bad_steps.too_many:
+            self._go_back()
+        elif save_due:
+            self._saving.skip(self.position) if no_room else self._save()
+        if evaluation_due and not self._stopping:
+            self._settle()  # a kill during a long evaluation must not cost the checkpoint
+            with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
+                self._evaluation.run(self.engine, self.position)
+            self._meter.restart()
+        self.watchdog.beat(self.position.step, step_seconds)
+
+    def _update(self) -> tuple[StepLosses, float, bool]:
+        """(this rank's losses, the gradient's norm, whether the step was taken) of the next batch; moves `position`."""
+        config, bad_steps, position = self.config, self.bad_steps, self.position
+        images = bad_steps.batch(position.images)
+        batch = prepared(self.feed.next(images[0][0]), config, position, bad_steps.skipped)
+        self._health.journal(self.feed.report, position)
+        poisoned = any(faults.poisons(first, last) for first, last in images)
+        step_losses = StepLosses(self.process, distributed.device())
+        for part in split(batch, self.engine.micro_batch):
+            losses = self._losses(part)
+            if poisoned:
+                losses = losses * float("nan")
+            self.engine.backward(losses.mean())
+            step_losses.add(part, losses)
+        faults.at("step:update")
+        limit = bad_steps.limit
+        grad_norm = self.engine.step(learning_rate(config, position.step + 1), limit)
+        faults.at("step:moved")
+        taken = bad_steps.judge(grad_norm, limit, images)
+        if taken:
+            step_losses.observe(distributed.world_size())
+        self.position = Position(position.step + taken, images[-1][1])
+        if taken and position.step == 0 and isinstance(self.process, GaussianDiffusion):
+            most, least = self.process.schedule.snr_ends  # not told before: a mistake is one line
+            self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
+        return step_losses, grad_norm, taken
+
+    def _losses(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each image of a micro-batch: (n,)."""
+        labels = with_dropped_labels(part, self.config)
+        model = partial(self.engine, keys=part["dropout"]) if "dropout" in part else self.engine
+        return self.process.losses(model, part["image"], part["noise"], part["time"], labels)
+
+    def _hear(self) -> bool:
+        """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
+        if (sums := self._reduction.finish()) is None:
+            return False
+        if sums.error:
+            self.feed.raise_on_all()
+        self.watchdog.heard(sums.step_seconds)
+        self._saving.heard(sums)
+        self._stopping = self._stopping or sums.stop
+        self._health.heard(sums)
+        if (refused := self.bad_steps.heard(sums)) is not None:
+            self._progress.say(refused)
+            return sums.no_room
+        self._meter.heard(sums)
+        config, step = self.config, sums.position.step
+        if step % config.train.log_every == 0 or step == config.train.steps:
+            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
+            metrics |= self._meter.metrics() | self._health.metrics(sums.position.images)
+            self.tracker.write("train", sums.position, metrics)
+            seconds = self._meter.seconds_per_step
+            self._progress.update(step, sums.loss, config.data.batch_size / seconds, seconds)
+            self._meter.restart()
+            self.goodput.journal_now_and_then(sums.position)
+        return sums.no_room
+
+    def _save(self) -> None:
+        with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
+            self._saving.begin(self.position, self.engine, memory(self.process), bad_steps=self.bad_steps.state())
+
+    def _settle(self) -> None:
+        with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
+            self._saving.settle()
+
+    def _open_evaluation(self) -> None:
+        """After the first step, which its imports and its reference would keep waiting, and no later, so that what
+        could not be evaluated is told at once.
+        """
+        with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
+            self._evaluation = evaluation_of(self.run, self.config, self.process, self.tracker, self._progress)
+        self._meter.restart()
+
+    def _go_back(self) -> None:
+        """To the newest whole checkpoint, and from there around the images that were refused last."""
+        self.bad_steps.leave_out(self.position)
+        self._settle()
+        self.goodput.end_attempt(self.position)
+        with self.watchdog.during("start"):
+            left = self.position.step
+            self.position = resume(self.engine, self.process, self.run, self.config, self.bad_steps, anew=True)
+            self._saving.went_back(self.position)
+            why = f"{self.config.train.bad_steps} steps in a row were refused"
+            self._progress.say(f"back from step {left} to {self.position.step}, to leave out images: {why}")
+            self._begin({}, back_from=left, why=why)
+        self.goodput.train()
+        self._meter.restart()
+
+    def _end(self) -> None:
+        """Commit a checkpoint of where the steps ended."""
+        self._settle()
+        if self._saving.newest.step != self.position.step and self._saving.problem is None:
+            self._save()
+            self._settle()
+        # Rank 0 commits, and has journaled by then: the launcher kills it once another rank has left.
+        newest, problem = distributed.gather_objects((self._saving.newest, self._saving.problem))[0]
+        if newest.step != self.position.step:
+            raise SharedError(
+                f"{self.run.path} ended at step {self.position.step}, but its newest checkpoint is of step "
+                f"{newest.step}: {problem}; make room and start it again"
+            )
+
+
+def evaluation_of(*arguments):
+    from dtrain.training.evaluation import Evaluation  # imports what a training without evaluations has no use for
+
+    return Evaluation(*arguments)
