@@ -3,6 +3,7 @@
 runs/<name>/  config.yaml  journal.jsonl  outcome.json  checkpoints/step-00001000/  samples/  logs/rank-0.log
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.logs = self.path / "logs"
+        self._folders = (self.checkpoints, self.samples, self.logs)
 
     @classmethod
     def find(cls, run: str | Path) -> "RunDirectory":
@@ -73,10 +75,15 @@ class RunDirectory:
     def make_folders(self) -> None:
         """Raises UserError where the place cannot be written."""
         try:
-            for folder in (self.checkpoints, self.samples, self.logs):
+            for folder in self._folders:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"cannot write the run directory {self.path}: {e.strerror}") from None
+
+    def remove_empty_folders(self) -> None:
+        for folder in (*self._folders, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def save_config(self, config: Config) -> None:
         replace(self.config_file, config.dump())

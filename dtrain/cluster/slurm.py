@@ -163,8 +163,13 @@ def has_gpus(partition: str | None) -> bool:
 
 def submit(job: Job, script: str) -> str:
     """Hand a script to sbatch; the job's number. The script is kept beside the job's log. Raises UserError."""
-    RunDirectory(job.run).make_folders()
-    number = _ask(["sbatch", "--parsable"], script).strip().split(";")[0]
+    run = RunDirectory(job.run)
+    run.make_folders()
+    try:
+        number = _ask(["sbatch", "--parsable"], script).strip().split(";")[0]
+    except UserError:
+        run.remove_empty_folders()
+        raise
     job.log(number).with_suffix(".sbatch").write_text(script)
     return number
 

@@ -144,10 +144,11 @@ def test_a_run_has_one_job_at_a_time_unless_they_follow_each_other(work):
     assert submit("tiny.yaml", *limit).stdout
 
 
-def test_what_sbatch_says_is_told(work):
+def test_what_sbatch_says_is_told_and_no_empty_run_is_left(work):
     (work.bin / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid account' >&2; exit 1\n")
     done = submit("tiny.yaml", "--time", "1:00:00", "--gpus-per-node", "1", expect=2)
     assert done.stderr == "dtrain: sbatch failed: error: Invalid account\n"
+    assert not Path("runs/tiny").exists()
 
 
 def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
