@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.tracking.journal import read
@@ -19,11 +20,23 @@ def better(metric: str):
 
 def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
     """Step → metrics of the training's own evaluation there; those of jobs may have other settings and are left out."""
-    return {line["step"]: line["metrics"] for line in read(journal_file) if line["event"] == "eval"}
+    return {line["step"]: line["metrics"] for line in _evaluations(journal_file)}
 
 
 def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
-    """Of the given steps the one with the best value of `metric`; None where none has one."""
-    metrics = evaluated(journal_file)
-    values = {step: metrics[step][metric] for step in steps if metric in metrics.get(step, {})}
+    """Of the given steps the one with the best value of `metric`; None where none has one.
+
+    Compared are evaluations made as the newest with this metric was made: fewer samples are a greater distance.
+    """
+    lines = [line for line in _evaluations(journal_file) if metric in line["metrics"]]
+    alike = {line["step"]: line["metrics"][metric] for line in lines if _settings(line) == _settings(lines[-1])}
+    values = {step: alike[step] for step in steps if step in alike}
     return better(metric)(values, key=values.get) if values else None
+
+
+def _evaluations(journal_file: Path) -> list[dict[str, Any]]:
+    return [line for line in read(journal_file) if line["event"] == "eval"]
+
+
+def _settings(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line["context"].items() if key not in ("artifact", "batch_size")}

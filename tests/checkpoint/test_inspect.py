@@ -55,3 +55,15 @@ def test_the_best_is_the_lowest_distance_and_the_highest_precision(tmp_path):
     assert best_step(journal.path, "fd_pixels", [5, 15]) == 15
     assert best_step(journal.path, "precision_pixels", [5, 10, 15]) == 10
     assert best_step(journal.path, "kid_pixels", [5, 10, 15]) is None
+
+
+def test_the_best_is_sought_among_evaluations_made_as_the_newest_was(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.begin_attempt(0, 0, {})
+    for step, n, distance in ((5, 50000, 2.0), (10, 1000, 9.0), (15, 1000, 8.0), (20, 1000, 8.5)):
+        how = {"n": n, "steps": 50, "artifact": f"samples/step-{step:08d}.png"}
+        journal.append("eval", step, 64 * step, {"fd_pixels": distance}, how)
+    journal.close()
+    assert best_step(journal.path, "fd_pixels", [5, 10, 15, 20]) == 15
+    assert best_step(journal.path, "fd_pixels", [5, 10, 20]) == 20
+    assert best_step(journal.path, "fd_pixels", [5]) is None
