@@ -5,11 +5,11 @@ import pytest
 
 from tests.digits import tiny
 from tests.training.elastic import resume_elsewhere, shape, tensors, write
-from tests.training.test_elastic import SHAPES
 from tests.training.test_loop import trained
 
 pytestmark = pytest.mark.campaign
 STEPS = 110
+SHAPES = [(stage, world_size) for stage in (0, 1, 2, 3) for world_size in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")

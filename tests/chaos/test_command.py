@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.digits import tiny
+from tests.longer import longer
 
 
 def run(folder, *command):
@@ -72,7 +73,7 @@ def until(condition, seconds):
     return condition()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [longer(signal.SIGTERM), signal.SIGKILL])
 def test_nothing_goes_on_when_the_command_is_ended(digits, tmp_path, how):
     (tmp_path / "hours.yaml").write_text(tiny(digits, tmp_path / "runs").dump())
     environment = os.environ | {"TMPDIR": str(tmp_path)}

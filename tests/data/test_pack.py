@@ -248,12 +248,12 @@ def _pack_slowly(many, destination, processes) -> None:
     pack(str(many / "a.npz"), destination, **MANY, processes=processes, progress=lambda *_: time.sleep(0.002))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
+def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_path, processes, kills):
     """SIGKILL at random moments, in both splits and while the manifest is made; whole shards are not written again."""
     rng = np.random.default_rng(processes)
     destination, kept, reused = tmp_path / "killed", {}, 0
-    for _ in range(6):
+    for _ in range(kills):
         target = (many, destination, processes)
         process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=target)
         process.start()
@@ -273,7 +273,7 @@ def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_
     seen = []
     pack(str(many / "a.npz"), destination, **MANY, processes=processes, progress=lambda *done: seen.append(done))
     assert tree(destination) == tree(many / "one")
-    assert reused > 20
+    assert reused > 2 * kills
     assert 0 < len(seen) < 330
     assert list(tmp_path.iterdir()) == [destination]
 

@@ -13,6 +13,7 @@ from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.statistics import Statistics
 from tests.digits import tiny
+from tests.longer import longer
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 MEANS = torch.tensor([[-0.4, 0.1, 0.3, -0.2], [0.3, 0.4, -0.3, 0.1], [0.2, -0.4, 0.1, 0.4]], dtype=torch.float64)
@@ -59,12 +60,12 @@ def null() -> float:
     "walk",
     [
         ["eval.eta=0"],
-        ["eval.eta=0.5"],
-        ["eval.eta=sigma_hat"],
+        longer(["eval.eta=0.5"]),
+        longer(["eval.eta=sigma_hat"]),
         ["eval.spacing=quad"],
         ["diffusion.prediction=v", "diffusion.schedule=cosine"],
         ["eval.sampler=ancestral"],
-        ["eval.sampler=ancestral", "diffusion.variance=fixed_large"],
+        longer(["eval.sampler=ancestral", "diffusion.variance=fixed_large"]),
         ["eval.sampler=dpmpp_2m"],
         ["eval.sampler=heun"],
         ["diffusion={process: flow}", "eval.sampler=euler"],

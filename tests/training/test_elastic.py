@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from dtrain.tracking.journal import events
-from tests.digits import losses, tiny
+from tests.digits import tiny
+from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.elastic import resume_elsewhere, shape, tensors, write
 from tests.training.test_loop import train, trained
 
 STEPS = 40
-SHAPES = [(stage, world_size) for stage in (0, 1, 2, 3) for world_size in (1, 2, 3)]
-# Each shape is written once and read once, by a shape of another stage and another world size.
-CIRCLE = [(a, SHAPES[(i + 4) % len(SHAPES)]) for i, a in enumerate(SHAPES)]
+# (stage, ranks) written and read: each stage and each number of ranks as both. A campaign takes all 144 pairs.
+PAIRS = [((0, 2), (1, 3)), ((1, 1), (2, 2)), ((2, 2), (3, 3)), ((3, 3), (0, 1))]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def reference(digits, tmp_path_factory):
     return trained(tiny(digits, tmp_path_factory.mktemp("reference"), *shape(0), f"train.steps={STEPS}"), 1)
 
 
-@pytest.mark.parametrize(("written", "read"), CIRCLE, ids=lambda s: f"stage{s[0]}-{s[1]}ranks")
+@pytest.mark.parametrize(("written", "read"), PAIRS, ids=lambda s: f"stage{s[0]}-{s[1]}ranks")
 def test_a_checkpoint_of_one_shape_goes_on_in_another(digits, tmp_path, reference, written, read):
     folder = write(digits, tmp_path / "written", shape(written[0]), written[1])
     got, loaded = resume_elsewhere(digits, folder, tmp_path / "read", shape(read[0]), read[1], STEPS)
@@ -41,13 +41,13 @@ ALL = "deepspeed.offload=all"
     [
         (shape(0), shape(3, BF16), 1e-2),
         (shape(3, BF16), shape(1, BF16), 1e-3),
-        (shape(2, BF16), shape(3, ALL, BF16), 1e-3),
-        (shape(1, BF16), shape(2, BF16), 1e-3),
+        longer(shape(2, BF16), shape(3, ALL, BF16), 1e-3),
+        longer(shape(1, BF16), shape(2, BF16), 1e-3),
         (shape(2, OFFLOAD), shape(3, ALL), 1e-5),
-        (shape(3, ALL), shape(1, OFFLOAD), 1e-5),
-        (shape(3, OFFLOAD), shape(0), 1e-5),
+        longer(shape(3, ALL), shape(1, OFFLOAD), 1e-5),
+        longer(shape(3, OFFLOAD), shape(0), 1e-5),
         (shape(0, AUTOCAST), shape(3, AUTOCAST), 1e-3),
-        (shape(2, AUTOCAST), shape(1, AUTOCAST), 1e-3),
+        longer(shape(2, AUTOCAST), shape(1, AUTOCAST), 1e-3),
     ],
     ids=lambda v: "-".join(x.split("=")[1] for x in v) if isinstance(v, list) else None,
 )
@@ -64,13 +64,13 @@ def test_precision_and_offload_change_hands_too(digits, tmp_path, written, read,
 @pytest.mark.parametrize(
     "overrides",
     [
-        shape(1, BF16),
+        longer(shape(1, BF16)),
         shape(3, BF16),
-        shape(0, AUTOCAST),
+        longer(shape(0, AUTOCAST)),
         shape(3, AUTOCAST),
-        shape(2, OFFLOAD),
+        longer(shape(2, OFFLOAD)),
         shape(3, ALL),
-        shape(0, "train.activation_checkpointing=true"),
+        longer(shape(0, "train.activation_checkpointing=true")),
         shape(3, "train.activation_checkpointing=true"),
         shape(3, "deepspeed.extra={zero_optimization: {sub_group_size: 2000, stage3_param_persistence_threshold: 0}}"),
     ],
@@ -145,9 +145,3 @@ def test_another_model_is_refused_by_name(digits, tmp_path):
     other = tiny(digits, tmp_path, "run.name=wide", f"run.init_from={folder}/tiny", "model.width=64")
     with pytest.raises(RuntimeError, match=r"is of another model: blocks.0.adaLN_modulation.1.bias has 192 elements"):
         run_ranks(train, 1, other)
-
-
-def test_compiled_steps_have_the_same_losses(digits, tmp_path, reference):
-    got = trained(tiny(digits, tmp_path, *shape(0), "train.compile=true", "train.steps=8"), 1)
-    assert got == pytest.approx(reference[:8], abs=1e-5)
-    assert losses(tiny(digits, tmp_path)) == got

@@ -14,6 +14,7 @@ from dtrain.tracking.journal import events
 from dtrain.tracking.tracker import sync
 from tests.afterwards import afterwards
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.test_loop import train, trained
 
@@ -54,6 +55,7 @@ def test_where_the_next_checkpoint_does_not_fit_training_goes_on_with_the_last(d
         assert [m for m in faults(config) if reason in m and "step 10" in m]
 
 
+@pytest.mark.campaign
 def test_a_disk_that_turns_read_only_and_back_costs_only_time(digits, tmp_path):
     whole = trained(tiny(digits, tmp_path / "whole", "train.steps=400"), 2)
     config = tiny(digits, tmp_path / "ro", "train.checkpoint_every=10", "train.steps=400")
@@ -92,7 +94,10 @@ def filled(disk, point, until=None):
 OFTEN = ("train.checkpoint_every=4", "train.steps=24", "eval.every=8", "tracking.system_every=0.05")
 
 
-@pytest.mark.parametrize("point", ["save:stage step=8", "save:write step=8", "save:fsync step=8", "save:commit step=8"])
+@pytest.mark.parametrize(
+    "point",
+    ["save:stage step=8", "save:write step=8", longer("save:fsync step=8"), longer("save:commit step=8")],
+)
 def test_a_disk_full_for_a_while_costs_checkpoints_and_pictures_but_no_line_of_the_journal(digits, tmp_path, point):
     config = tiny(digits, tmp_path / "disk", *OFTEN)
     with small_disk(tmp_path / "disk", "size=20m"):

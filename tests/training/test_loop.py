@@ -12,6 +12,7 @@ import pytest
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks, start_ranks
 
 
@@ -81,7 +82,7 @@ def kill_when(config, world_size, step):
         process.join()
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), longer(1, 2), longer(2, 2), (3, 2)])
 def test_killed_twice_and_started_again_the_losses_are_those_of_a_run_never_killed(digits, tmp_path, stage, world_size):
     overrides = [f"deepspeed.zero_stage={stage}", "train.checkpoint_every=4", "train.steps=60"]
     never_killed = trained(tiny(digits, tmp_path / "whole", *overrides), world_size)

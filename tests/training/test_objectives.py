@@ -7,6 +7,7 @@ import torch
 from dtrain.diffusion.times import SecondMoment
 from dtrain.tracking.journal import read
 from tests.digits import losses, tiny
+from tests.longer import mostly_longer
 from tests.training.test_loop import trained
 
 UNET = (
@@ -21,7 +22,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", mostly_longer(CHOICES, ["importance", "flow", "unet with dropout"]))
 def test_one_rank_and_two_in_micro_batches_have_the_same_losses_and_go_on_after_a_stop(digits, tmp_path, name):
     long = "train.steps=60" if name == "importance" else "train.steps=16"
     overrides = [*CHOICES[name], long]

@@ -15,6 +15,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
 from dtrain.training.bad_steps import FEWEST, WINDOW, BadSteps
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.elastic import tensors
 from tests.training.test_bad_steps import differing, state
@@ -167,7 +168,7 @@ def test_a_lasting_bad_range_is_left_out_after_going_back_and_the_audit_agrees(d
     assert denied == ["48 images were trained on between steps 4 and 5, not 1 times 24"]
 
 
-@pytest.mark.parametrize("elsewhere", [("0", 1), ("3", 2)])
+@pytest.mark.parametrize("elsewhere", [longer(("0", 1)), ("3", 2)])
 def test_stopped_and_resumed_elsewhere_after_going_back_the_losses_are_those_of_a_run_not_stopped(
     digits, tmp_path, elsewhere
 ):
@@ -181,7 +182,7 @@ def test_stopped_and_resumed_elsewhere_after_going_back_the_losses_are_those_of_
     assert audit(RunDirectory(more.run.path)).problems == []
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [longer(0), longer(1), 2, longer(3)])
 def test_without_a_checkpoint_a_run_goes_back_to_its_beginning(digits, tmp_path, stage):
     shape = f"deepspeed.zero_stage={stage}"
     with_checkpoint, _ = lasting(digits, tmp_path / "with", 2, shape)

@@ -13,6 +13,7 @@ from dtrain.errors import HANG
 from dtrain.run import RunDirectory
 from dtrain.training.watchdog import Watchdog
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks, start_ranks
 from tests.training.test_full_disk import small_disk
 from tests.training.test_loop import train
@@ -87,7 +88,7 @@ def test_a_stall_right_after_the_first_step_is_found_by_what_that_step_took(digi
     assert "steps.py" in stacks(config, 0)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [0, longer(1)])
 def test_where_a_rank_is_frozen_the_other_leaves(digits, tmp_path, frozen):
     config = tiny(digits, tmp_path, LIMIT, *LONG)
     started = [process for process, _ in start_ranks(train, 2, config)]
