@@ -14,7 +14,7 @@ demo: .venv/ready
 	deepspeed --num_accelerators $(ACCELERATORS) launch/train.py configs/digits-dit.yaml
 
 test: .venv/ready lint
-	python -m pytest tests
+	python -m pytest -n 2 --dist worksteal tests
 
 test-slurm: .venv/ready
 	python -m pytest -m slurm tests/slurm
