@@ -62,7 +62,7 @@ def resume(
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
-    found = complete(run.checkpoints)
+    found = distributed.on_rank_0(complete, run.checkpoints)  # who looks for himself may miss the last commit
     for path in reversed(found):
         checkpoint, problem = _load_on_all_ranks(engine.load, path)
         if checkpoint is not None:
