@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from dtrain.errors import UserError
 
 HEARTBEAT_SECONDS = 20.0
-DEAD_AFTER_SECONDS = 300.0  # without a heartbeat; for locks of other machines, whose processes cannot be looked at
+DEAD_AFTER_SECONDS = 300.0  # without a heartbeat; for locks of processes out of sight: other machines', containers'
 
 
 class RunLock:
@@ -18,15 +19,20 @@ class RunLock:
 
     def __init__(self, path: Path):
         self.path = path
+        self._mine: dict | None = None
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Raises UserError when a live job holds it; takes over from a dead one."""
-        mine = json.dumps(_identity(os.getpid()) | _job())
+        """Raises UserError when a live job holds it, or nobody can tell who does; takes over from a dead one."""
+        self._mine = _identity(os.getpid()) | _job()
+        mine, unreadable = json.dumps(self._mine), 0
         while not _create(self.path, mine):
             holder = _read(self.path)
-            if holder is None:
-                continue  # released, or being written, in this moment
+            if holder is None:  # released in this moment, or not a lock of ours: those appear whole
+                if (unreadable := unreadable + 1) == 10:
+                    raise UserError(f"{self.path} does not tell who holds it; remove it if no job uses this run")
+                time.sleep(0.1)
+                continue
             if self._alive(holder):
                 job = f", job {holder['job']}" if holder.get("job") else ""
                 raise UserError(
@@ -47,19 +53,22 @@ class RunLock:
     def release(self) -> None:
         if not self._released.is_set():
             self._released.set()
-            self.path.unlink(missing_ok=True)
+            if _read(self.path) == self._mine:  # else another took it, after this process was frozen for long
+                self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
                 os.utime(self.path)
-            except OSError:
+            except FileNotFoundError:
                 return  # the run directory is gone
+            except OSError:
+                continue  # a file system that is away for a moment
 
     def _alive(self, holder: dict) -> bool:
-        if holder.get("boot") == _boot():
+        if holder.get("boot") == _boot() and holder.get("namespace") == _namespace():
             return _identity(holder["pid"]).get("started") == holder.get("started")
-        if holder.get("host") == socket.gethostname():
+        if holder.get("boot") != _boot() and holder.get("host") == socket.gethostname():
             return False  # this machine, before it was started anew
         job = _job()
         if job["job"] and holder.get("job") == job["job"] and holder.get("restarts") != job["restarts"]:
@@ -78,7 +87,7 @@ def holder(path: Path) -> dict | None:
 
 def _create(path: Path, text: str) -> bool:
     """Write a new file whole; False where there is one. A hard link appears with its contents, or not at all."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         temporary.write_text(text)
         os.link(temporary, path)
@@ -100,8 +109,9 @@ def _forget_if_left(claim: Path) -> None:
 
 def _read(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if {"host", "pid", "started"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -111,12 +121,23 @@ def _identity(pid: int) -> dict:
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return {}
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": started}
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "namespace": _namespace(),
+        "pid": pid,
+        "started": started,
+    }
 
 
 def _job() -> dict:
     """The SLURM job this process belongs to, and how often it was requeued; None where it belongs to none."""
     return {"job": os.environ.get("SLURM_JOB_ID"), "restarts": os.environ.get("SLURM_RESTART_COUNT")}
+
+
+def _namespace() -> str:
+    """Within which process numbers mean something: containers on one machine have one each."""
+    return os.readlink("/proc/self/ns/pid")
 
 
 def _boot() -> str:

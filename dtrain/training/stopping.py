@@ -74,9 +74,15 @@ def deadline(configured: str | None, started: float) -> float | None:
     job = os.environ.get("SLURM_JOB_ID")
     if not job or not shutil.which("squeue"):
         return None
-    answer = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, timeout=30)
+    ask = ["squeue", "-h", "-j", job, "-o", "%e"]
     try:
-        return datetime.fromisoformat(answer.stdout.strip()).timestamp()
+        end = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as e:
+        problem = (getattr(e, "stderr", None) or str(e)).strip()
+        print(f"no deadline is known, so the run will not stop by itself: squeue did not answer: {problem}", flush=True)
+        return None
+    try:
+        return datetime.fromisoformat(end).timestamp()
     except ValueError:
         return None  # no limit: squeue prints N/A or NONE
 

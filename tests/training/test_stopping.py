@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from datetime import datetime
 
@@ -73,7 +75,7 @@ def test_a_deadline_stops_the_run_before_it_passes(digits, tmp_path):
     assert RunDirectory(config.run.path).outcome()["outcome"] == "stopped"
 
 
-def test_deadlines_come_from_the_config_the_environment_or_slurm(tmp_path, monkeypatch):
+def test_deadlines_come_from_the_config_the_environment_or_slurm(tmp_path, monkeypatch, capsys):
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     assert deadline(None, 0) is None
@@ -90,6 +92,10 @@ def test_deadlines_come_from_the_config_the_environment_or_slurm(tmp_path, monke
     assert deadline(None, 0) == datetime(2030, 1, 2, 3, 4, 5).timestamp()
     squeue.write_text("#!/bin/sh\necho NONE\n")
     assert deadline(None, 0) is None
+    assert capsys.readouterr().out == ""
+    squeue.write_text("#!/bin/sh\necho the controller is away >&2; exit 1\n")
+    assert deadline(None, 0) is None
+    assert "squeue did not answer: the controller is away" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
     assert deadline(None, 0) == 1234
 
@@ -139,6 +145,30 @@ def test_a_process_number_given_again_does_not_keep_a_lock_alive(tmp_path):
     RunLock(path).acquire()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))
     RunLock(path).acquire()
+
+
+def test_a_container_does_not_take_the_lock_of_a_process_that_it_cannot_see(tmp_path):
+    path = tmp_path / "lock"
+    lock = RunLock(path)
+    lock.acquire()
+    code = f"from dtrain.lock import RunLock; from pathlib import Path; RunLock(Path({str(path)!r})).acquire()"
+    contained = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    if subprocess.run([*contained[:4], "true"], capture_output=True).returncode:
+        pytest.skip("a name space for processes takes root")
+    refused = subprocess.run(contained, capture_output=True, text=True)
+    assert f"is in use by process {os.getpid()}" in refused.stderr
+    os.utime(path, (time.time() - 400, time.time() - 400))
+    subprocess.run(contained, check=True)
+    assert json.loads(path.read_text())["pid"] != os.getpid()
+    lock.release()
+    assert path.exists()  # it is the other's
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "no JSON"])
+def test_a_lock_that_does_not_tell_its_holder_is_one_line(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(UserError, match="lock does not tell who holds it; remove it if no job uses this run"):
+        RunLock(tmp_path / "lock").acquire()
 
 
 def test_another_machines_lock_lives_by_its_heartbeat(tmp_path):
