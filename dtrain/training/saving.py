@@ -40,14 +40,10 @@ class Saving:
         self._position: Position | None = None  # of the save in flight
         self._since = 0.0
         self._needed = self._free = 0  # bytes, as rank 0 last found them
-        self.newest = position  # of the newest complete checkpoint
-        self.problem: str | None = None  # why the last save came to nothing
+        self.tried = position.step  # where a save was last begun or given up, if not loaded; alike on all ranks
+        self.newest = position  # of the newest complete checkpoint, as rank 0 knows it, the one that commits
+        self.problem: str | None = None  # why the last save came to nothing, as this rank knows it
         self.seconds = 0.0  # from copy to commit, of the slowest save so far
-
-    @property
-    def begun(self) -> int:
-        """The step of the save in flight, else of the newest complete checkpoint."""
-        return (self._position or self.newest).step
 
     @property
     def written(self) -> bool:
@@ -78,6 +74,7 @@ class Saving:
     def skip(self, position: Position) -> None:
         """Instead of `begin`, on every rank, where rank 0 lacks room."""
         self.settle()
+        self.tried = position.step
         self._lost(position, self._shortage())
 
     def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor], **meta) -> None:
@@ -86,7 +83,7 @@ class Saving:
         more: tensors by name that every rank holds alike; rank 0 writes them. meta: plain data beside them.
         """
         self.settle()
-        self._position, self._since = position, time.perf_counter()
+        self._position, self.tried, self._since = position, position.step, time.perf_counter()
         meta |= {
             "step": position.step,
             "images": position.images,
@@ -114,14 +111,14 @@ class Saving:
 
     def went_back(self, position: Position) -> None:
         """The run goes on from the checkpoint at `position`, where it has one."""
-        self.newest, self.problem = position, None
+        self.tried, self.newest, self.problem = position.step, position, None
 
     def _finish(self, failed: bool) -> None:
         position, self._position, failure = self._position, None, self._writer.failure
         if not failed:
             try:
                 path = self._writer.commit()
-            except (OSError, Damaged) as e:  # on rank 0, the only one that knows: the next save will tell the others
+            except (OSError, Damaged) as e:  # on rank 0, the only one that knows
                 where = getattr(e, "filename", None) or self._run.checkpoints
                 failed, failure = True, f"cannot write {where}: {e.strerror}" if isinstance(e, OSError) else str(e)
         if failed:
@@ -149,7 +146,8 @@ class Saving:
     def _remove_surplus(self) -> None:
         """Old checkpoints go in a thread: a large one takes a while, and nobody waits for it."""
         train, directory = self._config.train, self._run.checkpoints
-        steps = [step_of(path) for path in complete(directory)]
+        # A later one was damaged when this attempt passed it over: it is nobody's newest, and counts for nothing.
+        steps = [step for step in map(step_of, complete(directory)) if step <= self.newest.step]
         best = best_step(self._run.journal_file, train.keep_best, steps) if train.keep_best else None
         for step in surplus(steps, train.keep_last, train.keep_every, best):
             threading.Thread(target=remove, args=(step_path(directory, step),), daemon=True).start()

@@ -119,7 +119,7 @@ class Steps:
         step = self.position.step
         last = step == config.train.steps
         save_due = last or (taken and step % config.train.checkpoint_every == 0)
-        save_due = save_due or (self._stopping and step != self._saving.begun)
+        save_due = save_due or (self._stopping and step != self._saving.tried)
         evaluation_due = self._evaluation is not None and taken and (last or step % config.eval.every == 0)
         self.goodput.step(taken, self.feed.seconds, config.data.batch_size)
         step_seconds = time.perf_counter() - started
@@ -243,7 +243,7 @@ class Steps:
     def _end(self) -> None:
         """Commit a checkpoint of where the steps ended."""
         self._settle()
-        if self._saving.newest.step != self.position.step and self._saving.problem is None:
+        if self._saving.tried != self.position.step:
             self._save()
             self._settle()
         # Rank 0 commits, and has journaled by then: the launcher kills it once another rank has left.

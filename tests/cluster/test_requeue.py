@@ -74,6 +74,12 @@ def test_an_outcome_that_an_earlier_attempt_left_does_not_count(attempt, job):
     assert attempt(TRAINING="exit 1")[0] == 1
 
 
+def test_a_damaged_checkpoint_of_a_later_step_hides_no_progress(attempt, job):
+    (job.run / "checkpoints" / "step-9999999999999999999").mkdir(parents=True)
+    assert attempt(TRAINING=CHECKPOINT + outcome("stopped", "SIGTERM") + "exit 75")[1]
+    assert not attempt(TRAINING=outcome("stopped", "SIGTERM") + "exit 75")[1]
+
+
 def test_what_the_check_refuses_is_the_last_line_and_nothing_is_launched(attempt, stubs):
     ended, requeued, last = attempt(CHECK="echo dtrain: the shard is gone; exit 2")
     assert (ended, requeued, last) == (2, False, "dtrain: the shard is gone")
