@@ -125,7 +125,7 @@ class Round:
         if plan.ends != "killed":  # what it trained after the fault is part of surviving it
             self._compare(result, lines)
         if plan.damage is not None:
-            newest = complete(self.run.checkpoints)[-1]
+            newest = self._whole_paths()[-1]
             self._spoilt.add((step_of(newest), newest.stat().st_ino))
             result.notes.append(plan.damage.do(newest))
         if plan.shape is not None:
@@ -224,7 +224,10 @@ class Round:
         return self.run.config() if self.run.config_file.exists() else job_with_streams(self.job)
 
     def _whole(self) -> list[int]:
-        return [step_of(path) for path in complete(self.run.checkpoints) if not self._is_spoilt(path)]
+        return [step_of(path) for path in self._whole_paths()]
+
+    def _whole_paths(self) -> list[Path]:
+        return [path for path in complete(self.run.checkpoints) if not self._is_spoilt(path)]
 
     def _is_spoilt(self, path: Path) -> bool:
         return (step_of(path), path.stat().st_ino) in self._spoilt

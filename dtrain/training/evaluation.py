@@ -35,8 +35,13 @@ class Evaluation:
         sampler = Sampler.of(model, self._process, config, device)
         metrics, context = evaluate(sampler, config, self._reference)
         levels = losses_by_level(sampler, *self._reference.validation, config.eval.seed)
-        if distributed.rank() != 0:
-            return
+        if distributed.rank() == 0:
+            self._conclude(sampler, position, started, metrics, levels, context)
+        distributed.barrier()  # under an evaluation's limit of a hang, not a step's
+
+    def _conclude(self, sampler: Sampler, position: Position, started: float, metrics, levels, context: dict) -> None:
+        """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
+        config, weights = self._config, weights_name(self._config)
         name = f"samples/step-{position.step:08d}.png"
         try:
             draw_grid(sampler, config, self._run.path / name)
@@ -53,9 +58,13 @@ class Evaluation:
 
 
 def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
-    """The same seeds and labels at every step, so that the pictures show the training; a column a class."""
+    """The same seeds and labels at every step, so that the pictures show the training; a column a class.
+
+    Drawn in blocks of eval.batch_size, which the device has room for.
+    """
     columns = min(config.model.num_classes, 10) or GRID_ROWS
-    ids = [GRID_IDS + i for i in range(GRID_ROWS * columns)]
-    labels = torch.arange(len(ids)) % max(1, min(config.model.num_classes, columns))
-    images = sampler.draw(ids, labels, config.eval)
-    grid(images, columns, scale=max(1, 32 // config.data.image_size)).save(path)
+    numbers = torch.arange(GRID_ROWS * columns)
+    labels = numbers % max(1, min(config.model.num_classes, columns))
+    blocks = zip(numbers.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
+    images = [sampler.draw((GRID_IDS + ids).tolist(), some, config.eval) for ids, some in blocks]
+    grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size)).save(path)

@@ -1,5 +1,6 @@
 """Before the first step: may this config go on in this run directory, and from which checkpoint."""
 
+from functools import partial
 from pathlib import Path
 
 from dtrain import distributed, faults
@@ -64,10 +65,9 @@ def resume(
     """
     found = distributed.on_rank_0(complete, run.checkpoints)  # who looks for himself may miss the last commit
     for path in reversed(found):
-        checkpoint, problem = _load_on_all_ranks(engine.load, path)
+        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, process), path)
         if checkpoint is not None:
             engine.refresh(checkpoint.meta["optimizer_steps"])
-            remember(process, checkpoint)
             if bad_steps is not None:
                 bad_steps.load_state(checkpoint.meta.get("bad_steps", {}))
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
@@ -84,6 +84,11 @@ def resume(
     if config.run.init_from:
         _begin_from(engine, config)
     return Position()
+
+
+def _load(engine: Engine, process: GaussianDiffusion | RectifiedFlow, checkpoint: Checkpoint) -> None:
+    engine.load(checkpoint)
+    remember(process, checkpoint)
 
 
 def _begin_from(engine: Engine, config: Config) -> None:

@@ -19,6 +19,7 @@ from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
 from dtrain.run import Outcome, Position, RunDirectory
+from dtrain.tracking.best import evaluated
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.bad_steps import BadSteps
 from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
@@ -62,6 +63,7 @@ class Steps:
         self._meter = Meter(config, world_size, distributed.device())
         self._health = DataHealth(config, self.manifest, self.position, self.tracker)
         self._evaluation = None
+        self._owes_evaluation = False  # of where the run is: it was cut off, or gave way to a stop
         self._stopping = False
 
     def take(self, changes: dict[str, tuple]) -> Outcome:
@@ -79,14 +81,16 @@ class Steps:
                 self._progress.say(f"{self.run.path}: going on after step {self.position.step}")
             self.goodput.train()
             self._meter.restart()
-            self.watchdog.beat(self.position.step)
             try:
+                if self._evaluation_due() and not distributed.on_rank_0(self._is_evaluated):
+                    self._evaluate()
+                self.watchdog.beat(self.position.step)
                 while self.position.step < steps and not self._stopping:
                     self._step()
                 self._end()
             finally:
                 self.goodput.journal(self.position)
-        if self.position.step < steps:
+        if self.position.step < steps or self._owes_evaluation:
             self._progress.say(f"stopped after step {self.position.step}: {self.stop.why}")
             return "stopped"
         return "finished"
@@ -120,7 +124,7 @@ class Steps:
         last = step == config.train.steps
         save_due = last or (taken and step % config.train.checkpoint_every == 0)
         save_due = save_due or (self._stopping and step != self._saving.tried)
-        evaluation_due = self._evaluation is not None and taken and (last or step % config.eval.every == 0)
+        evaluation_due = taken and self._evaluation_due()
         self.goodput.step(taken, self.feed.seconds, config.data.batch_size)
         step_seconds = time.perf_counter() - started
         self._reduction.start(
@@ -144,11 +148,11 @@ class Steps:
             self._go_back()
         elif save_due:
             self._saving.skip(self.position) if no_room else self._save()
-        if evaluation_due and not self._stopping:
-            self._settle()  # a kill during a long evaluation must not cost the checkpoint
-            with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
-                self._evaluation.run(self.engine, self.position)
-            self._meter.restart()
+        if evaluation_due:
+            self._owes_evaluation = self._stopping
+            if not self._stopping:
+                self._settle()  # a kill during a long evaluation must not cost the checkpoint
+                self._evaluate()
         self.watchdog.beat(self.position.step, step_seconds)
 
     def _update(self) -> tuple[StepLosses, float, bool]:
@@ -223,6 +227,20 @@ class Steps:
         """
         with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
             self._evaluation = evaluation_of(self.run, self.config, self.process, self.tracker, self._progress)
+        self._meter.restart()
+
+    def _evaluation_due(self) -> bool:
+        every, step, steps = self.config.eval.every, self.position.step, self.config.train.steps
+        return bool(every and step) and (step == steps or step % every == 0)
+
+    def _is_evaluated(self) -> bool:
+        return self.position.step in evaluated(self.run.journal_file)
+
+    def _evaluate(self) -> None:
+        if self._evaluation is None:
+            self._open_evaluation()
+        with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
+            self._evaluation.run(self.engine, self.position)
         self._meter.restart()
 
     def _go_back(self) -> None:

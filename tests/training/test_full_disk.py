@@ -114,6 +114,17 @@ def test_a_disk_full_for_a_while_costs_checkpoints_and_pictures_but_no_line_of_t
         assert RunDirectory(config.run.path).outcome()["outcome"] == "finished"
 
 
+def test_a_stop_after_a_checkpoint_that_failed_ends_in_one_where_there_is_room_again(digits, tmp_path):
+    config = tiny(digits, tmp_path / "disk", "train.checkpoint_every=10", "train.steps=30", "eval.every=8")
+    with small_disk(tmp_path / "disk", "size=20m"):
+        schedule = filled(tmp_path / "disk", "step step=10", 12)
+        schedule["DTRAIN_FAULTS"] += "; sigterm at=step step=16 rank=1"
+        run_ranks(train, 2, config, environment=schedule)
+        assert [m for m in faults(config) if "step 10 was not saved" in m]
+        assert steps_saved(config) == [16]
+        assert RunDirectory(config.run.path).outcome()["outcome"] == "stopped"
+
+
 def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_with_room_it_goes_on_exactly(digits, tmp_path):
     config = tiny(digits, tmp_path / "disk", *OFTEN)
     with small_disk(tmp_path / "disk", "size=20m"):
