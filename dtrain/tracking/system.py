@@ -85,6 +85,8 @@ def parse_gpus(told: str) -> dict[str, float]:
     found = {}
     for line in told.splitlines():
         index, *values = (part.strip() for part in line.split(","))
+        if len(values) != 4:
+            continue  # of a GPU that is gone it says so in a sentence
         busy, used, there, power = (float(v) if v.replace(".", "", 1).isdigit() else None for v in values)
         ours = {
             "utilization_percentage": busy,

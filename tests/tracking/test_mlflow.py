@@ -1,12 +1,16 @@
+import io
+import json
 import math
 import os
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Journal, read
@@ -183,6 +187,35 @@ def test_non_finite_values_and_odd_names_do_not_hold_up_the_rest(run):
     assert history["train/loss"][1][2] == 0.5
     assert history["train/norm___"][0][2] > 1e308  # as MLflow keeps infinity
     assert set(mlflow_run(run)[1].data.params) == {"deepspeed.extra.a_b"}
+
+
+def test_a_picture_that_a_crash_cut_off_holds_up_nothing(run, caplog):
+    journal = Journal(run / "journal.jsonl")
+    (run / "samples").mkdir()
+    picture = io.BytesIO()
+    Image.new("L", (40, 40)).save(picture, "png")
+    for step, size in enumerate([0, 10, len(picture.getvalue()) - 30]):
+        (run / f"samples/step-{step}.png").write_bytes(picture.getvalue()[:size])
+        context = {"ema": "raw", "n": 2, "artifact": f"samples/step-{step}.png"}
+        journal.append("eval", step, 8, {"fd_pixels": 1.0}, context)
+    journal.append("train", 4, 8, {"loss": 1.0})
+    assert sync(destination(run)) == 4
+    assert caplog.text.count("cannot be read") == 3
+
+
+def test_tasks_of_a_sweep_that_end_together_make_one_parent_and_no_child_twice(run):
+    Journal(run / "journal.jsonl").append("train", 4, 8, {"loss": 1.0})
+    context = {"ema": "raw", "n": 2}
+    with open(run / "sweep.jsonl", "w") as f:
+        for number in range(4):
+            line = {"event": "sweep", "key": f"{number}" * 64, "setting": {"eta": number}, "step": 4, "images": 8}
+            line |= {"attempt": 0, "time": 1.0, "metrics": {"fd_pixels": 1.0}, "context": context}
+            f.write(json.dumps(line) + "\n")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(sync, [destination(run)] * 3))
+    client, found = mlflow_run(run)
+    below = client.search_runs([found.info.experiment_id], f"tags.`dtrain.sweep_of` = 'key-of-{run.name}'")
+    assert len(below) == 1 + 4
 
 
 def test_files_named_by_events_arrive_once_under_their_own_path(run, caplog):

@@ -39,7 +39,7 @@ def one_after_another(jobs):
     return [command(*job) for job in jobs]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as the server: a second training would be a second run there
 def tracked(server, digits, tmp_path_factory):
     server.start()
     proxy, folder, found = Proxy(server.port), tmp_path_factory.mktemp("runs"), Tracked()
@@ -242,11 +242,11 @@ def test_two_who_ship_the_same_run_at_once_double_nothing(server, tmp_path):
         journal.append("train", step, step, {"loss": 1 / step})
         if step % 100 == 0:
             journal.append("eval", step, step, {"fd_pixels": 1 / step}, {"ema": "raw", "n": 2})
-    to = Destination(journal.path, server.url, EXPERIMENT, "raced", "key-of-raced", {"a": 1})
+    to = Destination(journal.path, server.url, "raced", "raced", "key-of-raced", {"a": 1})
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(sync, [to] * 3))
     rest = Rest(server.url)
-    history = rest.history(rest.run(EXPERIMENT, "raced"))
+    history = rest.history(rest.run("raced", "raced"))
     assert [step for step, _, _ in history["train/loss"]] == list(range(1, 1001))
     assert [step for step, _, _ in history["eval/raw/n2/fd_pixels"]] == list(range(100, 1001, 100))
 
@@ -274,6 +274,7 @@ def test_the_commit_and_what_differs_from_it_are_those_of_git_and_without_passwo
 
 def test_what_nvidia_smi_prints_is_read():
     told = "0, 97, 1024, 81559, 412.53\n1, 0, 0, 81559, [N/A]\n"
+    told += "Unable to determine the device handle for GPU0000:04:00.0: Unknown Error\n"
     assert parse_gpus(told) == {
         "gpu_0_utilization_percentage": 97.0,
         "gpu_0_memory_usage_megabytes": pytest.approx(1073.741824),

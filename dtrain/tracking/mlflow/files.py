@@ -51,15 +51,14 @@ class Files:
         name = f"images/{IMAGE_KEY}+step+{line['step']}+"
         if any(path.startswith(name) and path.endswith(".webp") for path in self._in("images")):
             return False
-        with Image.open(self._directory / file) as image:
-            self._client.log_image(
-                self._run_id,
-                image,
-                key=IMAGE_KEY,
-                step=line["step"],
-                timestamp=milliseconds(line["time"]),
-                synchronous=True,
-            )
+        try:
+            with Image.open(self._directory / file) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError) as e:  # cut off by a crash: nothing that waiting would mend
+            logging.getLogger(__name__).warning("%s cannot be read: %s", self._directory / file, e)
+            return False
+        at = {"step": line["step"], "timestamp": milliseconds(line["time"])}
+        self._client.log_image(self._run_id, image, key=IMAGE_KEY, synchronous=True, **at)
         self._there["images"][f"{name}.webp"] = None
         return True
 

@@ -64,25 +64,29 @@ class Run:
     def connect(self, started: float) -> None:
         """Find the run by its key, or create it as of `started` (unix seconds), and read how far it has got."""
         self._client, self._experiment = client, experiment = open_client(self._to.uri, self._to.experiment)
-        from mlflow.entities import Param, RunTag
-
         with alone_with(self._directory):
             run = self._found()
             if run is None:
                 run = client.create_run(experiment, milliseconds(started), self._tags, run_name=self._to.run_name)
+            self._describe(run)
         self.id, self._status = run.info.run_id, run.info.status
         self._highest = {m.key: m.step for m in run.data.to_proto().metrics}  # metric key → highest step there
         self._histories: dict[str, dict[int, int]] = {}  # of evaluations: metric key → step → milliseconds
         self._files = Files(client, self.id, self._directory)
         self._models = Models(client, experiment, self.id, self._to.run_name, self._directory / "checkpoints")
-        self._sweeps = Sweeps(client, experiment, self.id, self._to.run_name, self._to.run_key)
+        self._sweeps = Sweeps(client, experiment, self.id, self._to.run_name, self._to.run_key, self._directory)
+
+    def _describe(self, run) -> None:
+        """Params that are not there yet, and tags."""
+        from mlflow.entities import Param, RunTag
+
         # A param cannot change in MLflow; a resumed run with other values keeps the first and says so in a tag.
         missing = [Param(k, v) for k, v in self._params.items() if k not in run.data.params]
         for i in range(0, len(missing), PARAMS_PER_BATCH):
-            client.log_batch(self.id, params=missing[i : i + PARAMS_PER_BATCH], synchronous=True)
+            self._client.log_batch(run.info.run_id, params=missing[i : i + PARAMS_PER_BATCH], synchronous=True)
         stale = [RunTag(k, v) for k, v in self._tags.items() if run.data.tags.get(k) != v]
         for i in range(0, len(stale), PARAMS_PER_BATCH):
-            client.log_batch(self.id, tags=stale[i : i + PARAMS_PER_BATCH], synchronous=True)
+            self._client.log_batch(run.info.run_id, tags=stale[i : i + PARAMS_PER_BATCH], synchronous=True)
 
     def set_running(self) -> None:
         if self._status != "RUNNING":

@@ -3,30 +3,37 @@
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.mlflow.address import allowed, milliseconds
+from dtrain.tracking.mlflow.address import allowed, alone_with, milliseconds
 
 PARENT, RUN_KEY, SWEEP_OF = "mlflow.parentRunId", "dtrain.run_key", "dtrain.sweep_of"
 
 
 class Sweeps:
-    """The sweep of MLflow run `run_id`, made when its first combination is sent. Every method talks to MLflow."""
+    """The sweep of MLflow run `run_id`, made when its first combination is sent. Every method talks to MLflow.
 
-    def __init__(self, client, experiment_id: str, run_id: str, name: str, key: str):
-        self._client, self._experiment = client, experiment_id
+    directory: of the run, held while a combination is sent: the tasks of a job array end at the same time.
+    """
+
+    def __init__(self, client, experiment_id: str, run_id: str, name: str, key: str, directory: Path):
+        self._client, self._experiment, self._directory = client, experiment_id, directory
         self._training, self._name, self._key = run_id, name, key
         self._parent: str | None = None
-        self._done: set[str] | None = None  # keys of the lines that are there whole
+        self._done: set[str] = set()  # keys of the lines that are there whole, as far as is known
         self._begun: dict[str, str] = {}  # key of a line that is there in part → run id
 
     def send(self, line: dict[str, Any]) -> bool:
         """A combination's child run; whether it was not there."""
-        from mlflow.entities import Metric, Param
-
-        if self._done is None:
-            self._look(line["time"])
-        context, key = line["context"], f"{self._key}.sweep.{line['key'][:16]}"
+        key = f"{self._key}.sweep.{line['key'][:16]}"
         if key in self._done:
             return False
+        with alone_with(self._directory):
+            self._look(line["time"])
+            return key not in self._done and self._send(line, key)
+
+    def _send(self, line: dict[str, Any], key: str) -> bool:
+        from mlflow.entities import Metric, Param
+
+        context = line["context"]
         setting = {"checkpoint": line["step"], **{k: v for k, v in context.items() if not isinstance(v, dict | list)}}
         name = ", ".join(f"{k} {v}" for k, v in line.get("setting", {}).items()) or f"step {line['step']}"
         run_id = self._begun.get(key) or self._create(name, key, self._parent, line["time"])
