@@ -1,6 +1,7 @@
 """`dtrain plan` and `dtrain doctor`: before anything waits in a queue."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 from dtrain.cli.arguments import Overrides
 from dtrain.cli.progress import progress
-from dtrain.errors import DAMAGED
+from dtrain.errors import DAMAGED, UserError
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -36,6 +37,8 @@ def plan(
     from dtrain import config as configuration
     from dtrain.cluster.plan import plan as make
 
+    if not math.isfinite(gpu_memory) or not math.isfinite(peak_tflops or 0):
+        raise UserError("--gpu-memory and --peak-tflops are finite numbers")
     found = make(configuration.load(config, overrides or []), nodes, gpus_per_node, gpu_memory, mfu, peak_tflops)
     if as_json:
         print(json.dumps(asdict(found)))
@@ -112,9 +115,8 @@ def doctor(
     settings = configuration.load(config, overrides or []) if config else None
     with progress("checking") as on_check:
         findings = examine(settings, full, on_check)
-    if distributed.world_size() > 1:
-        distributed.finalize()
     if distributed.rank() != 0:
+        distributed.finalize()
         return
     if as_json:
         print(json.dumps([asdict(f) for f in findings]))

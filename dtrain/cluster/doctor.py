@@ -31,6 +31,8 @@ def examine(config: Config | None, full: bool, on_check: Callable[[float, int], 
         }
     todo, findings = together | (alone if distributed.rank() == 0 else {}), []
     for done, (name, check) in enumerate(todo.items()):
+        if done == len(together) and distributed.world_size() > 1:
+            distributed.finalize()  # the others need not wait for rank 0, which may read shards for hours
         try:
             findings.append(check())
         except Exception as e:

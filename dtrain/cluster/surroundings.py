@@ -5,14 +5,17 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from dtrain import distributed
 from dtrain.checkpoint.directory import complete
 from dtrain.cluster.finding import Finding, bad, ok, warning
 from dtrain.config import Config
+from dtrain.credentials import without_credentials
 from dtrain.data import manifest as manifests
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
@@ -152,8 +155,9 @@ def mlflow(config: Config) -> Finding:
         return ok(name, "tracking.enabled is false; the journal is written all the same")
     uri = tracking_uri(RunDirectory(config.run.path), config)
     if uri.startswith(("http://", "https://")):
+        asked, uri = _health(uri), without_credentials(uri)
         try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as answer:
+            with urllib.request.urlopen(asked, timeout=REACH_SECONDS) as answer:
                 return ok(name, f"{uri} answers {answer.status}")
         except urllib.error.HTTPError as e:
             return bad(name, f"{uri} answers {e.code} {e.reason}", f"mend tracking.uri or the credentials; {later}")
@@ -173,6 +177,16 @@ def mlflow(config: Config) -> Finding:
             return bad(name, f"{path}: {e}", f"name another tracking.uri; {later}")
         return ok(name, f"{path} holds {runs} runs")
     return warning(name, f"{uri} was not looked at", "the first run will show whether it answers")
+
+
+def _health(uri: str) -> urllib.request.Request:
+    """What asks a server whether it is there; user and password of the address go where servers look for them."""
+    parts = urlsplit(uri)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health")
+    if at:
+        request.add_header("Authorization", f"Basic {b64encode(unquote(user).encode()).decode()}")
+    return request
 
 
 def inception(config: Config | None) -> Finding:

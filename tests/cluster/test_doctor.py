@@ -1,5 +1,6 @@
 """Each check finds what is wrong where something really is."""
 
+import base64
 import http.server
 import json
 import re
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dtrain.cli.planning import verdict
 from dtrain.cluster import machine, surroundings
@@ -48,6 +50,19 @@ def test_a_sound_machine_passes_alone_and_under_a_launcher(work):
     assert "2 ranks" in found["collective"]["found"]
     assert found["file system"]["found"].endswith("seen by 2 ranks")
     assert not list(work.glob("**/.doctor*"))
+
+
+def _left(config):
+    """Whether a rank is still in the process group when its checks are done."""
+    from dtrain.cluster.doctor import examine
+
+    examine(config, False, lambda *_: None)
+    return torch.distributed.is_initialized()
+
+
+def test_no_rank_waits_for_rank_0_which_may_read_shards_for_hours(work):
+    config = tiny(work / "digits", work / "runs")
+    assert run_ranks(_left, 2, config) == [False, True]
 
 
 def test_what_is_bad_is_said_with_exit_code_1_and_the_other_checks_go_on(work):
@@ -130,8 +145,11 @@ def test_a_place_that_cannot_be_written_and_a_disk_too_small_are_bad(work):
 
 
 def test_mlflow_is_asked_and_given_up_soon(work):
+    seen = []
+
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            seen.append(self.headers["Authorization"])
             self.send_response(200 if self.path == "/health" else 404)
             self.end_headers()
 
@@ -147,11 +165,15 @@ def test_mlflow_is_asked_and_given_up_soon(work):
     address = f"http://127.0.0.1:{server.server_port}"
     assert found(f"tracking.uri={address}").status == "ok"
     assert found(f"tracking.uri={address}/elsewhere").status == "bad"
+    locked = found(f"tracking.uri={address.replace('//', '//me:hu%40sh@')}")
+    assert (locked.status, locked.found) == ("ok", f"{address} answers 200")
+    assert seen == [None, None, f"Basic {base64.b64encode(b'me:hu@sh').decode()}"]
     server.shutdown()
     server.server_close()
     started = time.monotonic()
     dead = found(f"tracking.uri=http://127.0.0.1:{free_port()}")
     assert dead.status == "bad"
+    assert "hush-hush" not in str(found(f"tracking.uri=http://me:hush-hush@127.0.0.1:{free_port()}"))
     assert "dtrain sync" in dead.advice
     assert time.monotonic() - started < 10
     assert found().status == "ok"  # SQLite that will be made
