@@ -64,6 +64,8 @@ def contents(folder: Path) -> dict[str, str]:
         (["train", "tiny.yaml", "model.dept=3"], "unknown key `model.dept` on the command line; did you mean"),
         (["train", "tiny.yaml", "train.steps=many"], "`train.steps` on the command line is 'many'"),
         (["train", "absent.yaml"], "cannot read the config absent.yaml: No such file or directory"),
+        (["train", "latin.yaml"], "cannot read the config latin.yaml: 'utf-8' codec can't decode byte 0xfc"),
+        (["plan", "tiny.yaml", "--gpu-memory", "inf"], "--gpu-memory and --peak-tflops are finite numbers"),
         (["train", "tiny.yaml", "--steps", "-1"], "settings are given as key.sub=value"),
         (["train", "tiny.yaml", "train.steps=-1"], "`train.steps` on the command line is -1"),
         (["train", "tiny.yaml", "data.batch_size=25", "run.name=new"], "does not divide by 2 ranks; the nearest"),
@@ -80,6 +82,7 @@ def contents(folder: Path) -> dict[str, str]:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_on_two_ranks(work, arguments, message):
+    Path("latin.yaml").write_bytes("run: {name: Gr\xfcn}".encode("latin-1"))
     before = contents(work)
     assert message in failing(*arguments, world_size=2)
     assert contents(work) == before

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from dtrain.errors import UserError
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
 FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
@@ -22,10 +24,15 @@ Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or i
 
 
 def with_eval(config, chosen: dict, raw: bool):
-    """The config with other `eval` settings, None leaving one as it is; validated like the file's own."""
+    """The config with other `eval` settings, None leaving one as it is; validated like the file's own.
+
+    chosen: by a key of `eval`, or as the option is called: n, and metrics as one text.
+    """
     from dtrain import config as configuration
 
-    chosen = {k: v for k, v in chosen.items() if v is not None}
+    chosen = {"num_samples" if k == "n" else k: v for k, v in chosen.items() if v is not None}
+    if "metrics" in chosen:
+        chosen["metrics"] = chosen["metrics"].split(",")
     tree = config.model_dump(mode="json")
     tree["eval"] |= chosen | ({"ema": None} if raw else {})
     return configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])
@@ -35,4 +42,7 @@ def values(text: str) -> list:
     """`5,10` as numbers; what is no number stays a word for its key to judge."""
     import yaml
 
-    return [yaml.safe_load(part) for part in text.split(",")]
+    try:
+        return [yaml.safe_load(part) for part in text.split(",")]
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a list of values such as 5,10,20") from None

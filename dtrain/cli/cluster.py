@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.arguments import values, with_eval
 from dtrain.errors import UserError
-
-AXES = ("checkpoints", "ema", "guidance", "eta", "steps", "seeds")  # options of `dtrain sweep` that take lists
 
 
 def submit(
@@ -90,25 +89,33 @@ def _evaluation(run: str, words: list[str], after: str | None):
     from dtrain.cluster import slurm
 
     path = _evaluated(run, after)
-    _options("evaluate", run, words)
+    given = _options("evaluate", run, words)
+    raw = given.pop("raw")
+    for name in ("run", "step", "as_json"):
+        del given[name]
+    _judged(path, given, raw)
     return slurm.evaluation(path, words), f"{path} will be evaluated"
 
 
 def _sweep(run: str, words: list[str], after: str | None):
     """One task a combination: the options that take lists give each task one value, the others go to all."""
     from dtrain.cluster import slurm
+    from dtrain.evaluation.combinations import AXES, OPTION_OF, checkpoints_of, combinations, configured
+    from dtrain.run import RunDirectory
 
     path = _evaluated(run, after)
     given = {k: v for k, v in _options("sweep", run, words).items() if v is not None and k != "run"}
-    if given.get("checkpoints") == "all":
-        from dtrain.checkpoint.directory import complete, step_of
-
-        given["checkpoints"] = ",".join(str(step_of(p)) for p in complete(path / "checkpoints"))
-    lists = [[f"--{axis}={value}" for value in given.pop(axis).split(",")] for axis in AXES if axis in given]
+    if "checkpoints" in given and after is None:  # else there will be others when the job starts
+        given["checkpoints"] = ",".join(map(str, checkpoints_of(RunDirectory(path), given["checkpoints"])))
+    lists = {option: given.pop(option).split(",") for axis in AXES if (option := OPTION_OF.get(axis, axis)) in given}
     if not lists:
         raise UserError("give the sweep something to vary, such as: -- --steps 10,50 --eta 0,1")
-    parts = [list(part) for part in itertools.product(*lists)]
+    parts = [[f"--{o}={v}" for o, v in zip(lists, part, strict=True)] for part in itertools.product(*lists.values())]
     rest = [f"--{name}={value}" for name, value in given.items()]
+    if (config := _judged(path, {k: v for k, v in given.items() if k != "out"})) is not None:
+        axes = {axis: values(",".join(lists[o])) for axis in AXES if (o := OPTION_OF.get(axis, axis)) in lists}
+        for setting in combinations(axes):
+            configured(config, setting)
     about = (
         f"{path} will be evaluated at {len(parts)} combinations; the table then: dtrain sweep {run} {' '.join(words)}"
     )
@@ -126,6 +133,14 @@ def _evaluated(run: str, after: str | None) -> Path:
     if after is None and not complete(found.checkpoints):
         raise UserError(f"{found.path} has no complete checkpoint yet; name the job that makes one with --after")
     return found.path
+
+
+def _judged(run: Path, given: dict, raw: bool = False):
+    """The run's config with these settings, so that a wrong one is told before a job waits; None before it begins."""
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory(run)
+    return with_eval(directory.config(), given, raw) if directory.config_file.exists() else None
 
 
 def _options(command: str, run: str, words: list[str]) -> dict:

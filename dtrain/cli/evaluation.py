@@ -55,10 +55,9 @@ def evaluate(
     from dtrain.run import Position, RunDirectory
 
     directory = RunDirectory.find(run)
-    chosen = {"num_samples": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
+    chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
-    chosen |= {"bootstrap": bootstrap}
-    chosen["metrics"] = metrics.split(",") if metrics else None
+    chosen |= {"bootstrap": bootstrap, "metrics": metrics}
     own = directory.config()
     settings = with_eval(own, chosen, raw)
     distributed.prepare()
@@ -69,22 +68,24 @@ def evaluate(
     from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
-    drawn, at_step, images = open_sampler(directory, settings, weights_name(settings), device, step)
+    opened = open_sampler(directory, settings, weights_name(settings), device, step)
     with progress("reading the reference") as on_block:
         compared = Reference(settings, device, on_block)
-    scratch = scratch_of(directory, settings, at_step, compared)
+    scratch = scratch_of(directory, settings, opened.checkpoint, compared)
     with progress("sampling") as on_block:
-        found, context = run_evaluation(drawn, settings, compared, on_block, scratch)
+        found, context = run_evaluation(opened.sampler, settings, compared, on_block, scratch)
     if distributed.rank() == 0:
-        context |= {"differs": changed} if (changed := differences(own, settings)) else {}
-        unsent = record_evaluation(directory, Position(at_step, images), found, context)
+        changed = differences(directory, own, settings, context)
+        context |= {"differs": changed} if changed else {}
+        unsent = record_evaluation(directory, Position(opened.step, opened.images), found, context)
         scratch.remove()
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
-        print(f"{directory.path} step {at_step}: {shown}  ({context['n']} samples of {context['ema']})")
+        print(f"{directory.path} step {opened.step}: {shown}  ({context['n']} samples of {context['ema']})")
         if unsent:
             print(unsent)
         if as_json:
-            print(json.dumps({"step": at_step, "images": images, "metrics": found, "context": context}))
+            about = {"step": opened.step, "images": opened.images}
+            print(json.dumps(about | {"metrics": found, "context": context}))
     distributed.finalize()
 
 
@@ -111,19 +112,19 @@ def sweep(
     from dtrain.run import RunDirectory
 
     directory = RunDirectory.find(run)
-    chosen = {"num_samples": n, "metrics": metrics.split(",") if metrics else None}
-    chosen |= {"features": features, "weights": weights, "bootstrap": bootstrap}
+    chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
     settings = with_eval(directory.config(), chosen, raw=False)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
+    from dtrain.evaluation.combinations import checkpoints_of
     from dtrain.evaluation.features import metric_name
     from dtrain.tracking.tracker import ship
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
     axes = {name: values(text) for name, text in lists.items() if text}
     if checkpoints:
-        axes["checkpoint"] = sweeps.checkpoints_of(directory, checkpoints)
+        axes["checkpoint"] = distributed.on_rank_0(checkpoints_of, directory, checkpoints)
     with progress("sampling") as on_block:
         lines = sweeps.sweep(directory, settings, axes, on_block)
     if distributed.rank() == 0:

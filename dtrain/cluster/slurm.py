@@ -170,7 +170,10 @@ def submit(job: Job, script: str) -> str:
     except UserError:
         run.remove_empty_folders()
         raise
-    job.log(number).with_suffix(".sbatch").write_text(script)
+    try:
+        job.log(number).with_suffix(".sbatch").write_text(script)
+    except OSError as e:  # the job is in the queue: its number is what counts
+        print(f"the script of job {number} could not be kept: {e.strerror}")
     return number
 
 

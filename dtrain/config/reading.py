@@ -21,8 +21,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     path = Path(path)
     try:
         text = path.read_text()
-    except OSError as e:
-        raise UserError(f"cannot read the config {path}: {e.strerror}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the config {path}: {getattr(e, 'strerror', None) or e}") from None
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:

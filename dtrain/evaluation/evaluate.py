@@ -4,19 +4,22 @@ Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communi
 together, so ranks may be unequally fast.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.checkpoint.directory import manifest_hash, step_path
+from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation import metrics
+from dtrain.evaluation.features import OF_THE_MODEL
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
@@ -25,6 +28,7 @@ from dtrain.evaluation.scratch import Scratch
 from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
+from dtrain.tracking.best import training_evaluations
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = (
@@ -70,17 +74,21 @@ def evaluate(
     e, extractor = config.eval, reference.extractor
     moments = Moments(extractor.dimensions).to(sampler.device)
     kept = KeptFeatures(extractor.dimensions, sampler.device) if metrics.needs_features(e) else None
-    drawn = e.num_samples if set(e.metrics) - metrics.OF_THE_MODEL else 0
+    drawn = e.num_samples if set(e.metrics) - OF_THE_MODEL else 0
     starts = range(0, drawn, e.batch_size)
     mine = range(distributed.rank(), len(starts), distributed.world_size())
-    for done, number in enumerate(mine):
-        ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
-        images = _images(sampler, ids, lambda ids: labels_of(ids, config, reference), e, scratch)
-        features = extractor(images.to(sampler.device))
-        moments.update(features)
-        if kept is not None:
-            kept.update(number, features)
-        on_block(done + 1, len(mine))
+
+    def draw() -> None:
+        for done, number in enumerate(mine):
+            ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
+            images = _images(sampler, ids, lambda ids: labels_of(ids, config, reference), e, scratch)
+            features = extractor(images.to(sampler.device))
+            moments.update(features)
+            if kept is not None:
+                kept.update(number, features)
+            on_block(done + 1, len(mine))
+
+    distributed.agree(draw)  # a disk may be full on one machine alone
     found = {}
     if drawn:
         statistics = moments.compute()
@@ -97,8 +105,17 @@ def evaluate(
         "features": extractor.name,
         "extractor": extractor.fingerprint,
         "reference": reference.hash,
+        **of_the_split(e, reference),
     }
     return found, context
+
+
+def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
+    """What else a number depends on where it comes from the held-out images themselves; part of its context."""
+    found: dict[str, Any] = {"validation_images": e.validation_images} if "bpd" in e.metrics else {}
+    if metrics.needs_split(e) and reference.manifest.hash != reference.hash:
+        found["holdout"] = reference.manifest.hash
+    return found
 
 
 def _images(
@@ -116,36 +133,67 @@ def _images(
     return found
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's weights, ready to be evaluated, and which they are."""
+
+    sampler: Sampler
+    step: int
+    images: int
+    checkpoint: str  # its hash
+
+
+def newest_step(run: RunDirectory) -> int:
+    """Of the newest complete checkpoint. A collective: who looks for himself may miss, or find, one more commit."""
+    return distributed.on_rank_0(lambda: open_checkpoint(run).meta["step"])
+
+
 def open_sampler(
     run: RunDirectory, config: Config, weights: str, device: torch.device, step: int | None = None
-) -> tuple[Sampler, int, int]:
-    """(sampler, step, images) from a run's newest complete checkpoint, or the one of `step`. Raises UserError."""
-    checkpoint = open_checkpoint(run, step)
-    model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
-    sampler = Sampler.of(model, build_process(config.diffusion), config, device)
-    return sampler, checkpoint.meta["step"], checkpoint.meta["images"]
+) -> Opened:
+    """The weights of a run's checkpoint of `step`, by default its newest. A collective; raises UserError."""
+    step = newest_step(run) if step is None else step
+
+    def opened() -> Opened:
+        checkpoint = open_checkpoint(run, step)
+        try:
+            name = manifest_hash(checkpoint.path)
+        except OSError as e:  # the training keeps only so many
+            raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
+        model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
+        sampler = Sampler.of(model, build_process(config.diffusion), config, device)
+        return Opened(sampler, checkpoint.meta["step"], checkpoint.meta["images"], name)
+
+    return distributed.agree(opened)
 
 
-def identity(run: RunDirectory, config: Config, step: int, reference: Reference) -> dict[str, Any]:
-    """All that determines the samples of an evaluation of checkpoint `step`: of every id, so not their number."""
+def identity(checkpoint: str, config: Config, reference: Reference) -> dict[str, Any]:
+    """All that determines the samples of an evaluation of the checkpoint of this hash; not how many there are."""
     uniform = config.eval.labels == "uniform" or reference.manifest is None
     return {
-        "checkpoint": manifest_hash(step_path(run.checkpoints, step)),
+        "checkpoint": checkpoint,
         "weights": weights_name(config),
         **{key: getattr(config.eval, key) for key in SAMPLING_KEYS},
         "labels": "uniform" if uniform else reference.manifest.hash,
     }
 
 
-def differences(was: Config, now: Config) -> dict[str, Any]:
-    """What an evaluation changed of the run's own settings, so that its numbers belong to no curve of the run.
+def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, Any]) -> dict[str, Any]:
+    """What of an evaluation with this context is not as in the training's first, so that no curve may hold both.
 
-    Weights and number of samples are told of every evaluation anyhow; the batch only changes rounding.
+    Before there is a first one, its settings are those of `own`, the run's config; `now` is the evaluation's. Weights
+    and number of samples are told of every evaluation anyhow; the batch only changes rounding.
     """
-    keys = {*SAMPLING_KEYS, "labels", "reference"} - {"batch_size"}
-    return {key: getattr(now.eval, key) for key in sorted(keys) if getattr(now.eval, key) != getattr(was.eval, key)}
+    keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
+    first = next(iter(training_evaluations(run.journal_file)), {}).get("context")
+    was = first or json.loads(json.dumps({key: getattr(own.eval, key) for key in keys}))
+    keys += sorted({"validation_images", "holdout"} & context.keys() & was.keys())
+    is_now = json.loads(json.dumps(context))
+    found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
+    other = first["reference"] != context["reference"] if first else own.eval.reference != now.eval.reference
+    return found | ({"reference": now.eval.reference or context["reference"][:12]} if other else {})
 
 
-def scratch_of(run: RunDirectory, config: Config, step: int, reference: Reference) -> Scratch:
+def scratch_of(run: RunDirectory, config: Config, checkpoint: str, reference: Reference) -> Scratch:
     """Where the samples of this evaluation wait for it to be started again."""
-    return Scratch(run.path / "evaluations", identity(run, config, step, reference))
+    return Scratch(run.path / "evaluations", identity(checkpoint, config, reference))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dtrain.evaluation import weights
 
+OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
+
 
 class Extractor(Protocol):
     name: str  # as in `fd_<name>`
@@ -87,8 +89,10 @@ def extractor(
 def metric_name(metric: str, features: str, suffix: str = "") -> str:
     """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels` (design, decision 8).
 
-    Only the Fréchet distance of Inception features with clean-fid's resizing is called `fid`. A suffix names what
-    belongs to the value, such as `kid_inception_std`.
+    Only the Fréchet distance of Inception features with clean-fid's resizing is called `fid`; `bpd` is of no features.
+    A suffix names what belongs to the value, such as `kid_inception_std`.
     """
+    if metric in OF_THE_MODEL:
+        return metric
     name = "fid" if (metric, features) == ("fd", "inception") else f"{metric}_{features}"
     return f"{name}_{suffix}" if suffix else name

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dtrain.config import Eval
 from dtrain.errors import UserError
-from dtrain.evaluation.features import Extractor, metric_name
+from dtrain.evaluation.features import OF_THE_MODEL, Extractor, metric_name
 from dtrain.evaluation.frechet import bootstrap_interval, fd_infinity, frechet_distance
 from dtrain.evaluation.inception_score import SPLITS, inception_score
 from dtrain.evaluation.kernel import kernel_distance
@@ -12,7 +12,6 @@ from dtrain.evaluation.neighbours import NEIGHBOURS, precision_and_recall
 from dtrain.evaluation.statistics import Statistics
 
 OF_MOMENTS = {"fd"}
-OF_THE_MODEL = {"bpd"}  # no samples at all; `evaluate` asks the model itself
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
 
 
@@ -23,6 +22,11 @@ def needs_features(e: Eval) -> bool:
 
 def needs_reference_features(e: Eval) -> bool:
     return bool(set(e.metrics) & OF_REFERENCE_FEATURES)
+
+
+def needs_split(e: Eval) -> bool:
+    """Whether statistics in a file are not enough."""
+    return needs_reference_features(e) or bool(set(e.metrics) & OF_THE_MODEL)
 
 
 def check(e: Eval, extractor: Extractor) -> None:

@@ -83,12 +83,14 @@ class Reference:
         metrics.check(e, self.extractor)
         keep = metrics.needs_reference_features(e)
         self.labels = self.features = self.validation = None
-        self.manifest = self._split(config, keep)
+        self.manifest = self._split(config)
         if self.manifest is not None:
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)
-            self.labels = read_labels(self.manifest, place, cache)
+            self.labels = distributed.agree(read_labels, self.manifest, place, cache)
             first = min(e.validation_images, self.manifest.samples)
-            images, labels = read_split(self.manifest, place, data.image_size, data.channels, 0, first, cache)
+            images, labels = distributed.agree(
+                read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache
+            )
             self.validation = normalize(images), labels
         stored = distributed.on_rank_0(self._stored, config)
         if stored is not None:
@@ -101,10 +103,10 @@ class Reference:
             if stored is None:
                 self.statistics, self.hash = statistics, self.manifest.hash
 
-    def _split(self, config: Config, keep: bool) -> Manifest | None:
+    def _split(self, config: Config) -> Manifest | None:
         if not config.data.holdout:
-            if keep or not config.eval.reference:
-                wanted = "the features of a split" if keep else "something to compare with"
+            if metrics.needs_split(config.eval) or not config.eval.reference:
+                wanted = "a split" if metrics.needs_split(config.eval) else "something to compare with"
                 raise UserError(f"{', '.join(config.eval.metrics)} need {wanted}: name its manifest in data.holdout")
             if config.eval.labels == "data" and config.model.num_classes:
                 raise UserError(
@@ -180,16 +182,18 @@ def compute(
     kept = KeptFeatures(features.dimensions, device)
     starts = list(range(0, manifest.samples, READ_BLOCK))
     mine = range(distributed.rank(), len(starts), distributed.world_size())
-    for done, number in enumerate(mine):
-        start = starts[number]
-        images, _ = read_split(
-            manifest, manifest.place, image_size, channels, start, min(start + READ_BLOCK, manifest.samples), cache
-        )
-        found = features(images.to(device))
-        moments.update(found)
-        if keep:
-            kept.update(number, found)
-        on_block(done + 1, len(mine))
+
+    def embed() -> None:
+        for done, number in enumerate(mine):
+            first, end = starts[number], min(starts[number] + READ_BLOCK, manifest.samples)
+            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache)
+            found = features(images.to(device))
+            moments.update(found)
+            if keep:
+                kept.update(number, found)
+            on_block(done + 1, len(mine))
+
+    distributed.agree(embed)  # an image that cannot be read is one rank's to find
     return moments.compute(), kept.gather() if keep else None
 
 

@@ -30,7 +30,7 @@ def draw_to_file(
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     distributed.initialize()
-    sampler, _, _ = open_sampler(run, config, weights_name(config), distributed.device(), step)
+    sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
     classes = max(1, config.model.num_classes)
     labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
     size = config.eval.batch_size

@@ -7,7 +7,6 @@ with any number of samples, metrics or ranks. Images and not features are kept: 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from dtrain.files import replacing
 
 
 class Scratch:
@@ -35,12 +36,8 @@ class Scratch:
         """Keep a block: it is there whole or not at all. Raises OSError."""
         path = self._block(start, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)  # each time: a twin of this evaluation may have removed it
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(partial, "wb") as f:
+        with replacing(path) as f:
             np.save(f, images.numpy())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
 
     def remove(self) -> None:
         """Once, when the numbers are out."""

@@ -5,12 +5,13 @@ Moments are held as count n, mean μ and scatter S = Σ(x−μ)(x−μ)ᵀ and j
 are large.
 """
 
-import os
-import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dtrain.errors import UserError
+from dtrain.files import replacing
+
+# What numpy.load raises for damaged bytes; the header of an array is read as a piece of Python.
+DAMAGES = (OSError, ValueError, KeyError, EOFError, SyntaxError, RuntimeError, TokenError, BadZipFile, zlib.error)
 
 Triple = tuple[Tensor, Tensor, Tensor]  # count int64 (), mean float64 (D,), scatter float64 (D, D)
 
@@ -145,13 +150,9 @@ def save(statistics: Statistics, path: str | Path, fingerprint: str, source: str
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as f:
+    with replacing(path) as f:
         arrays = {"mu": statistics.mean, "sigma": statistics.cov, "count": statistics.count}
         np.savez(f, **arrays, fingerprint=fingerprint, source=source)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def read(path: str | Path) -> Stored:
             return Stored(Statistics(int(own.get("count", 0)), mean, cov), fingerprint, source)
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (*DAMAGES, TypeError) as e:  # a TypeError: an .npy holds one array and no names
         raise UserError(f"{path} is damaged or no statistics file ({e}); delete it to have it made again") from None
 
 

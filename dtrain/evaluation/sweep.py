@@ -6,29 +6,31 @@ sweep that is started again, or widened, computes only what is not there.
 
 import fcntl
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dtrain import config as configuration
 from dtrain import distributed
-from dtrain.checkpoint.directory import complete, step_of
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, scratch_of, weights_name
+from dtrain.evaluation.combinations import Setting, combinations, configured
+from dtrain.evaluation.evaluate import (
+    evaluate,
+    identity,
+    newest_step,
+    of_the_split,
+    open_sampler,
+    scratch_of,
+    weights_name,
+)
 from dtrain.evaluation.features import metric_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better
-
-Setting = dict[str, Any]
-AXES = ("checkpoint", "ema", "guidance", "eta", "steps", "seed")  # from what changes least while sampling
 
 
 @dataclass(frozen=True)
@@ -38,33 +40,6 @@ class Row:
     setting: Setting
     metrics: dict[str, float]  # means over seeds
     std: dict[str, float]  # over seeds, as of a sample; 0 for a single one
-
-
-def combinations(axes: dict[str, list]) -> list[Setting]:
-    """Every choice of one value an axis; an axis that is not named stays as the run has it."""
-    names = [name for name in AXES if axes.get(name)]
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(axes[n] for n in names))]
-
-
-def checkpoints_of(run: RunDirectory, wanted: str) -> list[int]:
-    """The steps that `all` or `1000,2000` stands for. Raises UserError for one that is not there."""
-    there = [step_of(path) for path in complete(run.checkpoints)]
-    if wanted == "all":
-        return there
-    found = [int(part) for part in wanted.split(",") if part.strip().isdigit()]
-    if not found or not set(found) <= set(there):
-        raise UserError(f"--checkpoints {wanted}: {run.path} has {', '.join(map(str, there)) or 'none'}; or say `all`")
-    return found
-
-
-def configured(config: Config, setting: Setting) -> Config:
-    """The run's config at a combination. Raises UserError for a value that its key cannot have."""
-    tree = config.model_dump(mode="json")
-    chosen = {key: value for key, value in setting.items() if key != "checkpoint"}
-    if chosen.get("ema") == "raw":
-        chosen["ema"] = None
-    tree["eval"] |= chosen
-    return configuration.validate(tree, "the command line", [f"eval.{key}" for key in chosen])
 
 
 def sweep(
@@ -79,26 +54,26 @@ def sweep(
     device, path = distributed.device(), run.path / "sweep.jsonl"
     reference = Reference(config, device)
     lines = distributed.on_rank_0(stored, path)
-    found, opened, sampler = [], None, None
+    newest = newest_step(run)  # once: a training that goes on makes others
+    found, taken, opened = [], None, None
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
-        step = setting.get("checkpoint")
-        if (step, weights_name(at)) != opened:
-            sampler, step_taken, images = open_sampler(run, at, weights_name(at), device, step)
-            opened = (step, weights_name(at))
-        key = _key(run, at, step_taken, reference)
-        scratch = scratch_of(run, at, step_taken, reference)
+        wanted = setting.get("checkpoint", newest), weights_name(at)
+        if wanted != taken:
+            opened, taken = open_sampler(run, at, weights_name(at), device, wanted[0]), wanted
+        key = _key(opened.checkpoint, at, reference)
+        scratch = scratch_of(run, at, opened.checkpoint, reference)
         if key not in lines:
 
             def of_all(done: int, of: int, number: int = number) -> None:
                 on_block(number * of + done, len(settings) * of)
 
-            metrics, context = evaluate(sampler, at, reference, of_all, scratch)
+            metrics, context = evaluate(opened.sampler, at, reference, of_all, scratch)
             line = {
                 "event": "sweep",
                 "key": key,
                 "setting": setting,
-                "step": step_taken,
-                "images": images,
+                "step": opened.step,
+                "images": opened.images,
                 "attempt": 0,
             }
             line |= {"metrics": metrics, "context": context}
@@ -112,7 +87,7 @@ def sweep(
 def stored(path: Path) -> dict[str, dict]:
     """Key → line of a file; a line that a killed job left in part does not count."""
     found = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
             found[line["key"]] = line
@@ -198,14 +173,15 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
     return True
 
 
-def _key(run: RunDirectory, config: Config, step: int, reference: Reference) -> str:
+def _key(checkpoint: str, config: Config, reference: Reference) -> str:
     e = config.eval
-    what = identity(run, config, step, reference) | {
+    what = identity(checkpoint, config, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),
         "bootstrap": e.bootstrap,
         "extractor": reference.extractor.fingerprint,
         "reference": reference.hash,
+        **of_the_split(e, reference),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

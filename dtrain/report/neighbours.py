@@ -69,7 +69,8 @@ def nearest(
     measure = extractor(
         features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
     )
-    sampler, step, _ = open_sampler(run, config, weights_name(config), device)
+    opened = open_sampler(run, config, weights_name(config), device)
+    sampler, step = opened.sampler, opened.step
     samples = torch.empty(0, *sampler.shape, dtype=torch.uint8)
     with progress("sampling") as on_block:
         for start in range(0, count, config.eval.batch_size):

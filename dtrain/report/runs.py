@@ -115,7 +115,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _sweep_lines(path: Path) -> list[Line]:
     """Of each combination its last line; torn ones, of a sweep that was killed, do not count."""
     found = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
             if isinstance(line["metrics"], dict) and isinstance(line["context"], dict):

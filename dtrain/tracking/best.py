@@ -19,8 +19,8 @@ def better(metric: str):
 
 
 def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
-    """Step → metrics of the training's own evaluation there; those of jobs may have other settings and are left out."""
-    return {line["step"]: line["metrics"] for line in _evaluations(journal_file)}
+    """Step → metrics of the training's own evaluation there; those of jobs may have other settings."""
+    return {line["step"]: line["metrics"] for line in training_evaluations(journal_file)}
 
 
 def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
@@ -28,15 +28,16 @@ def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | No
 
     Compared are evaluations made as the newest with this metric was made: fewer samples are a greater distance.
     """
-    lines = [line for line in _evaluations(journal_file) if metric in line["metrics"]]
+    lines = [line for line in training_evaluations(journal_file) if metric in line["metrics"]]
     alike = {line["step"]: line["metrics"][metric] for line in lines if _settings(line) == _settings(lines[-1])}
     values = {step: alike[step] for step in steps if step in alike}
     return better(metric)(values, key=values.get) if values else None
 
 
-def _evaluations(journal_file: Path) -> list[dict[str, Any]]:
+def training_evaluations(journal_file: Path) -> list[dict[str, Any]]:
+    """The lines of the training's own evaluations, in order; those of jobs lie in files of their own."""
     return [line for line in read(journal_file) if line["event"] == "eval"]
 
 
 def _settings(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line["context"].items() if key not in ("artifact", "batch_size")}
+    return {key: value for key, value in line["context"].items() if key not in ("artifact", "batch_size", "differs")}

@@ -7,10 +7,11 @@ import torch
 
 from dtrain import distributed, faults
 from dtrain.config import Config
-from dtrain.evaluation.evaluate import evaluate, weights_name
+from dtrain.evaluation.evaluate import differences, evaluate, weights_name
 from dtrain.evaluation.generate import GRID_IDS, Sampler, grid
 from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
+from dtrain.files import replacing
 from dtrain.models.build import allocate
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
@@ -42,12 +43,13 @@ class Evaluation:
     def _conclude(self, sampler: Sampler, position: Position, started: float, metrics, levels, context: dict) -> None:
         """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
         config, weights = self._config, weights_name(self._config)
+        if differs := differences(self._run, config, config, context):
+            context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:
             draw_grid(sampler, config, self._run.path / name)
             context = context | {"artifact": name}
         except OSError as e:  # the numbers count more than the picture
-            (self._run.path / name).unlink(missing_ok=True)
             self._progress.say(f"{name} cannot be written: {e.strerror}")
         seconds = time.perf_counter() - started
         faults.at("eval:journal")
@@ -67,4 +69,6 @@ def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
     labels = numbers % max(1, min(config.model.num_classes, columns))
     blocks = zip(numbers.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
     images = [sampler.draw((GRID_IDS + ids).tolist(), some, config.eval) for ids, some in blocks]
-    grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size)).save(path)
+    picture = grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size))
+    with replacing(path) as f:
+        picture.save(f, "png")

@@ -167,6 +167,16 @@ def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
     assert f"eval/sweep.py {Path.cwd()}/runs/tiny -n100)" in done.stdout
     assert "give the sweep something to vary" in submit("--sweep", "tiny", *limit, expect=2).stderr
 
+    script = submit("--sweep", "tiny", *limit, "--after", "12", "--", *words[:4]).stdout  # it will have more of them
+    assert "parts=(--checkpoints=all --eta=0 --checkpoints=all --eta=0.5)" in script
+    for kind, wrong, message in (
+        ("--evaluate", ["--metrics", "fid"], "`eval.metrics.0` on the command line is 'fid'"),
+        ("--sweep", ["--steps", "5,1001"], "eval.steps 1001 exceeds diffusion.timesteps 1000"),
+        ("--sweep", ["--eta", "0,[1"], "is not a list of values"),
+        ("--sweep", ["--checkpoints", "2,3"], "has 2, 4; or say `all`"),
+    ):
+        assert message in submit(kind, "tiny", *limit, "--", *wrong, expect=2).stderr
+
 
 def test_an_evaluation_may_wait_for_a_run_that_has_not_begun(work):
     limit = ("--time", "1:00:00", "--gpus-per-node", "1", "--dry-run")

@@ -1,19 +1,24 @@
 """A whole evaluation: on 1 and 2 ranks, killed and started again, with every metric."""
 
+import json
 import os
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
 
+from dtrain.errors import SharedError, UserError
 from dtrain.evaluation.evaluate import evaluate, labels_of, open_sampler, scratch_of
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.scratch import Scratch
 from dtrain.run import RunDirectory
+from dtrain.tracking.best import training_evaluations
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
+from tests.test_cli import command
 
 METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall]"
 
@@ -35,7 +40,7 @@ def _train(config):
 def _evaluate(config, pause=0.0, keep=False):
     """(metrics, blocks drawn by this rank, images in scratch by first id); `pause` seconds after each block."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    sampler, step, _ = open_sampler(run, config, "ema_0", device)
+    opened = open_sampler(run, config, "ema_0", device)
     drawn = []
     draw = Sampler.draw
 
@@ -46,8 +51,8 @@ def _evaluate(config, pause=0.0, keep=False):
 
     Sampler.draw = slowly
     reference = Reference(config, device)
-    scratch = scratch_of(run, config, step, reference)
-    metrics, _ = evaluate(sampler, config, reference, scratch=scratch)
+    scratch = scratch_of(run, config, opened.checkpoint, reference)
+    metrics, _ = evaluate(opened.sampler, config, reference, scratch=scratch)
     torch.distributed.barrier()
     images = {}
     if torch.distributed.get_rank() == 0:
@@ -119,6 +124,58 @@ def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path
     assert labels_of(ids, uniform, reference).bincount().tolist() == [100] * 10
 
 
+def _opened(configs):
+    """The step a rank opens of its own copy of a run."""
+    config = configs[torch.distributed.get_rank()]
+    return open_sampler(RunDirectory(config.run.path), config, "ema_0", torch.device("cpu")).step
+
+
+def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, trained, tmp_path):
+    """Rank 1 looks a moment later, when the training has committed another."""
+    later = tiny(digits, tmp_path)
+    shutil.copytree(trained.run.path, later.run.path)
+    more = tiny(digits, tmp_path, "train.steps=5")
+    run_ranks(_train, 1, more)
+    assert run_ranks(_opened, 2, [trained, later]) == [3, 3]
+
+
+def _without_room(config):
+    """What each rank is told where the disk of one of them takes no samples."""
+    run, device = RunDirectory(config.run.path), torch.device("cpu")
+    opened, reference = open_sampler(run, config, "ema_0", device), Reference(config, device)
+    scratch = scratch_of(run, config, opened.checkpoint, reference)
+    if torch.distributed.get_rank() == 1:
+        scratch.path = run.config_file / "below a file"
+    try:
+        evaluate(opened.sampler, config, reference, scratch=scratch)
+    except UserError as e:
+        return type(e), str(e)
+    finally:
+        torch.distributed.barrier()
+        scratch.remove()
+
+
+def test_what_one_rank_meets_while_sampling_ends_all_and_is_told(trained):
+    told = run_ranks(_without_room, 2, trained)
+    assert told[0] == told[1]
+    assert told[0][0] is SharedError
+    assert "cannot keep samples in" in told[0][1]
+
+
+def test_an_evaluation_with_other_settings_than_the_first_is_of_no_curve_with_it(digits, tmp_path):
+    often = ("eval.every=2", "eval.num_samples=24", "eval.validation_images=4")
+    run_ranks(_train, 1, tiny(digits, tmp_path, *often, "train.steps=2"))
+    fewer = tiny(digits, tmp_path, *often, "train.steps=4", "eval.steps=3", "eval.metrics=[fd, bpd]")
+    run_ranks(_train, 1, fewer)
+    lines = training_evaluations(RunDirectory(fewer.run.path).journal_file)
+    assert [line["context"].get("differs") for line in lines] == [None, {"steps": 3}]
+    assert [line["context"].get("validation_images") for line in lines] == [None, fewer.eval.validation_images]
+    for arguments, differs in ((["--steps", "3"], {"steps": 3}), (["--steps", "5"], None)):
+        ((code, text),) = run_ranks(command, 1, "evaluate", fewer.run.path, *arguments, "--json")
+        assert code == 0, text
+        assert json.loads(text.splitlines()[-1])["context"].get("differs") == differs
+
+
 def _counting(config):
     """How many features an evaluation of moments keeps, and whether scratch appears where none is asked for."""
     from dtrain.evaluation.kept import KeptFeatures
@@ -126,7 +183,7 @@ def _counting(config):
     updates = []
     KeptFeatures.update = lambda self, number, features: updates.append(number)
     run = RunDirectory(config.run.path)
-    sampler, _, _ = open_sampler(run, config, "ema_0", torch.device("cpu"))
+    sampler = open_sampler(run, config, "ema_0", torch.device("cpu")).sampler
     evaluate(sampler, config, Reference(config, torch.device("cpu")))
     return updates, os.path.exists(run.path / "evaluations")
 
@@ -144,7 +201,7 @@ def test_the_bootstrap_interval_stands_beside_its_distance(trained):
 
 def test_bf16_rounds_the_network_and_nothing_else(trained):
     run, seen = RunDirectory(trained.run.path), []
-    sampler, _, _ = open_sampler(run, trained, "ema_0", torch.device("cpu"))
+    sampler = open_sampler(run, trained, "ema_0", torch.device("cpu")).sampler
     for number, parameter in enumerate(sampler.model.parameters()):  # three steps have taught it hardly anything
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
     sampler.model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
@@ -161,7 +218,7 @@ def test_bf16_rounds_the_network_and_nothing_else(trained):
 def test_an_evaluation_touches_no_network(trained, no_network):
     """In this very process, alone, with its sockets blocked."""
     run, device = RunDirectory(trained.run.path), torch.device("cpu")
-    sampler, _, _ = open_sampler(run, trained, "ema_0", device)
+    sampler = open_sampler(run, trained, "ema_0", device).sampler
     metrics, context = evaluate(sampler, trained, Reference(trained, device))
     assert np.isfinite(list(metrics.values())).all()
     assert (context["n"], context["features"], context["labels"]) == (260, "pixels", "data")

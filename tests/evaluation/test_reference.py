@@ -117,10 +117,8 @@ def test_files_of_other_tools_are_read(data, tmp_path, extra):
     [
         (["eval.reference={npz}"], r"statistics of 5 dimensions, but pixels has 64"),
         (["eval.reference=nowhere.npz"], r"no statistics at nowhere\.npz"),
-        (
-            ["eval.metrics=[kid]", "data.holdout=null"],
-            "kid need the features of a split: name its manifest in data.hol",
-        ),
+        (["eval.metrics=[kid]", "data.holdout=null"], r"kid need a split: name its manifest in data\.holdout"),
+        (["eval.metrics=[fd, bpd]", "data.holdout=null", "eval.reference={npz}"], r"fd, bpd need a split: name its"),
         (["data.holdout=null"], "fd need something to compare with"),
         (["data.holdout=null", "eval.reference={npz}"], "no data.holdout to take labels from; set `uniform`"),
         (["eval.metrics=[is]"], "the Inception score needs features with classes, which pixels are not"),

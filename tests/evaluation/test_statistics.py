@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import warnings
@@ -200,3 +201,14 @@ def test_a_damaged_statistics_file_is_refused_wherever_it_is_damaged(tmp_path):
         load(path)
     with pytest.raises(UserError, match="no statistics at"):
         load(tmp_path / "absent.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(UserError, match="damaged or no statistics file"):
+        load(tmp_path / "one.npy")
+    np.savez_compressed(path, mu=np.zeros(8), sigma=np.eye(8))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):  # a bit of a date or a name is no damage to what is read
+            load(path)

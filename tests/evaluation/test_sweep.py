@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dtrain.errors import UserError
+from dtrain.evaluation.combinations import checkpoints_of, combinations
 from dtrain.evaluation.generate import Sampler
-from dtrain.evaluation.sweep import Row, best, checkpoints_of, combinations, heat_map, summary, sweep, table
+from dtrain.evaluation.sweep import Row, best, heat_map, summary, sweep, table
 from dtrain.run import RunDirectory
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
@@ -19,7 +20,9 @@ AXES = {"checkpoint": [2, 4], "ema": [0, "raw"], "eta": [0, 1.0], "steps": [2, 3
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    config = tiny(digits, tmp_path_factory.mktemp("runs"), "train.steps=4", "train.checkpoint_every=2")
+    config = tiny(
+        digits, tmp_path_factory.mktemp("runs"), "train.steps=4", "train.checkpoint_every=2", "eval.validation_images=4"
+    )
     run_ranks(_train, 1, config)
     return config
 
@@ -47,7 +50,7 @@ def _evaluate(config, step, weights):
     from dtrain.evaluation.evaluate import evaluate, open_sampler
     from dtrain.evaluation.reference import Reference
 
-    sampler, _, _ = open_sampler(RunDirectory(config.run.path), config, weights, "cpu", step)
+    sampler = open_sampler(RunDirectory(config.run.path), config, weights, "cpu", step).sampler
     return evaluate(sampler, config, Reference(config, "cpu"))[0]
 
 
@@ -89,13 +92,27 @@ def test_a_killed_sweep_goes_on_and_every_number_is_that_of_its_own_evaluation(t
 def test_values_and_checkpoints_that_cannot_be_are_refused_before_anything_is_drawn(trained):
     run = RunDirectory(trained.run.path)
     assert checkpoints_of(run, "all") == [2, 4]
-    with pytest.raises(UserError, match=r"--checkpoints 3: .* has 2, 4; or say `all`"):
-        checkpoints_of(run, "3")
+    for wanted in ("3", "2,4O", "2,", ""):
+        with pytest.raises(UserError, match=rf"--checkpoints {wanted}: .* has 2, 4; or say `all`"):
+            checkpoints_of(run, wanted)
+    assert "'[2' is not a list of values" in failing("sweep", trained.run.path, "--steps", "[2")
     before = len((trained.run.path / "sweep.jsonl").read_text())
     assert "`eval.steps` on the command line is 'many'" in failing(
         "sweep", trained.run.path, "--steps", "2,many", "--guidance", "9"
     )
     assert len((trained.run.path / "sweep.jsonl").read_text()) == before
+
+
+def test_a_sweep_of_what_the_model_says_computes_anew_for_other_images(trained):
+    bpds = []
+    for images in (8, 16):
+        e = trained.eval.model_copy(update={"validation_images": images, "metrics": ["bpd"]})
+        ((lines, _),) = run_ranks(_sweep, 1, trained.model_copy(update={"eval": e}), {"checkpoint": [4]})
+        bpds.append(lines[0]["metrics"]["bpd"])
+    assert bpds[0] != bpds[1]
+    ((code, text),) = run_ranks(command, 1, "sweep", trained.run.path, "--metrics", "bpd,fd", "--checkpoints", "2,4")
+    assert code == 0, text
+    assert "best bpd: " in text
 
 
 def test_seeds_are_averaged_and_the_best_setting_is_named(trained, tmp_path):
