@@ -44,11 +44,14 @@ def term(
     log_posterior = process.table(process.log_beta_tilde, t, x0)
     ratio = log_posterior - log_variance
     kl = 0.5 * (ratio.expm1() - ratio + difference.square() * (-log_variance).exp())
+    is_decoder = (t == 0).view(-1, *[1] * (x0.dim() - 1))
     if process.decoder == "continuous":
         decoder = 0.5 * (math.log(2 * math.pi) + log_variance + difference.square() * (-log_variance).exp())
     else:
-        decoder = -log_mass(x0, x0_hat, log_variance)
-    is_decoder = (t == 0).view(-1, *[1] * (x0.dim() - 1))
+        # Of other rows x̂_0 may be so far off that both ends of a bin are one float: an infinite derivative, which
+        # `where` would multiply by 0.
+        mean, spread = torch.where(is_decoder, x0_hat, x0), torch.where(is_decoder, log_variance, 0.0)
+        decoder = -log_mass(x0, mean, spread)
     return BITS * torch.where(is_decoder, decoder, kl).flatten(1).mean(1)
 
 

@@ -181,6 +181,27 @@ def test_the_hybrid_loss_trains_the_mean_by_the_simple_loss_alone_and_the_varian
     assert float(gradients["vlb"][:, 1:].abs().min()) > 0
 
 
+@pytest.mark.parametrize("timesteps", [1000, 4000])
+@pytest.mark.parametrize("loss", ["hybrid", "vlb"])
+def test_the_bounds_gradient_is_finite_at_every_timestep_and_that_of_a_term_by_itself(loss, timesteps):
+    """At the end of the cosine schedule an x̂_0 is 1e5, which must not reach the decoder of rows of other timesteps."""
+    p = build(Gaussian(schedule="cosine", timesteps=timesteps, variance="learned_range", loss=loss))
+    u = torch.cat([torch.arange(0, timesteps, 7), torch.tensor([timesteps - 1])]).double().add(0.5) / timesteps
+    x0, noise = numbers(len(u), 1, 4, 4).clamp(-1, 1), numbers(len(u), 1, 4, 4, seed=1)
+    labels = torch.zeros(len(u), dtype=torch.long)
+
+    def gradient(rows):
+        output = numbers(len(u), 2, 4, 4, seed=2)[rows].requires_grad_()
+        losses = p.losses(lambda x, t, y: output, x0[rows], noise[rows], u[rows], labels[rows])
+        return torch.autograd.grad(losses.sum(), output)[0]
+
+    together = gradient(torch.arange(len(u)))
+    assert torch.isfinite(together).all()
+    assert (together.flatten(1).abs().max(1).values > 0).all()
+    decoder_alone = gradient(torch.tensor([0]))
+    torch.testing.assert_close(together[:1], decoder_alone)
+
+
 def test_the_variance_of_each_kind():
     beta = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = np.cumprod(1 - beta)
