@@ -102,10 +102,10 @@ class BadSteps:
         self.refused.clear()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: plain data."""
+        """For a checkpoint: plain data, of now, though it is written later."""
         return {
             "norms": list(self._norms),
-            "refused": self.refused,
+            "refused": list(self.refused),
             "skipped": self.skipped.ranges,
             "rollbacks": self.rollbacks,
         }

@@ -14,20 +14,21 @@ class StepLosses:
     def __init__(self, process, device: torch.device):
         self._process = process
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._levels = torch.zeros(2 * LEVEL_BINS, dtype=torch.float64, device=device)
         self.sum = torch.zeros((), device=device)
 
     def add(self, part: dict[str, torch.Tensor], losses: torch.Tensor) -> None:
         """losses (n,) of the rows of `part`, as `process.losses` gave them."""
         losses = losses.detach()
+        place = self._process.place(part["time"])
+        weights = self._process.times.weights(place)  # now: `observe` changes them
+        self._levels += torch.cat(by_noise_level(losses if weights is None else losses / weights, place))
         self._parts.append((part["k"], part["time"], losses))
         self.sum += losses.sum()
 
     def by_level(self) -> torch.Tensor:
         """float64 (2 · 8,): sums, then counts, of the unweighted losses in each eighth of the process."""
-        _, u, losses = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        place = self._process.place(u)
-        weights = self._process.times.weights(place)
-        return torch.cat(by_noise_level(losses if weights is None else losses / weights, place))
+        return self._levels
 
     def observe(self, world_size: int) -> None:
         """Show an importance distribution the whole global batch in the order of k. Collective; else nothing."""

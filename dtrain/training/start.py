@@ -101,7 +101,8 @@ def _begin_from(engine: Engine, config: Config) -> None:
             )
         engine.set_weights(load_published(build(config), source))
     else:
-        checkpoint, problem = _load_on_all_ranks(engine.load_weights, checkpoint_at(config.run.init_from))
+        newest = distributed.on_rank_0(checkpoint_at, config.run.init_from)
+        checkpoint, problem = _load_on_all_ranks(engine.load_weights, newest)
         if checkpoint is None:
             raise UserError(f"run.init_from={source} cannot be loaded: {problem}")
     engine.refresh(optimizer_steps=0)

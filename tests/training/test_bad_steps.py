@@ -78,3 +78,13 @@ def test_a_bad_step_of_one_rank_moves_nothing_on_any_and_training_goes_on_as_if_
         assert differs == []
         assert really > 10
     assert results[0][2] == results[1][2]  # the ranks need not ask each other
+
+
+def test_what_a_checkpoint_holds_of_refused_steps_is_of_its_own_moment(digits, tmp_path):
+    from dtrain.training.bad_steps import BadSteps
+
+    steps = BadSteps(tiny(digits, tmp_path), None, None)
+    steps.judge(float("nan"), 1.0, [(0, 24)])
+    state = steps.state()  # written in the background, while more steps are refused
+    steps.judge(float("nan"), 1.0, [(24, 48)])
+    assert state["refused"] == [[(0, 24)]]

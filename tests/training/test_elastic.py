@@ -140,6 +140,27 @@ def test_a_new_run_begins_with_anothers_weights(digits, tmp_path):
     assert begun.meta["step"] == 1
 
 
+def begun_from(config, places):
+    """The largest difference of this rank's first weights from rank 0's, where ranks look at different places."""
+    from dtrain import distributed
+    from dtrain.training.engine import Engine
+    from dtrain.training.start import _begin_from
+
+    engine = Engine(config, 12)
+    mine = config.run.model_copy(update={"init_from": places[distributed.rank()]})
+    _begin_from(engine, config.model_copy(update={"run": mine}))
+    weights = np.concatenate([p.detach().numpy().flatten() for _, p in engine.trainable])
+    return np.abs(weights - distributed.gather_objects(weights)[0]).max()
+
+
+def test_all_ranks_begin_with_the_checkpoint_that_rank_0_found_newest(digits, tmp_path):
+    """Rank 1 looks a moment later, when the other run has committed another."""
+    early, late = (write(digits, tmp_path / name, shape(0), 1) / "tiny" for name in ("early", "late"))
+    run_ranks(train, 1, tiny(digits, tmp_path / "late", *shape(0), "train.steps=15"))
+    config = tiny(digits, tmp_path, *shape(0), "run.name=fine")
+    assert run_ranks(begun_from, 2, config, [str(early), str(late)]) == [0, 0]
+
+
 def test_another_model_is_refused_by_name(digits, tmp_path):
     folder = write(digits, tmp_path / "written", shape(2), 1)
     other = tiny(digits, tmp_path, "run.name=wide", f"run.init_from={folder}/tiny", "model.width=64")
