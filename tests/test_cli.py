@@ -99,6 +99,18 @@ def test_missing_and_short_shards_are_named(work):
     assert not (work / "runs").exists()
 
 
+def test_data_without_labels_are_refused_by_the_check_and_the_start_alike(work):
+    (work / "bare").mkdir()
+    with tarfile.open(work / "bare" / "shard.tar", "w") as tar:
+        info = tarfile.TarInfo("00000.png")
+        tar.addfile(info)
+    assert run_ranks(command, 1, "index", "bare")[0][0] == 0
+    for more in ((), ("--check",)):
+        line = failing("train", "tiny.yaml", "data.shards=bare", *more, world_size=2)
+        assert "model.num_classes is 10, but bare/manifest.json has no `cls` field" in line
+    assert not (work / "runs").exists()
+
+
 def test_an_image_that_does_not_decode_is_named(work):
     """A shard with a broken image, indexed as it is: the manifest is right, the picture is not."""
     folder = work / "broken"

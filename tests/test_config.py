@@ -34,6 +34,9 @@ def test_every_shipped_config_is_valid_and_its_dump_reads_back_as_itself(path, t
         ("eval.ema=1", "eval.ema is 1, but there are 1 EMA profiles"),
         ("eval.steps=1001", "eval.steps 1001 exceeds diffusion.timesteps 1000"),
         ("data.image_size=9", "data.image_size 9 does not divide into patches of 2"),
+        ("model={name: dit, size: S/4, patch: 3}", "data.image_size 8 does not divide into patches of 3"),
+        ("model={name: dit, size: S/2, heads: 7}", "width 384 must be an even multiple of heads 7"),
+        ("model={name: dit, size: S/2, width: 100}", "width 100 must be an even multiple of heads 6"),
         ("data.holdout=null", "eval.every needs data.holdout"),
     ],
 )
@@ -55,6 +58,41 @@ def test_a_mistake_in_the_file_names_the_file(tmp_path):
     file.write_text("data: [unclosed")
     with pytest.raises(UserError, match=r"mine.yaml:1 is not valid YAML"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("11:45:00", "11:45:00"),
+        ("2-00:00:00", "2-00:00:00"),
+        ("2026-11-27T10:00:00", "2026-11-27T10:00:00"),
+        ("2026-11-27", "2026-11-27"),
+    ],
+)
+def test_a_time_is_what_was_written(tmp_path, text, value):
+    assert load(DIGITS, [f"train.deadline={text}"]).train.deadline == value
+    file = tmp_path / "mine.yaml"
+    file.write_text(DIGITS.read_text().replace("train:\n", f"train:\n  deadline: {text}\n"))
+    assert load(file).train.deadline == value
+    file.write_text(load(file).dump())
+    assert load(file).train.deadline == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        ("2.5e-3", 0.0025),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("010", 8),
+    ],
+)
+def test_a_number_is_one_however_it_is_written(text, value):
+    assert load(DIGITS, [f"optim.lr={text}"]).optim.lr == value
 
 
 def test_an_environment_variable_stands_in_for_a_path(tmp_path, monkeypatch):

@@ -27,6 +27,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+# The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
+DIT_SIZES: dict[str, dict[str, int]] = {
+    f"{letter}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
+    for letter, depth, width, heads in [
+        ("S", 12, 384, 6),
+        ("B", 12, 768, 12),
+        ("L", 24, 1024, 16),
+        ("XL", 28, 1152, 16),
+    ]
+    for patch in (2, 4, 8)
+}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
@@ -130,11 +143,19 @@ class DiT(Section):
             missing = [k for k in ("depth", "width", "heads", "patch") if getattr(self, k) is None]
             if missing:
                 raise ValueError(f"needs `{missing[0]}`, or a `size` such as S/2")
-        if self.width and self.heads and (self.width % self.heads or (self.width // self.heads) % 2):
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
-        if self.width and self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 for 2-D positions")
+        width, heads = self.sizes["width"], self.sizes["heads"]
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"width {width} must be an even multiple of heads {heads}")
+        if width % 4:
+            raise ValueError(f"width {width} must be a multiple of 4 for 2-D positions")
         return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """depth, width, heads and patch, each its own key's or the table's."""
+        table = DIT_SIZES[self.size] if self.size else {}
+        own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
+        return table | {key: size for key, size in own.items() if size is not None}
 
 
 class UNet(Section):

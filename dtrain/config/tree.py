@@ -68,8 +68,8 @@ class Config(Section):
         self._sampler_fits()
         if self.model.name == "unet":
             self._levels_fit()
-        if self.model.name == "dit" and self.model.patch and self.data.image_size % self.model.patch:
-            size, patch = self.data.image_size, self.model.patch
+        if self.model.name == "dit" and self.data.image_size % self.model.sizes["patch"]:
+            size, patch = self.data.image_size, self.model.sizes["patch"]
             raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
         return self
 

@@ -9,13 +9,12 @@ import torch
 
 from dtrain.config import ArrayField
 from dtrain.data.cache import BlockCache
+from dtrain.data.fields import IMAGE_FIELDS, LABEL_FIELD
 from dtrain.data.manifest import Manifest
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import centre_crop, decode
 from dtrain.errors import BadSample
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-LABEL_FIELD = "cls"
 _LABELS = 1024  # read at a time of a remote split
 
 

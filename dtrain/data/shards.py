@@ -16,7 +16,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.tar import ABSENT, member_name
 from dtrain.errors import BadSample, UserError
 
-OPEN_SHARDS = 256  # descriptors a reader keeps, one a stream; a process is commonly allowed 1,024
+OPEN_SHARDS = 256  # descriptors that readers keep, one a stream; a process is commonly allowed 1,024
 CONNECTIONS = 16  # ranges a reader asks for at a time: object stores answer late, but many at once
 RUN = 16  # blocks asked for in one range
 
@@ -24,16 +24,22 @@ RUN = 16  # blocks asked for in one range
 class ShardReader:
     """Samples by number. Holds no position (pread), so that a forked process may go on with its parent's reader.
 
-    directory: the folder of the shards, or a URL, whose blocks then go through `cache`.
+    directory: the folder of the shards, or a URL, whose blocks then go through `cache`. open_shards: descriptors kept.
     bytes_read: from the disk or the network; cache_hits and cache_misses: blocks. All since the reader was made.
     """
 
-    def __init__(self, manifest: Manifest, directory: str | Path, cache: BlockCache | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        directory: str | Path,
+        cache: BlockCache | None = None,
+        open_shards: int = OPEN_SHARDS,
+    ):
         self._manifest = manifest
         self._files = (
             _RemoteFiles(manifest, str(directory), cache or BlockCache(None, 16 << 30))
             if remote.is_url(directory)
-            else _LocalFiles(manifest, Path(directory))
+            else _LocalFiles(manifest, Path(directory), open_shards)
         )
         self._members = np.asarray(manifest.members)  # a plain view: memmap's own indexing is slow
         self._ends = np.cumsum(manifest.shard_sizes).tolist()
@@ -104,9 +110,10 @@ class ShardReader:
 
 
 class _LocalFiles:
-    def __init__(self, manifest: Manifest, directory: Path):
+    def __init__(self, manifest: Manifest, directory: Path, open_shards: int):
         self._manifest = manifest
         self._directory = directory
+        self._most = open_shards
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self.bytes_read = self.cache_hits = self.cache_misses = 0
 
@@ -146,7 +153,7 @@ class _LocalFiles:
             self._descriptors.move_to_end(shard)
         else:
             self._descriptors[shard] = os.open(self.place(shard), os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > OPEN_SHARDS:
+            if len(self._descriptors) > self._most:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[shard]
 

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from dtrain.config import Config
 from dtrain.data.cache import cache_of
+from dtrain.data.fields import check_fields
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
-from dtrain.data.samples import IMAGE_FIELDS, LABEL_FIELD, SampleReader, read_split
-from dtrain.data.shards import ShardReader
+from dtrain.data.samples import SampleReader, read_split
+from dtrain.data.shards import OPEN_SHARDS, ShardReader
 from dtrain.data.skipped import NOTHING
 from dtrain.data.transforms import centre_crop, normalize, random_crop
 from dtrain.errors import BadSample, UserError
@@ -72,11 +73,13 @@ class StepDataset(Dataset):
                 f"data.batch_size {data.batch_size} does not divide by {world_size} ranks; "
                 f"the nearest that does is {nearest}"
             )
+        check_fields(config, manifest)
         self._order = of_run(config, manifest)
         self._readers, self._samples = [], []
-        for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
-            _check_fields(config, one)
-            self._readers.append(ShardReader(one, source.shards, cache_of(data, source.shards)))
+        sources = list(zip((manifest, *manifest.mixed), (data, *data.mix), strict=True))
+        for one, source in sources:
+            cache = cache_of(data, source.shards)
+            self._readers.append(ShardReader(one, source.shards, cache, max(1, OPEN_SHARDS // len(sources))))
             self._samples.append(SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays))
         self._draws = Draws(config.run.seed)
         self._rank, self._world_size = rank, world_size
@@ -150,20 +153,6 @@ class StepDataset(Dataset):
             return self._centre_crop
         draws = [self._draws.uniform(Purpose.CROP, k, sub) for sub in range(3)]
         return partial(random_crop, size=self._size, draws=draws)
-
-
-def _check_fields(config: Config, manifest: Manifest) -> None:
-    if not set(IMAGE_FIELDS) & set(manifest.fields):
-        fields = ", ".join(manifest.fields)
-        raise UserError(f"{manifest.path} has fields {fields}, none of them jpg, jpeg, png or webp")
-    if config.model.num_classes and LABEL_FIELD not in manifest.fields:
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but {manifest.path} has no `cls` field with labels; "
-            "set it to 0 to train without"
-        )
-    for name, array in config.data.arrays.items():
-        if array.field not in manifest.fields:
-            raise UserError(f"data.arrays.{name}: {manifest.path} has no field {array.field}")
 
 
 def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):

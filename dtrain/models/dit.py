@@ -134,16 +134,3 @@ class DiT(nn.Module):
         if name.startswith(("t_embedder.", "y_embedder.")):
             return normal(name, shape, seed, std=0.02)
         return xavier_uniform(name, shape, seed)
-
-
-# The paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
-SIZES: dict[str, dict[str, int]] = {
-    f"{letter}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
-    for letter, depth, width, heads in [
-        ("S", 12, 384, 6),
-        ("B", 12, 768, 12),
-        ("L", 24, 1024, 16),
-        ("XL", 28, 1152, 16),
-    ]
-    for patch in (2, 4, 8)
-}

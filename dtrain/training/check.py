@@ -5,6 +5,7 @@ from pathlib import Path
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.fields import check_fields
 from dtrain.data.streams import with_streams
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
@@ -20,6 +21,7 @@ def check_start(config: Config, ranks: int) -> str:
     rows, micro_batch = rows_per_rank(config, ranks)
     manifest = manifests.load_all(config.data)
     manifests.check_all(manifest, config.data)
+    check_fields(config, manifest)
     if config.data.holdout:
         holdout = manifests.load_holdout(config.data)
         manifests.check_shards(holdout, holdout.place)

@@ -6,6 +6,7 @@ import time
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data.fields import check_fields
 from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.process import build as build_process
@@ -35,6 +36,7 @@ def train(config: Config) -> Outcome:
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load_all(config.data)
+    check_fields(config, manifest)
     run = RunDirectory(config.run.path)
     config = with_streams(config, manifest, run)
     distributed.initialize()

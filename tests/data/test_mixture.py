@@ -1,12 +1,15 @@
 """Mixing by weight: quotas, positions against a walk through the run, and batches that know no world size."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtrain.data import stream
 from dtrain.data.manifest import load_all
 from dtrain.data.mixture import BLOCK, Mixture, of_run, quotas
 from dtrain.data.order import Order
@@ -102,3 +105,13 @@ def test_the_hash_covers_every_source_and_tiny_weights_are_refused(mixed):
 def test_counts_of_a_run_far_on_cost_nothing():
     mixture = Mixture(3, [Order(n, [50, 20], 3, 7) for n in range(2)], [1, 3])
     assert mixture.counts(BLOCK * 10**12) == [256 * 10**12, 768 * 10**12]
+
+
+def test_sources_share_the_files_that_one_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "OPEN_SHARDS", 6)
+    data_set(tmp_path / "a", labelled_pictures(40), 2)
+    data_set(tmp_path / "b", labelled_pictures(40), 2)
+    dataset = StepDataset(config_of(tmp_path, 80), load_all(config_of(tmp_path).data), 0, 1, 0)
+    dataset[0]
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert 2 <= len([link for link in links if link.startswith(str(tmp_path)) and link.endswith(".tar")]) <= 6

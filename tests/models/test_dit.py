@@ -6,9 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.config import Config
-from dtrain.errors import UserError
+from dtrain.config.sections import DIT_SIZES as SIZES
 from dtrain.models.build import build
-from dtrain.models.dit import SIZES, DiT
+from dtrain.models.dit import DiT
 from dtrain.models.layers import initialize, positions, timestep_embedding
 
 PARAMETERS = {
@@ -294,25 +294,6 @@ def test_build_takes_a_size_of_the_paper_and_lets_keys_override_it():
     assert len(model.blocks) == 3
     assert model.pos_embed.shape == (1, 4, 1152)
     assert model.pos_embed.is_meta
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"size": "S/2", "heads": 7}, "model.heads 7"),
-        ({"size": "S/2", "width": 100}, "model.heads 6"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(sizes, message):
-    with pytest.raises(UserError, match=message):
-        build(config(**sizes))
-
-
-def test_an_image_that_does_not_divide_into_patches_is_refused():
-    tree = config(size="S/8").model_dump() | {}
-    tree["data"]["image_size"] = 12
-    with pytest.raises(UserError, match="image_size 12"):
-        build(Config.model_validate(tree))
 
 
 def test_normalised_queries_and_keys_begin_as_they_are_and_add_two_vectors_a_block():

@@ -1,0 +1,24 @@
+"""Which fields of a sample a training reads, and whether a data set has them. Imports no torch and no NumPy."""
+
+from dtrain.config import Config
+from dtrain.data.manifest import Manifest
+from dtrain.errors import UserError
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELD = "cls"
+
+
+def check_fields(config: Config, manifest: Manifest) -> None:
+    """Raises UserError where a data set, or one that is mixed into it, lacks a field that the run reads."""
+    for one in (manifest, *manifest.mixed):
+        if not set(IMAGE_FIELDS) & set(one.fields):
+            fields = ", ".join(one.fields)
+            raise UserError(f"{one.path} has fields {fields}, none of them jpg, jpeg, png or webp")
+        if config.model.num_classes and LABEL_FIELD not in one.fields:
+            raise UserError(
+                f"model.num_classes is {config.model.num_classes}, but {one.path} has no `cls` field with labels; "
+                "set it to 0 to train without"
+            )
+        for name, array in config.data.arrays.items():
+            if array.field not in one.fields:
+                raise UserError(f"data.arrays.{name}: {one.path} has no field {array.field}")
