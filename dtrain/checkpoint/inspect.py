@@ -52,6 +52,13 @@ def verify(run: RunDirectory, on_checkpoint: Callable[[int, int], None]) -> tupl
 
 def prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best: str | None) -> str:
     """Delete what the rule does not keep. Refused while a job runs, and when what stays is damaged, UserError."""
+    try:
+        return _prune(run, keep_last, keep_every, keep_best)
+    except OSError as e:
+        raise UserError(f"cannot change {e.filename or run.path}: {e.strerror}") from None
+
+
+def _prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best: str | None) -> str:
     lock = RunLock(run.lock_file)
     lock.acquire()
     try:

@@ -6,8 +6,8 @@ a block holds is checked by the members' crc32 when they are read out of it (`sh
 
 import fcntl
 import hashlib
-import itertools
 import os
+import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +40,6 @@ class BlockCache:
         self.directory = Path(directory) if directory else default_directory()
         self.limit = limit
         self._unswept = limit  # so that the first block written looks at what earlier processes left
-        self._numbers = itertools.count()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -51,19 +50,22 @@ class BlockCache:
         return self.directory / name[:2] / f"{name}-{block}"
 
     def read(self, key: str, block: int | str, size: int, start: int, stop: int) -> bytes | None:
-        """Bytes start..stop of a block of `size` bytes; None where it is not there, or not whole."""
+        """Bytes start..stop of a block of `size` bytes; None where it is not there, not whole or cannot be read."""
         try:
             descriptor = os.open(self.path(key, block), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:
             return None
         try:
             status = os.fstat(descriptor)
             if status.st_size != size:
                 return None
             if time.time() - status.st_mtime > _FRESH:
-                os.utime(descriptor)
+                with suppress(OSError):  # another user's block may be read and not touched
+                    os.utime(descriptor)
             data = os.pread(descriptor, stop - start, start)
             return data if len(data) == stop - start else None
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 
@@ -79,7 +81,7 @@ class BlockCache:
     def fill(self, key: str, block: int | str, make) -> None:
         """Let `make(path)` write a file and take it in as a block."""
         place = self.path(key, block)
-        temporary = place.with_name(f".{os.getpid()}-{next(self._numbers)}.tmp")
+        temporary = place.with_name(f".{secrets.token_hex(8)}.tmp")  # other machines may have the same process numbers
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             make(temporary)
@@ -94,10 +96,12 @@ class BlockCache:
                 temporary.unlink(missing_ok=True)
         if self._unswept > self.limit / 64:
             self._unswept = 0
-            self._sweep()
+            with suppress(OSError):  # what is another user's is his to sweep
+                self._sweep()
 
     def drop(self, key: str, block: int | str) -> None:
-        self.path(key, block).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path(key, block).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Delete what has not been used for longest until four fifths of the limit are left; one process at a time."""
@@ -112,7 +116,7 @@ class BlockCache:
                 if not folder.is_dir(follow_symlinks=False) or len(folder.name) != 2:
                     continue
                 for entry in os.scandir(folder.path):
-                    with suppress(FileNotFoundError):
+                    with suppress(OSError):
                         status = entry.stat()
                         if not entry.name.startswith("."):
                             files.append((status.st_mtime, status.st_size, entry.path))
@@ -122,7 +126,7 @@ class BlockCache:
             if total <= self.limit:
                 return
             for _, size, path in sorted(files):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     os.unlink(path)
                 total -= size
                 if total <= self.limit * 4 // 5:

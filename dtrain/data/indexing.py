@@ -116,13 +116,16 @@ def find_shards(source: str) -> list[Path | str]:
     if source.startswith("@"):
         try:
             lines = Path(source[1:]).read_text().splitlines()
-        except OSError as e:
-            raise UserError(f"cannot read the list of shards {source[1:]}: {e.strerror}") from None
+        except (OSError, UnicodeDecodeError) as e:
+            problem = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot read the list of shards {source[1:]}: {problem}") from None
         named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not named:
             raise UserError(f"the list of shards {source[1:]} is empty; write a path or URL a line")
+        if nested := [line for line in named if line.startswith("@")]:
+            raise UserError(f"the list of shards {source[1:]} names another, {nested[0]}; write a path or URL a line")
         return [shard for line in named for shard in find_shards(line)]
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         shards = sorted(Path(source).glob("*.tar"))
         if not shards:
             raise UserError(f"there are no *.tar files in {source}; name the folder of the shards, or a pattern")
@@ -138,7 +141,7 @@ def find_shards(source: str) -> list[Path | str]:
         if remote.is_url(pattern):
             found = remote.expand(pattern)
         else:
-            found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f"there is no shard {pattern}; name a folder of *.tar files, a glob or a brace pattern")
         shards += found if remote.is_url(pattern) else map(Path, found)
@@ -181,7 +184,7 @@ def _scan_once(place: str, folder: str) -> tuple[str, int]:
             raise UserError(f"cannot read the shard {place}: {e.strerror}") from None
         size, version = status.st_size, str(status.st_mtime_ns)
     part = Path(folder) / f"{hashlib.sha256(f'{place} {size} {version}'.encode()).hexdigest()}.scan"
-    if not part.exists():
+    if not _is_whole(part):
         if remote.is_pipe(place):
             with tempfile.NamedTemporaryFile(dir=folder, suffix=".tar") as copy:
                 remote.run_pipe(place, Path(copy.name))
@@ -189,10 +192,18 @@ def _scan_once(place: str, folder: str) -> tuple[str, int]:
         else:
             found = scan(place)
         head = {"fields": found.fields, "samples": len(found.members), "bytes": found.bytes, "sha256": found.sha256}
-        temporary = part.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(json.dumps(head).encode() + b"\n" + found.members.tobytes())
-        os.replace(temporary, part)
+        with replacing(part) as file:
+            file.write(json.dumps(head).encode() + b"\n" + found.members.tobytes())
     return str(part), size
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether it is there, and not what a power cut left of it."""
+    try:
+        _load_part(part)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
 
 
 def _head(part: Path) -> dict:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dtrain import files
 from dtrain.config import Data
 from dtrain.data.cache import default_directory
 from dtrain.data.remote import is_url
@@ -229,21 +230,9 @@ def class_names(path: Path) -> list[str] | None:
 @contextmanager
 def replacing(path: Path):
     """A file to write that takes the place of `path` when the block ends without an error, and never in part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with files.replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; name a writable place with `--out`") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def pack(
     processes: default one a core, one for few samples. A destination packed before by the same request is kept; any
     other that is not empty is refused, UserError. Of a call that was killed, the whole shards are kept by the next.
     """
-    destination = Path(destination)
+    destination = Path(os.path.abspath(destination))
     data = open_source(source)
     if not 0 <= holdout < data.samples:
         raise UserError(f"--holdout {holdout} must leave a sample to train on: {source} has {data.samples}")

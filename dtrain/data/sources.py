@@ -5,6 +5,7 @@ Each source hands out small items in its own process, which a worker process tur
 
 import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -121,6 +122,10 @@ def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) ->
     file = io.BytesIO()
     try:
         with Image.open(io.BytesIO(sample.pop(field))) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a channel")
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError("it is animated; only still images can be used")
             pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
             pixels.save(file, form.upper(), **({} if form == "png" else {"quality": 95}))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
@@ -135,6 +140,8 @@ def _class_folders(folder: Path) -> Source:
     classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no class folders; put the images of each class into a folder of its own")
+    if unreadable := [name for name in classes if not name.isprintable()]:
+        raise UserError(f"the class folder {unreadable[0]!r} has a name that cannot be kept; rename it")
     files: list[tuple[Path, int]] = []
     content = hashlib.sha256()
     for label, name in enumerate(classes):
@@ -145,7 +152,7 @@ def _class_folders(folder: Path) -> Source:
             )
         for file in images:
             files.append((file, label))
-            content.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\n".encode())
+            content.update(os.fsencode(f"{file.relative_to(folder)}\0{file.stat().st_size}\n"))
 
     return Source(len(files), classes, content.hexdigest(), files.__getitem__, _file)
 

@@ -76,11 +76,15 @@ class RemoteShard:
         self.file = io.BufferedReader(_Raw(self), 512)
 
     def pread(self, size: int, offset: int) -> bytes:
-        """At most `size` bytes from `offset`; none at the end."""
-        if offset >= self.size:
-            return b""
-        number, start = divmod(offset, _RANGE)
-        return self._range(number)[start : start + size]
+        """`size` bytes from `offset`, fewer where the shard ends."""
+        data = b""
+        while len(data) < size and offset + len(data) < self.size:
+            number, start = divmod(offset + len(data), _RANGE)
+            part = self._range(number)[start : start + size - len(data)]
+            if not part:
+                break  # it has been cut off meanwhile
+            data += part
+        return data
 
 
 class _Raw(io.RawIOBase):

@@ -19,8 +19,9 @@ from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
 from dtrain.data.cache import BlockCache, cache_of
+from dtrain.data.fields import IMAGE_FIELDS
 from dtrain.data.manifest import Manifest
-from dtrain.data.samples import IMAGE_FIELDS, read_labels, read_split
+from dtrain.data.samples import read_labels, read_split
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import normalize
 from dtrain.errors import UserError
@@ -87,6 +88,12 @@ class Reference:
         if self.manifest is not None:
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)
             self.labels = distributed.agree(read_labels, self.manifest, place, cache)
+            classes, most = config.model.num_classes, int(self.labels.max())
+            if classes and most >= classes:  # the next one after the last would be drawn without a class
+                raise UserError(
+                    f"{self.manifest.path} has labels up to {most}, but model.num_classes is {classes}, so they go "
+                    f"from 0 to {classes - 1}; name another data.holdout"
+                )
             first = min(e.validation_images, self.manifest.samples)
             images, labels = distributed.agree(
                 read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache

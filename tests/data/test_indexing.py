@@ -4,13 +4,16 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dtrain.data.indexing import index_shards
+from dtrain.data import indexing
+from dtrain.data.indexing import find_shards, index_shards
 from dtrain.data.manifest import load
 from dtrain.data.tar import scan
+from dtrain.errors import UserError
 from tests.data.shard_files import write_shards
 
 SHARDS = int(os.environ.get("DTRAIN_CAMPAIGN_INDEX", "160"))
@@ -59,3 +62,30 @@ def test_indexing_that_was_killed_goes_on_where_it_was(shards, tmp_path):
     assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == ["manifest.json", "manifest.members"]
     last = scan(shards[-1])
     assert np.array_equal(load(destination).members[-3:], last.members[:, np.argsort(last.fields)])
+
+
+@pytest.mark.parametrize("left", [b"", b'{"fields": ["cls"', b'{"fields": ["cls"], "samples": 3}\n123'])
+def test_what_a_power_cut_left_of_a_scan_is_scanned_again(shards, tmp_path, left):
+    whole = index_shards(shards[:2], tmp_path / "whole" / "manifest.json")
+    destination = tmp_path / "cut" / "manifest.json"
+    folder = destination.with_name(".manifest.json.partial")
+    folder.mkdir(parents=True)
+    for shard in shards[:2]:
+        name, _ = indexing._scan_once(str(shard), str(folder))
+        Path(name).write_bytes(left)
+    assert index_shards(shards[:2], destination).hash == whole.hash
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("@{shard}", "cannot read the list of shards .*: 'utf-8' codec can't decode"),
+        ("@{list}", "names another, @.*; write a path or URL a line"),
+        ("x-{{000..099}}" + "y" * 300, "there is no shard"),
+    ],
+)
+def test_what_names_no_shards_is_one_line(tmp_path, source, message):
+    (tmp_path / "list").write_text(f"@{tmp_path}/list\n")
+    (tmp_path / "shard").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=message):
+        find_shards(source.format(shard=tmp_path / "shard", list=tmp_path / "list"))

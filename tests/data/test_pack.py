@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -145,6 +146,14 @@ def test_class_folders_are_copied_byte_for_byte(photographs, tmp_path):
     assert by_items[0] == by_items[1]
 
 
+def test_names_of_any_bytes_are_packed_and_so_is_the_folder_one_is_in(photographs, tmp_path, monkeypatch):
+    shutil.copy(photographs / "cats" / "1.jpg", os.fsencode(photographs / "cats") + b"/caf\xe9.jpg")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert pack(str(photographs), ".").train == 5
+    assert len(samples_of(tmp_path / "here" / "train")) == 5
+
+
 def test_a_source_that_has_changed_is_noticed(photographs, tmp_path):
     pack(str(photographs), tmp_path / "packed", holdout=1)
     pack(os.path.relpath(photographs), tmp_path / "packed", holdout=1)  # the same folder by another name
@@ -172,6 +181,21 @@ def test_sources_that_cannot_be_packed_are_refused(photographs, tmp_path):
     (photographs / "empty").mkdir()
     with pytest.raises(UserError, match=r"the class folder .*empty has no .jpg, .jpeg, .png or .webp files"):
         pack(str(photographs), destination)
+    (photographs / "empty").rmdir()
+    deep = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for name, save, problem in (
+        ("deep.png", deep.save, "it has more than 8 bits a channel"),
+        ("moving.webp", partial(frames[0].save, save_all=True, append_images=frames[1:]), "it is animated"),
+    ):
+        save(photographs / "cats" / name)
+        with pytest.raises(UserError, match=problem):
+            pack(str(photographs), destination, format="jpeg")
+        (photographs / "cats" / name).unlink()
+    os.mkdir(os.fsencode(photographs) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"the class folder .* has a name that cannot be kept; rename it"):
+        pack(str(photographs), destination)
+    os.rmdir(os.fsencode(photographs) + b"/caf\xe9")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot pack sklearn:digits into .*file/packed: Not a directory"):
         pack("sklearn:digits", tmp_path / "file" / "packed")

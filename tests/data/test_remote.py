@@ -2,8 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -210,3 +214,28 @@ def test_commands_run_only_when_they_may_and_their_shards_are_checked(folder, tm
     object.__setattr__(failing.shards[0], "name", "pipe:cat /nowhere.tar")
     with pytest.raises(UserError, match=r"cannot read pipe:cat /nowhere.tar after 5 attempts"):
         ShardReader(failing, "pipe:", BlockCache(tmp_path / "cache2", 1 << 30)).read(0)
+
+
+def test_a_cache_that_another_user_made_is_read_and_left_alone(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("being another user takes root")
+    place = Path(tempfile.mkdtemp(dir="/tmp"))
+    theirs = BlockCache(place, 1 << 20)
+    theirs.write("k", 0, bytes(1000))
+    theirs.write("k", 1, bytes(1000))
+    old = time.time() - 1000
+    os.utime(theirs.path("k", 0), (old, old))
+    place.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        ours = BlockCache(place, 1 << 20)
+        assert ours.read("k", 0, 1000, 0, 10) == bytes(10)
+        ours.drop("k", 0)
+        with suppress(OSError):
+            ours._sweep()
+        assert ours.has("k", 0, 1000)
+        with pytest.raises(UserError, match=r"cannot write to data.cache_dir"):
+            ours.write("k", 2, bytes(10))
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(place)

@@ -132,6 +132,19 @@ def test_a_damaged_member_is_named(tmp_path):
     assert problem.startswith("differs from its manifest in png of sample 2;")
 
 
+def test_a_damaged_member_of_a_remote_shard_is_named_and_no_whole_one(tmp_path):
+    """Members of 900 kB, of which some lie across the ends of the ranges that are fetched."""
+    noise = np.random.default_rng(0)
+    samples = [{"png": noise.bytes(900_000), "cls": b"0"} for _ in range(20)]
+    manifest = data_set(tmp_path, samples, 20)
+    path = tmp_path / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[int(manifest.members[15]["offset"][manifest.fields.index("png")]) + 20] ^= 1
+    path.write_bytes(data)
+    (problem,) = verify(manifest, f"file://{tmp_path}").values()
+    assert problem.startswith("differs from its manifest in png of sample 15"), problem
+
+
 def replacing(folder, **data):
     return configuration(folder, 8, on_error="replace", streams=2, shuffle_window=7, **data)
 

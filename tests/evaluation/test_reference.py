@@ -138,3 +138,9 @@ def test_what_could_not_end_well_is_refused_before_sampling(digits, tmp_path, ov
 def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
     with pytest.raises(UserError, match="'inceptoin' is none of auto, inception, effnet_lite0, pixels"):
         tiny(digits, tmp_path, "eval.features=inceptoin")
+
+
+def test_labels_that_the_model_has_no_class_for_are_refused(digits, tmp_path):
+    with pytest.raises(UserError, match=r"manifest.json has labels up to 9, but model.num_classes is 9, so"):
+        Reference(tiny(digits, tmp_path, "model.num_classes=9"), CPU)
+    assert Reference(tiny(digits, tmp_path, "model.num_classes=0"), CPU).labels.max() == 9
