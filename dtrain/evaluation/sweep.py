@@ -54,7 +54,7 @@ def sweep(
     device, path = distributed.device(), run.path / "sweep.jsonl"
     reference = Reference(config, device)
     lines = distributed.on_rank_0(stored, path)
-    newest = newest_step(run)  # once: a training that goes on makes others
+    newest = None if axes.get("checkpoint") else newest_step(run)  # once: a training that goes on makes others
     found, taken, opened = [], None, None
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
         wanted = setting.get("checkpoint", newest), weights_name(at)
