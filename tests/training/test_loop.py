@@ -128,4 +128,4 @@ def test_beside_a_damaged_checkpoint_of_a_later_step_the_newest_whole_one_stays(
     assert trained(tiny(digits, tmp_path, *often), 2) == trained(tiny(digits, tmp_path / "whole"), 2)
     attempts = [e["step"] for e in events(config.run.path / "journal.jsonl") if e["event"] == "attempt"]
     assert attempts[:2] == [0, 5]
-    assert attempts[2] in (7, 8)
+    assert attempts[2] in (6, 7, 8)  # rank 1 may be at step 9 before rank 0 has committed 7
