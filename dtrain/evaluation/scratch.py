@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dtrain.files import replacing
 
+TRIES = 5
+
 
 class Scratch:
     def __init__(self, folder: Path, identity: dict[str, Any]):
@@ -35,9 +37,15 @@ class Scratch:
     def write(self, start: int, images: Tensor) -> None:
         """Keep a block: it is there whole or not at all. Raises OSError."""
         path = self._block(start, len(images))
-        path.parent.mkdir(parents=True, exist_ok=True)  # each time: a twin of this evaluation may have removed it
-        with replacing(path) as f:
-            np.save(f, images.numpy())
+        for left in range(TRIES)[::-1]:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as f:
+                    np.save(f, images.numpy())
+                return
+            except (FileNotFoundError, FileExistsError):  # another evaluation removes the folders in this moment
+                if not left:
+                    raise
 
     def remove(self) -> None:
         """Once, when the numbers are out."""

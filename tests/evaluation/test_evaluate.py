@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_blocks_of_another_evaluation_or_a_torn_file_are_not_used(tmp_path):
         assert scratch.read(0, 4, (1, 2, 2)) is None
     scratch.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_that_end_disturb_none_that_goes_on(tmp_path):
+    """As the tasks of a sweep do, which keep their samples in one folder."""
+    images = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+
+    def work(number):
+        scratch = Scratch(tmp_path / "evaluations", {"seed": number})
+        for start in range(400):
+            scratch.write(start, images)
+            scratch.remove()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path):
