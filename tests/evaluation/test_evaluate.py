@@ -178,7 +178,7 @@ def test_what_one_rank_meets_while_sampling_ends_all_and_is_told(trained):
 
 
 def test_an_evaluation_with_other_settings_than_the_first_is_of_no_curve_with_it(digits, tmp_path):
-    often = ("eval.every=2", "eval.num_samples=24", "eval.validation_images=4")
+    often = ("eval.every=2", "eval.num_samples=24", "eval.validation_images=4", "diffusion.timesteps=50")
     run_ranks(_train, 1, tiny(digits, tmp_path, *often, "train.steps=2"))
     fewer = tiny(digits, tmp_path, *often, "train.steps=4", "eval.steps=3", "eval.metrics=[fd, bpd]")
     run_ranks(_train, 1, fewer)

@@ -20,9 +20,8 @@ AXES = {"checkpoint": [2, 4], "ema": [0, "raw"], "eta": [0, 1.0], "steps": [2, 3
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    config = tiny(
-        digits, tmp_path_factory.mktemp("runs"), "train.steps=4", "train.checkpoint_every=2", "eval.validation_images=4"
-    )
+    few = ("train.steps=4", "train.checkpoint_every=2", "eval.validation_images=4", "diffusion.timesteps=50")
+    config = tiny(digits, tmp_path_factory.mktemp("runs"), *few)
     run_ranks(_train, 1, config)
     return config
 
