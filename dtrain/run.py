@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from dtrain import config as configuration
+from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
 from dtrain.errors import UserError
+from dtrain.tracking.journal import events
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,22 @@ class RunDirectory:
         """The resolved config the run was last started with."""
         return configuration.load(self.config_file)
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether it has made a step. Until then nothing binds who starts it, such as a first start's mistake."""
+        return bool(complete(self.checkpoints)) or any(e["event"] == "train" for e in events(self.journal_file))
+
     def reconcile(self, wanted: Config) -> dict[str, tuple]:
         """What differs from the config of the last start: key → (was, is). Empty for a new run.
 
-        Raises UserError when an identity key differs: the run would no longer be the same run.
+        Raises UserError when an identity key differs of a run that has trained: it would no longer be the same run.
         """
         if not self.config_file.exists():
             return {}
         was, now = self.config(), wanted
         old, new = configuration.identity(was), configuration.identity(now)
         changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
-        if changed:
+        if changed and self.has_trained:
             raise UserError(
                 f"{self.path} holds a run with another identity: {'; '.join(changed)}. "
                 f"Give this run a new run.name, or take the old values"

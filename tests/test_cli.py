@@ -64,6 +64,8 @@ def contents(folder: Path) -> dict[str, str]:
         (["train", "tiny.yaml", "model.dept=3"], "unknown key `model.dept` on the command line; did you mean"),
         (["train", "tiny.yaml", "train.steps=many"], "`train.steps` on the command line is 'many'"),
         (["train", "absent.yaml"], "cannot read the config absent.yaml: No such file or directory"),
+        (["train", "tiny.yaml", "run.name="], "run.name is empty on the command line"),
+        (["train", "my cfg.yaml"], "my cfg.yaml would name the run after itself, and a name has letters"),
         (["train", "latin.yaml"], "cannot read the config latin.yaml: 'utf-8' codec can't decode byte 0xfc"),
         (["plan", "tiny.yaml", "--gpu-memory", "inf"], "--gpu-memory and --peak-tflops are finite numbers"),
         (["train", "tiny.yaml", "--steps", "-1"], "settings are given as key.sub=value"),
@@ -82,10 +84,18 @@ def contents(folder: Path) -> dict[str, str]:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_on_two_ranks(work, arguments, message):
+    Path("my cfg.yaml").write_text("data: {shards: x}")
     Path("latin.yaml").write_bytes("run: {name: Gr\xfcn}".encode("latin-1"))
     before = contents(work)
     assert message in failing(*arguments, world_size=2)
     assert contents(work) == before
+
+
+def test_a_run_that_made_no_step_binds_nobody_to_its_mistake(work):
+    assert "labels go from 0 to 4" in failing("train", "tiny.yaml", "model.num_classes=5")
+    ((code, text),) = run_ranks(command, 1, "train", "tiny.yaml")
+    assert code == 0, text
+    assert "another identity" in failing("train", "tiny.yaml", "model.num_classes=5")
 
 
 def test_missing_and_short_shards_are_named(work):

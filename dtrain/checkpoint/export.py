@@ -9,6 +9,7 @@ from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config
 from dtrain.errors import UserError
+from dtrain.files import replacing
 from dtrain.run import RunDirectory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,12 +60,13 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config = run.config()
+    if ema is not None and ema >= len(config.ema):
+        raise UserError(f"--ema {ema}: {run.path} has {len(config.ema)} EMA profiles, counted from 0")
     checkpoint = open_checkpoint(run, step)
     key = "fp32" if ema is None else f"ema_{ema}"
     module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         written = WRITERS[format](module, config, source | {"weights": key}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
@@ -74,6 +76,7 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
 
 def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> Path:
     tree = config.model_dump(mode="json")
+    out.mkdir(parents=True, exist_ok=True)
     _save_weights({n: p.detach() for n, p in module.named_parameters()}, source, out / "model.safetensors")
     _save_json(source | {section: tree[section] for section in ("data", "model", "diffusion")}, out / "config.json")
     return out / "model.safetensors"
@@ -86,7 +89,7 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
     exported = to_diffusers(module, build_process(config.diffusion), config.eval.spacing)
     folder = out / exported.folder
     for place in (folder, out / "scheduler"):
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
     _save_json(exported.config, folder / "config.json")
     _save_json(exported.scheduler, out / "scheduler" / "scheduler_config.json")
@@ -97,9 +100,10 @@ WRITERS = {"safetensors": _write_safetensors, "diffusers": _write_diffusers}
 
 
 def _save_weights(weights: dict[str, torch.Tensor], source: dict, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({n: w.contiguous() for n, w in weights.items()}, path, {k: str(v) for k, v in source.items()})
+    with replacing(path) as file:  # safetensors' own files are for nobody else to read
+        file.write(save({n: w.contiguous() for n, w in weights.items()}, {k: str(v) for k, v in source.items()}))
 
 
 def _save_json(tree: dict, path: Path) -> None:

@@ -43,6 +43,9 @@ def values(text: str) -> list:
     import yaml
 
     try:
-        return [yaml.safe_load(part) for part in text.split(",")]
+        found = [yaml.safe_load(part) for part in text.split(",")]
+        if None in found:
+            raise yaml.YAMLError
+        return found
     except yaml.YAMLError:
         raise UserError(f"{text!r} is not a list of values such as 5,10,20") from None

@@ -123,6 +123,8 @@ def sweep(
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
     axes = {name: values(text) for name, text in lists.items() if text}
+    if not axes and not checkpoints:
+        raise UserError("give the sweep something to vary, such as: --steps 10,50 --eta 0,1")
     if checkpoints:
         axes["checkpoint"] = distributed.on_rank_0(checkpoints_of, directory, checkpoints)
     with progress("sampling") as on_block:

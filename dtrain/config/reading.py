@@ -35,6 +35,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     tree = _expand(tree, str(path))
     run = tree.get("run") or {}
     if isinstance(run, dict) and run.get("name") is None:
+        if "run.name" in overridden:
+            raise UserError("run.name is empty on the command line; leave it out for the config's own")
+        if not re.fullmatch(r"[\w.\-]+", path.stem):
+            raise UserError(
+                f"{path} would name the run after itself, and a name has letters, digits, `.`, `_` and `-`; "
+                "give it one with run.name="
+            )
         tree["run"] = run | {"name": path.stem}
     return validate(tree, str(path), overridden)
 

@@ -133,6 +133,9 @@ def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) ->
     return {FORMATS[form][0]: file.getvalue()} | sample
 
 
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")  # what files of the three formats begin with
+
+
 def _class_folders(folder: Path) -> Source:
     """Every .jpg, .jpeg, .png and .webp below the folder's sub-folders; each of these is a class."""
     if not folder.is_dir():
@@ -159,4 +162,7 @@ def _class_folders(folder: Path) -> Source:
 
 def _file(item: tuple[Path, int]) -> Files:
     path, label = item
-    return {SUFFIXES[path.suffix.lower()]: path.read_bytes(), "cls": str(label).encode()}
+    data = path.read_bytes()
+    if not data.startswith(MAGIC) or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
+        raise UserError(f"{path} is no JPEG, PNG or WebP image; take it out of the folder")
+    return {SUFFIXES[path.suffix.lower()]: data, "cls": str(label).encode()}

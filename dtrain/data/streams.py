@@ -23,7 +23,7 @@ def with_streams(config: Config, manifest: Manifest, run: RunDirectory | None = 
     Raises UserError when there are more than samples.
     """
     streams = config.data.streams
-    if streams is None and run is not None and run.config_file.exists():
+    if streams is None and run is not None and run.config_file.exists() and run.has_trained:
         streams = run.config().data.streams
     streams = streams or default_streams(manifest.samples)
     if streams > manifest.samples:

@@ -178,8 +178,11 @@ def read(path: str | Path) -> Stored:
             return Stored(Statistics(int(own.get("count", 0)), mean, cov), fingerprint, source)
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}") from None
-    except (*DAMAGES, TypeError) as e:  # a TypeError: an .npy holds one array and no names
-        raise UserError(f"{path} is damaged or no statistics file ({e}); delete it to have it made again") from None
+    except (*DAMAGES, TypeError):  # a TypeError: an .npy holds one array and no names
+        raise UserError(
+            f"{path} is damaged or no statistics file, an .npz of mu and sigma; name another, or delete it if "
+            "`dtrain reference` made it"
+        ) from None
 
 
 def load(path: str | Path, fingerprint: str | None = None) -> Statistics:

@@ -44,7 +44,7 @@ def check_start(config: Config, ranks: int) -> str:
 def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
     """Raises UserError where the run's last attempt was trained on other data."""
     attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
-    if attempts and attempts[-1]["context"]["data"] != manifest.hash:
+    if attempts and attempts[-1]["context"]["data"] != manifest.hash and run.has_trained:
         raise UserError(
             f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "
             f"give this run a new run.name, or the old data"

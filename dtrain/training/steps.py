@@ -78,7 +78,8 @@ class Steps:
             if self.position.step < steps:
                 distributed.on_rank_0(self._saving.require_room, self.engine)
             if self.position.step:
-                self._progress.say(f"{self.run.path}: going on after step {self.position.step}")
+                done = "" if self.position.step < steps else f", and train.steps is {steps}: nothing is left to train"
+                self._progress.say(f"{self.run.path}: going on after step {self.position.step}{done}")
             self.goodput.train()
             self._meter.restart()
             try:

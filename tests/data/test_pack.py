@@ -192,6 +192,10 @@ def test_sources_that_cannot_be_packed_are_refused(photographs, tmp_path):
         with pytest.raises(UserError, match=problem):
             pack(str(photographs), destination, format="jpeg")
         (photographs / "cats" / name).unlink()
+    (photographs / "cats" / "notes.jpg").write_text("x")
+    with pytest.raises(UserError, match=r"cats/notes.jpg is no JPEG, PNG or WebP image; take it out of the folder"):
+        pack(str(photographs), destination)
+    (photographs / "cats" / "notes.jpg").unlink()
     os.mkdir(os.fsencode(photographs) + b"/caf\xe9")
     with pytest.raises(UserError, match=r"the class folder .* has a name that cannot be kept; rename it"):
         pack(str(photographs), destination)

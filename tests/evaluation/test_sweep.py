@@ -94,6 +94,8 @@ def test_values_and_checkpoints_that_cannot_be_are_refused_before_anything_is_dr
     for wanted in ("3", "2,4O", "2,", ""):
         with pytest.raises(UserError, match=rf"--checkpoints {wanted}: .* has 2, 4; or say `all`"):
             checkpoints_of(run, wanted)
+    assert "'2,,3' is not a list of values" in failing("sweep", trained.run.path, "--steps", "2,,3")
+    assert "give the sweep something to vary" in failing("sweep", trained.run.path)
     assert "'[2' is not a list of values" in failing("sweep", trained.run.path, "--steps", "[2")
     before = len((trained.run.path / "sweep.jsonl").read_text())
     assert "`eval.steps` on the command line is 'many'" in failing(
