@@ -32,6 +32,8 @@ def test_a_run_of_an_earlier_default_goes_on_in_its_own_streams(tmp_path, manife
     assert with_streams(fresh, manifest, run).data.streams == 256
     run.make_folders()
     run.save_config(configuration(tmp_path, streams=64))  # as an earlier version resolved it
+    assert with_streams(fresh, manifest, run).data.streams == 256  # a start that made no step binds nobody
+    run.journal_file.write_text('{"event": "train", "step": 1}\n')
     again = with_streams(fresh, manifest, run)
     assert again.data.streams == 64
     assert run.reconcile(again) == {}
