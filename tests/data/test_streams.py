@@ -7,6 +7,7 @@ from dtrain.data.manifest import Manifest, Shard
 from dtrain.data.streams import with_streams
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
+from dtrain.tracking.journal import Journal
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def test_a_run_of_an_earlier_default_goes_on_in_its_own_streams(tmp_path, manife
     run.make_folders()
     run.save_config(configuration(tmp_path, streams=64))  # as an earlier version resolved it
     assert with_streams(fresh, manifest, run).data.streams == 256  # a start that made no step binds nobody
-    run.journal_file.write_text('{"event": "train", "step": 1}\n')
+    journal = Journal(run.journal_file)
+    journal.begin_attempt(0, 0)
+    journal.append("train", 1, 8)
     again = with_streams(fresh, manifest, run)
     assert again.data.streams == 64
     assert run.reconcile(again) == {}
