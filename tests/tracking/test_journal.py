@@ -235,7 +235,8 @@ def test_lines_of_two_processes_do_not_mix(tmp_path):
     path, count = tmp_path / "journal.jsonl", 4000
     writers = [start_writer(path, event, count) for event in ("train", "other")]
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
-    assert len(events(path)) == path.read_bytes().count(b"\n")
+    # A writer that opens while another's line grows may take it for a torn one: an empty line then follows it.
+    assert len(events(path)) == sum(map(bool, path.read_bytes().split(b"\n")))
     for event in ("train", "other"):
         assert [line["step"] for line in events(path) if line["event"] == event] == list(range(1, count + 1))
 
