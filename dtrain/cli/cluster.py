@@ -137,10 +137,15 @@ def _evaluated(run: str, after: str | None) -> Path:
 
 def _judged(run: Path, given: dict, raw: bool = False):
     """The run's config with these settings, so that a wrong one is told before a job waits; None before it begins."""
+    from dtrain.evaluation.requirements import check_evaluation
     from dtrain.run import RunDirectory
 
     directory = RunDirectory(run)
-    return with_eval(directory.config(), given, raw) if directory.config_file.exists() else None
+    if not directory.config_file.exists():
+        return None
+    config = with_eval(directory.config(), given, raw)
+    check_evaluation(config)
+    return config
 
 
 def _options(command: str, run: str, words: list[str]) -> dict:

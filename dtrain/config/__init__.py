@@ -7,7 +7,7 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 
 from dtrain.config.reading import load, validate
 from dtrain.config.sections import ArrayField, Data, DiT, EMAProfile, Eval, Flow, Gaussian, Source, UNet, flat
-from dtrain.config.tree import Config, identity
+from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [
     "ArrayField",
@@ -20,6 +20,7 @@ __all__ = [
     "Gaussian",
     "Source",
     "UNet",
+    "architecture",
     "flat",
     "identity",
     "load",

@@ -131,3 +131,22 @@ def identity(config: Config) -> dict[str, Any]:
     keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
     keys["data.mix"] = [[s.name, s.weight] for s in config.data.mix]  # where they lie may change
     return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Dotted key → value of everything that decides which parameters the model has, and their shapes."""
+    model, data = config.model, config.data
+    keys = {
+        "model.name": model.name,
+        "model.num_classes": model.num_classes,
+        "data.channels": data.channels,
+        "diffusion.variance": "learned" if getattr(config.diffusion, "variance", "") == "learned_range" else "fixed",
+    }
+    if model.name == "dit":
+        keys["data.image_size"] = data.image_size  # its positions are parameters that do not learn
+        own = {key: size for key, size in model.sizes.items() if key != "heads" or model.qk_norm}
+        own["qk_norm"] = model.qk_norm
+    else:
+        own = {key: getattr(model, key) for key in ("width", "multipliers", "res_blocks", "scale_shift")}
+        own["attention"] = [i for i in range(len(model.multipliers)) if data.image_size >> i in model.attention]
+    return keys | {f"model.{key}": value for key, value in own.items()}

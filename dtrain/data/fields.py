@@ -22,3 +22,11 @@ def check_fields(config: Config, manifest: Manifest) -> None:
         for name, array in config.data.arrays.items():
             if array.field not in one.fields:
                 raise UserError(f"data.arrays.{name}: {one.path} has no field {array.field}")
+        check_classes(config, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
+
+
+def check_classes(config: Config, manifest: Manifest, advice: str) -> None:
+    """Raises UserError, with the advice, where a data set has more classes than the model."""
+    ours, theirs = config.model.num_classes, len(manifest.classes or ())
+    if 0 < ours < theirs:
+        raise UserError(f"model.num_classes is {ours}, but {manifest.path} has {theirs} classes; {advice}")

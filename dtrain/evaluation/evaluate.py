@@ -19,11 +19,11 @@ from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation import metrics
-from dtrain.evaluation.features import OF_THE_MODEL
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.reference import Reference
+from dtrain.evaluation.requirements import OF_THE_MODEL, needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
 from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
@@ -73,7 +73,7 @@ def evaluate(
     """
     e, extractor = config.eval, reference.extractor
     moments = Moments(extractor.dimensions).to(sampler.device)
-    kept = KeptFeatures(extractor.dimensions, sampler.device) if metrics.needs_features(e) else None
+    kept = KeptFeatures(extractor.dimensions, sampler.device) if needs_features(e) else None
     drawn = e.num_samples if set(e.metrics) - OF_THE_MODEL else 0
     starts = range(0, drawn, e.batch_size)
     mine = range(distributed.rank(), len(starts), distributed.world_size())
@@ -113,7 +113,7 @@ def evaluate(
 def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
     """What else a number depends on where it comes from the held-out images themselves; part of its context."""
     found: dict[str, Any] = {"validation_images": e.validation_images} if "bpd" in e.metrics else {}
-    if metrics.needs_split(e) and reference.manifest.hash != reference.hash:
+    if needs_split(e) and reference.manifest.hash != reference.hash:
         found["holdout"] = reference.manifest.hash
     return found
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.evaluation import weights
-
-OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
+from dtrain.evaluation.requirements import OF_THE_MODEL
 
 
 class Extractor(Protocol):
@@ -77,7 +76,6 @@ def extractor(
 
     if name == "auto":
         found = weights.find(weights.INCEPTION, given)
-        # Without the extra, EfficientNet's error names Inception's file too: either will do.
         return EfficientNetLite0(device) if found is None else Inception(found, device)
     if name == "inception":
         return Inception(weights.obtain(weights.INCEPTION, given), device)

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from dtrain.evaluation.kernel import Spread
-
-SPLITS = 10
+from dtrain.evaluation.requirements import SPLITS
 
 
 def inception_score(probabilities: Tensor, splits: int = SPLITS) -> Spread:

@@ -7,7 +7,8 @@ models". Distances are made tile by tile: of 50,000 × 50,000 only 32 MB exist a
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3
+from dtrain.evaluation.requirements import NEIGHBOURS
+
 ROWS, COLUMNS = 1024, 8192  # of a tile of distances
 
 

@@ -25,9 +25,9 @@ from dtrain.data.samples import read_labels, read_split
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import normalize
 from dtrain.errors import UserError
-from dtrain.evaluation import metrics
 from dtrain.evaluation.features import Extractor, extractor
 from dtrain.evaluation.kept import KeptFeatures
+from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
 from dtrain.evaluation.statistics import Moments, Statistics, read, save
 
 READ_BLOCK = 512  # images of the split read and embedded at a time
@@ -81,11 +81,12 @@ class Reference:
         self.extractor: Extractor = distributed.agree(
             extractor, e.features, data.image_size, data.channels, e.weights, device
         )
-        metrics.check(e, self.extractor)
-        keep = metrics.needs_reference_features(e)
+        check_metrics(e, self.extractor)
+        keep = needs_reference_features(e)
         self.labels = self.features = self.validation = None
-        self.manifest = self._split(config)
+        self.manifest = split_of(config)
         if self.manifest is not None:
+            distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)
             self.labels = distributed.agree(read_labels, self.manifest, place, cache)
             classes, most = config.model.num_classes, int(self.labels.max())
@@ -109,20 +110,6 @@ class Reference:
             )
             if stored is None:
                 self.statistics, self.hash = statistics, self.manifest.hash
-
-    def _split(self, config: Config) -> Manifest | None:
-        if not config.data.holdout:
-            if metrics.needs_split(config.eval) or not config.eval.reference:
-                wanted = "a split" if metrics.needs_split(config.eval) else "something to compare with"
-                raise UserError(f"{', '.join(config.eval.metrics)} need {wanted}: name its manifest in data.holdout")
-            if config.eval.labels == "data" and config.model.num_classes:
-                raise UserError(
-                    "eval.labels is `data`, but there is no data.holdout to take labels from; set `uniform`"
-                )
-            return None
-        manifest = manifests.load_holdout(config.data)
-        distributed.on_rank_0(manifests.check_shards, manifest, manifest.place)
-        return manifest
 
     def _stored(self, config: Config) -> tuple[Statistics, str] | None:
         size, channels = config.data.image_size, config.data.channels

@@ -1,13 +1,17 @@
 """Would this run start? `dtrain train --check` and job submission ask, without torch, NumPy and ranks."""
 
+import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dtrain.checkpoint.directory import complete
-from dtrain.config import Config
+from dtrain.config import Config, architecture
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import check_fields
 from dtrain.data.streams import with_streams
 from dtrain.errors import UserError
+from dtrain.evaluation.requirements import check_evaluation
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
@@ -22,9 +26,8 @@ def check_start(config: Config, ranks: int) -> str:
     manifest = manifests.load_all(config.data)
     manifests.check_all(manifest, config.data)
     check_fields(config, manifest)
-    if config.data.holdout:
-        holdout = manifests.load_holdout(config.data)
-        manifests.check_shards(holdout, holdout.place)
+    if config.eval.every:
+        check_evaluation(config)
     run = RunDirectory(config.run.path)
     config = with_streams(config, manifest, run)
     deadline(config.train.deadline, 0.0)
@@ -32,7 +35,7 @@ def check_start(config: Config, ranks: int) -> str:
     check_data(run, manifest)
     goes_on = bool(complete(run.checkpoints))
     if config.run.init_from and not goes_on:
-        check_source(config.run.init_from)
+        check_source(config)
     verb = "goes on" if goes_on else "starts"
     ours, size = config.deepspeed, config.data.batch_size
     return (
@@ -51,12 +54,32 @@ def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
         )
 
 
-def check_source(init_from: str) -> None:
-    """Raises UserError where the weights to begin with are not there."""
-    if not init_from.endswith(PUBLISHED):
-        checkpoint_at(init_from)
-    elif not Path(init_from).is_file():
-        raise UserError(f"run.init_from={init_from}: there is no such file")
+def check_source(config: Config) -> None:
+    """Raises UserError where the weights to begin with are not there, or are another model's."""
+    source = config.run.init_from
+    if source.endswith(PUBLISHED):
+        check_published(config)
+        return
+    path = checkpoint_at(source)
+    try:
+        theirs = architecture(Config(**json.loads((path / "manifest.json").read_bytes())["meta"]["config"]))
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return  # whoever loads it says more than a glance can
+    ours = architecture(config)
+    if differing := [k for k in ours if k in theirs and theirs[k] != ours[k]]:
+        key = differing[0]
+        raise UserError(
+            f"run.init_from={source}: {path} is of another model: {key} is {theirs[key]} there, {ours[key]} here"
+        )
+
+
+def check_published(config: Config) -> None:
+    """Raises UserError where run.init_from names no file, or a model that no weights are published of."""
+    source = config.run.init_from
+    if not Path(source).is_file():
+        raise UserError(f"run.init_from={source}: there is no such file")
+    if config.model.name != "dit":
+        raise UserError(f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}")
 
 
 def checkpoint_at(place: str) -> Path:

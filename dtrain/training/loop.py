@@ -6,7 +6,6 @@ import time
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
-from dtrain.data.fields import check_fields
 from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.process import build as build_process
@@ -16,6 +15,7 @@ from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.bad_steps import BadSteps
+from dtrain.training.check import check_start
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
@@ -36,12 +36,11 @@ def train(config: Config) -> Outcome:
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load_all(config.data)
-    check_fields(config, manifest)
     run = RunDirectory(config.run.path)
     config = with_streams(config, manifest, run)
     distributed.initialize()
+    distributed.on_rank_0(check_start, config, world_size)
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
-    distributed.on_rank_0(manifests.check_all, manifest, config.data)
     if faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
         faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))

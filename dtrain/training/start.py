@@ -95,10 +95,6 @@ def _begin_from(engine: Engine, config: Config) -> None:
     """The weights of another run, or of a published state dict, into the engine of a new run."""
     source = Path(config.run.init_from)
     if source.suffix in PUBLISHED:
-        if config.model.name != "dit":
-            raise UserError(
-                f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}"
-            )
         engine.set_weights(load_published(build(config), source))
     else:
         newest = distributed.on_rank_0(checkpoint_at, config.run.init_from)

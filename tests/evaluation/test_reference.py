@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain.data.indexing import index
 from dtrain.errors import UserError
 from dtrain.evaluation.frechet import frechet_distance
 from dtrain.evaluation.reference import Reference, compute, make
@@ -141,6 +142,12 @@ def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
 
 
 def test_labels_that_the_model_has_no_class_for_are_refused(digits, tmp_path):
-    with pytest.raises(UserError, match=r"manifest.json has labels up to 9, but model.num_classes is 9, so"):
+    with pytest.raises(UserError, match=r"num_classes is 9, but .*holdout/manifest.json has 10 classes; name another"):
         Reference(tiny(digits, tmp_path, "model.num_classes=9"), CPU)
     assert Reference(tiny(digits, tmp_path, "model.num_classes=0"), CPU).labels.max() == 9
+    unnamed = tmp_path / "holdout"
+    shutil.copytree(digits / "holdout", unnamed)
+    (unnamed / "manifest.json").unlink()
+    index(str(unnamed))  # knows of no classes
+    with pytest.raises(UserError, match=r"manifest.json has labels up to 9, but model.num_classes is 9, so"):
+        Reference(tiny(digits, tmp_path, "model.num_classes=9", f"data.holdout={unnamed}/manifest.json"), CPU)

