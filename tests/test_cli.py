@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.data.indexing import index
 from tests.digits import tiny
 from tests.ranks import run_ranks
 
@@ -92,6 +93,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_two_ranks(work, arguments, mes
 
 
 def test_a_run_that_made_no_step_binds_nobody_to_its_mistake(work):
+    (work / "digits/train/manifest.json").unlink()
+    index(str(work / "digits/train"))  # which names no classes: that there are ten is seen when they are read
     assert "labels go from 0 to 4" in failing("train", "tiny.yaml", "model.num_classes=5")
     ((code, text),) = run_ranks(command, 1, "train", "tiny.yaml")
     assert code == 0, text
