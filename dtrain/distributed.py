@@ -120,14 +120,14 @@ def gather_objects(thing) -> list:
 
 def on_rank_0(function, *args):
     """Call on rank 0 only; every rank gets its result, or raises its UserError as a SharedError."""
-    from dtrain.errors import SharedError, UserError
+    from dtrain.errors import SharedError, UserError, told
 
     result = None
     if rank() == 0:
         try:
             result = (function(*args), None)
-        except UserError as e:
-            result = (None, str(e))
+        except (UserError, PermissionError) as e:
+            result = (None, told(e))
     value, error = gather_objects(result)[0]
     if error is not None:
         raise SharedError(error)
@@ -136,13 +136,13 @@ def on_rank_0(function, *args):
 
 def agree(function, *args):
     """Call on every rank; this rank's result, or on all of them as a SharedError the first that one of them met."""
-    from dtrain.errors import SharedError, UserError
+    from dtrain.errors import SharedError, UserError, told
 
     result, error = None, None
     try:
         result = function(*args)
-    except UserError as e:
-        error = str(e)
+    except (UserError, PermissionError) as e:
+        error = told(e)
     met = [e for e in gather_objects(error) if e is not None]
     if met:
         raise SharedError(met[0])

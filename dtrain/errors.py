@@ -18,6 +18,13 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
+def told(error: UserError | PermissionError) -> str:
+    """The line that says it: a file that is not this user's to open is met in many places, and always the user's."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"cannot open {error.filename}: {error.strerror}; ask its owner, or name another place"
+
+
 class SharedError(UserError):
     """One that all ranks raise together, wherever it was met, so that rank 0 alone says it."""
 

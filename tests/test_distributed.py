@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.ranks import run_ranks
+
 FAULTS = """
 import resource
 import torch
@@ -24,3 +26,26 @@ def test_the_memory_of_freed_tensors_is_used_again():
     """10 times 10 tensors of 28 MiB: each 7,168 pages, where they are asked of the system every time."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 7168
+
+
+def refused():
+    """What this rank hears of two things that one rank alone may not open."""
+    from dtrain import distributed
+    from dtrain.errors import SharedError
+
+    def forbidden(rank):
+        if distributed.rank() == rank:
+            raise PermissionError(13, "Permission denied", "secret")
+
+    said = []
+    for ask in (lambda: distributed.on_rank_0(forbidden, 0), lambda: distributed.agree(forbidden, 1)):
+        try:
+            ask()
+        except SharedError as e:
+            said.append(str(e))
+    return said
+
+
+def test_what_one_rank_may_not_open_all_ranks_refuse():
+    line = "cannot open secret: Permission denied; ask its owner, or name another place"
+    assert run_ranks(refused, 2) == [[line, line]] * 2

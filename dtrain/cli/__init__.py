@@ -5,7 +5,7 @@ import sys
 import typer
 
 from dtrain.cli import chaos, checkpoints, cluster, data, evaluation, planning, running
-from dtrain.errors import USER_ERROR, SharedError, UserError
+from dtrain.errors import USER_ERROR, SharedError, UserError, told
 from dtrain.training.output import say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
@@ -46,8 +46,8 @@ def main(command: str | None = None) -> None:
         arguments = [command, *arguments]
     try:
         code = app(args=arguments, prog_name="dtrain", standalone_mode=False)
-    except UserError as e:
-        say_error(str(e), shared=isinstance(e, SharedError))
+    except (UserError, PermissionError) as e:
+        say_error(told(e), shared=isinstance(e, SharedError))
         code = USER_ERROR
     except UsageError as e:
         hint = "; settings are given as key.sub=value" if arguments[:1] in (["train"], ["submit"]) else ""

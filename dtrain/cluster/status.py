@@ -32,7 +32,7 @@ def known_runs(names: list[str]) -> list[RunDirectory]:
     Raises UserError for a name that is no run.
     """
     if not names:
-        places = sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists() or job_of(path))
+        places = sorted(path for path in Path("runs").glob("*") if _is_run(path))
         if not places:
             raise UserError("there are no runs under runs/; name run directories")
         return [RunDirectory(path) for path in places]
@@ -40,9 +40,19 @@ def known_runs(names: list[str]) -> list[RunDirectory]:
     return [RunDirectory(found[0]) if found else RunDirectory.find(name) for name, found in submitted.items()]
 
 
+def _is_run(path: Path) -> bool:
+    try:
+        return (path / "config.yaml").exists() or job_of(path) is not None
+    except PermissionError:  # another user's: its line says so
+        return True
+
+
 def job_of(run: Path) -> str | None:
     """The number of the training job submitted last, whose script lies beside its log."""
-    numbers = [path.stem.removeprefix("train-") for path in (run / "logs").glob("train-*.sbatch")]
+    try:
+        numbers = [path.stem.removeprefix("train-") for path in (run / "logs").glob("train-*.sbatch")]
+    except PermissionError:
+        return None
     return max((n for n in numbers if n.isdigit()), key=int, default=None)
 
 
@@ -83,6 +93,13 @@ def table(runs: list[RunDirectory]) -> str:
 
 def row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
     """A run's line, as HEADINGS."""
+    try:
+        return _row(run, job)
+    except PermissionError:
+        return (str(run.path), "no access", *[NONE] * (len(HEADINGS) - 2))
+
+
+def _row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
     lines = read_journal(run.journal_file)
     trained = [line for line in lines if line["event"] == "train"]
     evaluated = [line for line in lines if line["event"] == "eval"]

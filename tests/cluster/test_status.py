@@ -115,3 +115,28 @@ def test_names_that_are_no_runs(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UserError, match="there are no runs under runs/"):
         known_runs([])
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="there is no setpriv to take root's privileges away")
+def test_a_run_that_is_anothers_is_told_in_its_line_or_in_one(work, monkeypatch):
+    monkeypatch.undo()  # the PATH, for setpriv
+    privileges = "-dac_override,-dac_read_search"
+    command = [shutil.which("setpriv"), f"--bounding-set={privileges}", f"--inh-caps={privileges}"]
+    command = [*(command if os.geteuid() == 0 else []), sys.executable, "-c", "from dtrain.cli import main; main()"]
+
+    def answer(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=work, env=os.environ)
+
+    (work / "runs/half/journal.jsonl").chmod(0)
+    (work / "runs/done").chmod(0)
+    try:
+        shown = cells(answer("status").stdout)
+        assert [shown[f"runs/{name}"]["state"] for name in ("done", "half")] == ["no access", "no access"]
+        assert shown["runs/later"]["state"] == "not begun"
+        refused = answer("checkpoints", "list", "runs/done")
+        assert refused.returncode == 2
+        assert refused.stderr == (
+            "dtrain: cannot open runs/done/config.yaml: Permission denied; ask its owner, or name another place\n"
+        )
+    finally:
+        (work / "runs/done").chmod(0o755)
