@@ -19,9 +19,14 @@ class UserError(ValueError):
 
 
 def told(error: UserError | PermissionError) -> str:
-    """The line that says it: a file that is not this user's to open is met in many places, and always the user's."""
+    """The line that says it: a file that one may not open is met in many places, and always the user's to mend.
+
+    Raises a PermissionError again that is of no file.
+    """
     if isinstance(error, UserError):
         return str(error)
+    if error.filename is None:
+        raise error
     return f"cannot open {error.filename}: {error.strerror}; ask its owner, or name another place"
 
 

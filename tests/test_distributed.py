@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import pytest
+
+from dtrain.errors import told
 from tests.ranks import run_ranks
 
 FAULTS = """
@@ -49,3 +52,10 @@ def refused():
 def test_what_one_rank_may_not_open_all_ranks_refuse():
     line = "cannot open secret: Permission denied; ask its owner, or name another place"
     assert run_ranks(refused, 2) == [[line, line]] * 2
+
+
+def test_a_refusal_that_names_no_file_stays_what_it_is():
+    refusal = PermissionError(1, "Operation not permitted")
+    with pytest.raises(PermissionError) as met:
+        told(refusal)
+    assert met.value is refusal

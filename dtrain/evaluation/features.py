@@ -76,6 +76,7 @@ def extractor(
 
     if name == "auto":
         found = weights.find(weights.INCEPTION, given)
+        # Without the extra, EfficientNet's error names Inception's file too: either will do.
         return EfficientNetLite0(device) if found is None else Inception(found, device)
     if name == "inception":
         return Inception(weights.obtain(weights.INCEPTION, given), device)

