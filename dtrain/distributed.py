@@ -119,7 +119,7 @@ def gather_objects(thing) -> list:
 
 
 def on_rank_0(function, *args):
-    """Call on rank 0 only; every rank gets its result, or raises its UserError as a SharedError."""
+    """Call on rank 0 only; every rank gets its result, or raises as a SharedError what the user can mend."""
     from dtrain.errors import SharedError, UserError, told
 
     result = None

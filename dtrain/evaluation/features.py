@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 
 from dtrain.evaluation import weights
-from dtrain.evaluation.requirements import OF_THE_MODEL
+from dtrain.evaluation.requirements import OF_THE_MODEL, Features
 
 
-class Extractor(Protocol):
-    name: str  # as in `fd_<name>`
-    classes: int  # of `probabilities`; 0: it classifies nothing
-
-    @property
-    def dimensions(self) -> int:
-        """D, the length of a feature vector."""
-
+class Extractor(Features, Protocol):
     @property
     def fingerprint(self) -> str:
         """Hex digest of all that determines the features of an image: weights, resizing, normalisation."""

@@ -19,9 +19,11 @@ NEIGHBOURS = 3  # of precision and recall
 
 
 class Features(Protocol):
-    name: str
-    dimensions: int
-    classes: int  # 0: they classify nothing
+    """What is known of features without computing any."""
+
+    name: str  # as in `fd_<name>`
+    dimensions: int  # D, the length of a feature vector
+    classes: int  # of an extractor's `probabilities`; 0: it classifies nothing
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config, architecture
 from dtrain.data import manifest as manifests
@@ -24,24 +22,31 @@ def check_start(config: Config, ranks: int) -> str:
     """A line that says what would run on `ranks` ranks. Raises the UserError that a start would."""
     rows, micro_batch = rows_per_rank(config, ranks)
     manifest = manifests.load_all(config.data)
-    manifests.check_all(manifest, config.data)
-    check_fields(config, manifest)
-    if config.eval.every:
-        check_evaluation(config)
     run = RunDirectory(config.run.path)
     config = with_streams(config, manifest, run)
+    check_inputs(config, manifest)
     deadline(config.train.deadline, 0.0)
     run.reconcile(config)
     check_data(run, manifest)
-    goes_on = bool(complete(run.checkpoints))
-    if config.run.init_from and not goes_on:
-        check_source(config)
-    verb = "goes on" if goes_on else "starts"
+    verb = "goes on" if complete(run.checkpoints) else "starts"
     ours, size = config.deepspeed, config.data.batch_size
     return (
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}"
     )
+
+
+def check_inputs(config: Config, manifest: manifests.Manifest) -> None:
+    """Raises UserError where what the run reads is not there or does not fit the config.
+
+    A start asks this before it takes the run directory; what stands in that directory it judges once it has it.
+    """
+    manifests.check_all(manifest, config.data)
+    check_fields(config, manifest)
+    if config.eval.every:
+        check_evaluation(config)
+    if config.run.init_from and not complete(RunDirectory(config.run.path).checkpoints):
+        check_source(config)
 
 
 def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
@@ -63,11 +68,11 @@ def check_source(config: Config) -> None:
     path = checkpoint_at(source)
     try:
         theirs = architecture(Config(**json.loads((path / "manifest.json").read_bytes())["meta"]["config"]))
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+    except (OSError, ValueError, KeyError, TypeError):
         return  # whoever loads it says more than a glance can
     ours = architecture(config)
-    if differing := [k for k in ours if k in theirs and theirs[k] != ours[k]]:
-        key = differing[0]
+    key = next((k for k in ours if k in theirs and theirs[k] != ours[k]), None)
+    if key is not None:
         raise UserError(
             f"run.init_from={source}: {path} is of another model: {key} is {theirs[key]} there, {ours[key]} here"
         )

@@ -15,7 +15,7 @@ from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.bad_steps import BadSteps
-from dtrain.training.check import check_start
+from dtrain.training.check import check_inputs
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
@@ -39,7 +39,7 @@ def train(config: Config) -> Outcome:
     run = RunDirectory(config.run.path)
     config = with_streams(config, manifest, run)
     distributed.initialize()
-    distributed.on_rank_0(check_start, config, world_size)
+    distributed.on_rank_0(check_inputs, config, manifest)
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
