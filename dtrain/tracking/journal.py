@@ -98,7 +98,8 @@ class Journal:
             self._descriptor = None
 
     def _write(self, line: bytes, synced: bool) -> None:
-        """One write to a descriptor in append mode, so that neither a kill nor another process can split the line.
+        """One write to a descriptor in append mode, so that no other process can split the line. A SIGKILL can, where a
+        page of the file ends; an attempt's last line is then torn, and the next attempt's starts on its own.
 
         synced: wait until it is durable too.
         """
