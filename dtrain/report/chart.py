@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dtrain.credentials import redacted
+from dtrain.report.markup import escaped
 from dtrain.report.numbers import count, duration, log_ticks, short, ticks, time_ticks
-from dtrain.report.redaction import escaped, redacted
 
 MOST_POINTS = 400  # of one line; more are averaged
 LOG_FROM = 12.0  # highest over lowest value from which a positive curve is drawn on a logarithmic axis

@@ -8,10 +8,9 @@ import math
 from dataclasses import dataclass
 
 from dtrain.report.chart import Chart, Point, Series, line_of
-from dtrain.report.markup import details, plural
+from dtrain.report.markup import details, escaped, plural
 from dtrain.report.markup import table as make_table
 from dtrain.report.numbers import count, short
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Line, Run
 from dtrain.tracking.best import better, higher_is_better
 

@@ -1,8 +1,7 @@
 """Where each attempt's time went, as far as the journals tell."""
 
-from dtrain.report.markup import table
+from dtrain.report.markup import escaped, table
 from dtrain.report.numbers import duration
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Run
 
 # In the order of the bar. What a journal says beyond these goes behind them under its own name.

@@ -1,5 +1,15 @@
 """Pieces of HTML that several sections are made of. What they are given is HTML already: words go through `escaped`."""
 
+import html
+from typing import Any
+
+from dtrain.credentials import redacted
+
+
+def escaped(text: Any) -> str:
+    """`text` without secrets and as HTML, for an attribute too: every word of a run's own goes through here."""
+    return html.escape(redacted(text))
+
 
 def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     """A table in a box of its own to scroll in; the first cell of a row is its name."""

@@ -22,9 +22,9 @@ from dtrain.errors import BadSample
 from dtrain.evaluation.evaluate import open_sampler, weights_name
 from dtrain.evaluation.features import Extractor, extractor
 from dtrain.evaluation.generate import GRID_IDS
+from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Run
 from dtrain.run import RunDirectory
 

@@ -8,9 +8,8 @@ import yaml
 from dtrain.config import flat
 from dtrain.report.chart import line_of
 from dtrain.report.evaluations import best_of, interval
-from dtrain.report.markup import details, plural, table
+from dtrain.report.markup import details, escaped, plural, table
 from dtrain.report.numbers import count, duration, short
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Run
 from dtrain.report.timeline import attempts
 

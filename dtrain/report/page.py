@@ -11,8 +11,8 @@ from dtrain import __version__
 from dtrain.errors import UserError
 from dtrain.report import evaluations, goodput, overview, pictures, sweeps, timeline, training
 from dtrain.report.chart import Chart
+from dtrain.report.markup import escaped
 from dtrain.report.numbers import clock
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Run, read_runs
 
 

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from dtrain.report.evaluations import at
-from dtrain.report.redaction import escaped
+from dtrain.report.markup import escaped
 from dtrain.report.runs import Line, Run
 
 MOST_GRIDS = 12  # of a run, spread over its training, the last one among them

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from dtrain.credentials import masked
 from dtrain.errors import UserError
 from dtrain.lock import holder
-from dtrain.report.redaction import masked
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, valid
 

@@ -6,8 +6,8 @@ import math
 import statistics
 
 from dtrain.report.evaluations import metrics_of
+from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
-from dtrain.report.redaction import escaped
 from dtrain.report.runs import Line, Run
 from dtrain.tracking.best import better, higher_is_better
 

@@ -3,9 +3,9 @@
 import itertools
 from dataclasses import dataclass
 
-from dtrain.report.markup import details, plural, table
+from dtrain.credentials import MASK, is_secret
+from dtrain.report.markup import details, escaped, plural, table
 from dtrain.report.numbers import clock, duration, short, time_ticks
-from dtrain.report.redaction import MASK, escaped, is_secret
 from dtrain.report.runs import Line, Run
 
 MOST_ROWS = 500  # of the table of events, and of marks in a lane
