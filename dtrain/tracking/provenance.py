@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import dtrain
-from dtrain.credentials import without_credentials
+from dtrain.credentials import MASK, masked, redacted, without_credentials
 
 MOST_DIFFERENCE = 1_000_000  # characters
 
@@ -26,6 +30,7 @@ def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, 
         "host": socket.gethostname(),
         "user": _user(),
         "command": Path(sys.argv[0]).name,
+        "command_line": command_line(sys.argv),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
     files = {"packages.txt": packages(), "deepspeed.json": json.dumps(deepspeed, indent=2, default=str) + "\n"}
@@ -38,6 +43,29 @@ def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, 
         (folder / name).write_text(text)
     found["artifacts"] = [f"attempts/{attempt}/{name}" for name in files]
     return {key: value for key, value in found.items() if value is not None}
+
+
+def command_line(argv: list[str]) -> str:
+    """What was typed, to be given to a shell again: without secrets, and without what the launcher adds for a rank."""
+    program = Path(argv[0]).name if shutil.which(Path(argv[0]).name) == argv[0] else argv[0]
+    return shlex.join([program, *(_shown(a) for a in argv[1:] if not a.startswith("--local_rank"))])
+
+
+def _shown(argument: str) -> str:
+    """An argument with its secrets masked; those of `key.sub=value` are known by the keys, in the value too."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return redacted(argument)
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return f"{key}={MASK}"  # what cannot be read cannot be cleaned
+    clean = masked(given, key)
+    if clean == given:
+        return argument
+    if not isinstance(clean, str):
+        clean = yaml.safe_dump(clean, default_flow_style=True, allow_unicode=True, width=10**6).strip()
+    return f"{key}={clean}"
 
 
 def packages() -> str:
