@@ -9,12 +9,11 @@ from typing import Any
 
 from dtrain import distributed
 from dtrain.config import Config, flat
-from dtrain.credentials import without_credentials
 from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import Tail, evaluation_journal, events, highest_attempt
-from dtrain.tracking.mlflow import Destination, Shipper, default_uri
+from dtrain.tracking.mlflow import Destination, Shipper, tracking_uri
 from dtrain.tracking.mlflow import sync as sync_journal
 from dtrain.tracking.patience import PatientJournal
 from dtrain.tracking.provenance import provenance
@@ -152,14 +151,6 @@ def sync(run: RunDirectory) -> int:
     ended = run.outcome()
     status = None if ended is None else "FINISHED" if ended["outcome"] == "finished" else "KILLED"
     return sync_journal(destination(run, run.config(), events(run.journal_file)), status=status)
-
-
-def tracking_uri(run: RunDirectory, config: Config) -> str:
-    """Where the run is tracked. The config that is kept has no password: one in MLFLOW_TRACKING_URI is taken for it."""
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if given and without_credentials(given) == config.tracking.uri:
-        return given
-    return config.tracking.uri or default_uri(run.path)
 
 
 def run_key(lines: list[dict[str, Any]]) -> str | None:

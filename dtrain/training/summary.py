@@ -6,13 +6,13 @@ from pathlib import Path
 from dtrain.credentials import without_credentials
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
-from dtrain.tracking.tracker import tracking_uri
+from dtrain.tracking.mlflow import curves_link, problem, server_command, tracking_uri
 
 BAR = 40  # characters
 
 
 def summary(path: Path) -> str:
-    """Text for the terminal: the evaluation curve as bars, the newest grid, the command that opens MLflow."""
+    """Text for the terminal: the evaluation curve as bars, the newest grid, the page of the curves in MLflow."""
     run = RunDirectory(path)
     evaluations = [e for e in read_journal(run.journal_file) if e["event"] == "eval"]
     lines = []
@@ -30,10 +30,23 @@ def summary(path: Path) -> str:
     config = run.config()
     if not config.tracking.enabled:
         return "\n".join(lines)
-    uri = without_credentials(tracking_uri(run, config))
-    opens = f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else uri
-    lines.append(f"curves in MLflow: {opens}")
-    return "\n".join(lines)
+    return "\n".join(lines + in_mlflow(run))
+
+
+def in_mlflow(run: RunDirectory) -> list[str]:
+    """Where the run's curves are, or why they are not there."""
+    link, command, lacking = curves_link(run), server_command(run), problem(run)
+    place = without_credentials(tracking_uri(run, run.config()))
+    if link is None:
+        if lacking is None and "://" not in place:
+            return [f"curves in MLflow: {place}"]  # such as `databricks`
+        why = lacking or "it has not answered"
+        return [f"nothing of this run is in MLflow at {place}: {why}", f"  send it with: dtrain sync {run.path}"]
+    lines = [f"curves in MLflow: {command}", f"  then open {link}"] if command else [f"curves in MLflow: {link}"]
+    lines.append("  if it shows no curves, choose *Model training* at the top left")
+    if lacking is not None:
+        lines.append(f"  a part is not there yet ({lacking}); send it with: dtrain sync {run.path}")
+    return lines
 
 
 def _bar(value: float, top: float) -> str:

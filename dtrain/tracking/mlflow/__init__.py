@@ -17,8 +17,9 @@ Files that an event's context names as `artifact` or `artifacts` (relative to th
 same path; the picture of an evaluation as an image of its step.
 """
 
-from dtrain.tracking.mlflow.address import default_uri
+from dtrain.tracking.mlflow.address import default_uri, tracking_uri
+from dtrain.tracking.mlflow.link import curves_link, problem, server_command
 from dtrain.tracking.mlflow.run import Destination
 from dtrain.tracking.mlflow.shipper import Shipper, sync
 
-__all__ = ["Destination", "Shipper", "default_uri", "sync"]
+__all__ = ["Destination", "Shipper", "curves_link", "default_uri", "problem", "server_command", "sync", "tracking_uri"]

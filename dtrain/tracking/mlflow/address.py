@@ -6,7 +6,9 @@ import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dtrain.config import Config
 from dtrain.credentials import without_credentials
+from dtrain.run import RunDirectory
 
 # Set where the user has not: our own back-off replaces retries inside one call (MLflow's default blocks for minutes),
 # and MLflow, alembic and GitPython keep off the terminal. MLflow reads them when it is imported or at each call.
@@ -24,6 +26,14 @@ ENVIRONMENT = {
 def default_uri(run_dir: str | Path) -> str:
     """The tracking store where none is configured: SQLite beside the runs, so that all runs of a folder compare."""
     return f"sqlite:///{Path(run_dir).absolute().parent}/mlflow.db"
+
+
+def tracking_uri(run: RunDirectory, config: Config) -> str:
+    """Where the run is tracked. The config that is kept has no password: one in MLFLOW_TRACKING_URI is taken for it."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and without_credentials(given) == config.tracking.uri:
+        return given
+    return config.tracking.uri or default_uri(run.path)
 
 
 def open_client(uri: str, experiment: str):

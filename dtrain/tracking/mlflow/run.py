@@ -6,6 +6,7 @@ from typing import Any
 
 from dtrain.tracking.mlflow.address import allowed, alone_with, milliseconds, open_client
 from dtrain.tracking.mlflow.files import Files, files_of
+from dtrain.tracking.mlflow.link import keep_ids
 from dtrain.tracking.mlflow.models import Models
 from dtrain.tracking.mlflow.sweeps import RUN_KEY, Sweeps
 
@@ -70,6 +71,7 @@ class Run:
                 run = client.create_run(experiment, milliseconds(started), self._tags, run_name=self._to.run_name)
             self._describe(run)
         self.id, self._status = run.info.run_id, run.info.status
+        keep_ids(self._directory, self._to.uri, experiment, self.id)
         self._highest = {m.key: m.step for m in run.data.to_proto().metrics}  # metric key → highest step there
         self._histories: dict[str, dict[int, int]] = {}  # of evaluations: metric key → step → milliseconds
         self._files = Files(client, self.id, self._directory)

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from dtrain.credentials import without_credentials
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Tails, valid
 from dtrain.tracking.mlflow.address import reason
+from dtrain.tracking.mlflow.link import keep_problem
 from dtrain.tracking.mlflow.run import METRICS_PER_BATCH, Destination, Run, has_news
 
 POLL_SECONDS = 2.0
@@ -54,7 +56,7 @@ class Shipper:
     """
 
     def __init__(self, to: Destination):
-        self._run = Run(to)
+        self._to, self._run = to, Run(to)
         self._pending = Pending(to)
         self._closing = threading.Event()
         self._deadline = float("inf")
@@ -77,7 +79,9 @@ class Shipper:
         if self._thread.is_alive():
             self._thread.join(timeout)
         self._pending.poll()
-        return len(self._pending.lines)
+        if left := len(self._pending.lines):
+            keep_problem(Path(self._to.journal_path).parent, self._to.uri, self.error or "no answer in time")
+        return left
 
     def _work(self) -> None:
         back_off = 1.0

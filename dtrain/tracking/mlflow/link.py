@@ -1,0 +1,70 @@
+"""Where a run's curves are seen in a browser: the ids that MLflow gave it, kept in the run directory."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from dtrain.credentials import without_credentials
+from dtrain.run import RunDirectory, replace
+from dtrain.tracking.mlflow.address import tracking_uri
+
+FILE = "mlflow.json"  # {"uri", "experiment", "run"} of the store that has the run; "problem": why it lacks something
+LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow server` listens unless told otherwise
+
+
+def keep_ids(directory: Path, uri: str, experiment_id: str, run_id: str) -> None:
+    """Write down which run of MLflow this is, so that its link needs no network."""
+    _keep(directory, {"uri": without_credentials(uri), "experiment": experiment_id, "run": run_id})
+
+
+def keep_problem(directory: Path, uri: str, problem: str) -> None:
+    """Write down why the store does not have everything, beside the ids that it gave, if it has."""
+    known = _known(directory, without_credentials(uri))
+    _keep(directory, {"uri": without_credentials(uri)} | known | {"problem": problem})
+
+
+def curves_link(run: RunDirectory) -> str | None:
+    """The page of the run's curves; None as long as the store that the run is tracked in has not answered.
+
+    For a database it is the page that `server_command` serves.
+    """
+    uri = without_credentials(tracking_uri(run, run.config()))
+    ids = _known(run.path, uri)
+    if "run" not in ids:
+        return None
+    if uri.startswith(("http://", "https://")):
+        server = uri.rstrip("/")
+    elif "://" in uri:
+        server = LOCAL_SERVER
+    else:
+        return None  # such as `databricks`, whose address is not known here
+    # MLflow 3.17 opens experiments in its GenAI mode, which hides curves; this parameter chooses the other one.
+    page = "model-metrics?workflowType=machine_learning"
+    return f"{server}/#/experiments/{ids['experiment']}/runs/{ids['run']}/{page}"
+
+
+def server_command(run: RunDirectory) -> str | None:
+    """What serves the run's database, to be opened at `curves_link`; None where a server is there already."""
+    uri = without_credentials(tracking_uri(run, run.config()))
+    return f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else None
+
+
+def problem(run: RunDirectory) -> str | None:
+    """Why MLflow does not have all of the run, as far as is known, free of credentials."""
+    return _known(run.path, without_credentials(tracking_uri(run, run.config()))).get("problem")
+
+
+def _known(directory: Path, uri: str) -> dict[str, str]:
+    """What is kept of this store; nothing of another, as of a run that was copied or has got another server."""
+    try:
+        kept = json.loads((directory / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and kept.get("uri") == uri else {}
+
+
+def _keep(directory: Path, kept: dict[str, str]) -> None:
+    text, file = json.dumps(kept) + "\n", directory / FILE
+    with suppress(OSError):  # a full disk: curves are worth more than the link to them, and the next sync writes it
+        if not file.is_file() or file.read_text() != text:
+            replace(file, text)
