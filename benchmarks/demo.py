@@ -47,7 +47,7 @@ def picture(run: RunDirectory, lines: list[dict], out: Path) -> None:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("run", nargs="?", default="digits-dit")
+    arguments.add_argument("run", nargs="?", default="digits")
     arguments.add_argument("--picture", type=Path)
     given = arguments.parse_args()
     run = RunDirectory.find(given.run)

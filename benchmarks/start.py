@@ -66,7 +66,7 @@ def main() -> None:
             data = root / "data/digits"
             overrides = ["train.steps=2", "train.log_every=1", f"run.dir={folder}", f"data.shards={data}/train"]
             overrides += [f"data.holdout={data}/holdout/manifest.json"]
-            journal = folder / "digits-dit" / "journal.jsonl"
+            journal = folder / "digits" / "journal.jsonl"
             command = [root / "launch/train.py", root / "configs/digits-dit.yaml", *overrides, "eval.num_samples=64"]
             ours.append(first_step(command, folder, lambda j=journal: j.exists() and '"train"' in j.read_text()))
     a, b = statistics.median(ours), statistics.median(bare)
