@@ -52,7 +52,13 @@ class RunDirectory:
 
     def config(self) -> Config:
         """The resolved config the run was last started with."""
-        return configuration.load(self.config_file)
+        return configuration.load_kept(self.config_file)
+
+    def continued(self, wanted: Config) -> Config:
+        """`wanted` as this run goes on with it: a key that neither it nor the run names keeps its earlier meaning."""
+        if not self.config_file.exists() or not self.has_trained:
+            return wanted
+        return configuration.continued(wanted, self.config_file)
 
     @property
     def has_trained(self) -> bool:

@@ -5,7 +5,8 @@
 Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
 """
 
-from dtrain.config.reading import load, validate
+from dtrain.config.earlier import with_earlier_values
+from dtrain.config.reading import continued, load, load_kept, validate
 from dtrain.config.sections import ArrayField, Data, DiT, EMAProfile, Eval, Flow, Gaussian, Source, UNet, flat
 from dtrain.config.tree import Config, architecture, identity
 
@@ -21,8 +22,11 @@ __all__ = [
     "Source",
     "UNet",
     "architecture",
+    "continued",
     "flat",
     "identity",
     "load",
+    "load_kept",
     "validate",
+    "with_earlier_values",
 ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
 from dtrain.errors import UserError
 
@@ -19,18 +20,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises UserError, one line, for a missing file, bad YAML, an unknown key or a wrong value.
     """
     path = Path(path)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the config {path}: {getattr(e, 'strerror', None) or e}") from None
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where} is not valid YAML: {getattr(e, 'problem', None) or e}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
+    tree = _read(path)
     overridden = [_override(tree, item) for item in overrides]
     tree = _expand(tree, str(path))
     run = tree.get("run") or {}
@@ -44,6 +34,43 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             )
         tree["run"] = run | {"name": path.stem}
     return validate(tree, str(path), overridden)
+
+
+def load_kept(path: str | Path) -> Config:
+    """The config.yaml of a run; a key that it lacks means what was done before the key existed. Raises as `load`."""
+    path = Path(path)
+    return validate(with_earlier_values(_expand(_read(path), str(path))), str(path))
+
+
+def continued(config: Config, kept: str | Path) -> Config:
+    """`config` for a run that goes on and whose config.yaml is `kept`.
+
+    A key that neither names means what was done before the key existed: only a new run takes today's default.
+    """
+    for name in missing(_read(Path(kept))):
+        section, _, key = name.partition(".")
+        ours = getattr(config, section)
+        if key in type(ours).model_fields and key not in ours.model_fields_set:
+            given = ours.model_dump() | {key: EARLIER[name].value}
+            config = config.model_copy(update={section: type(ours).model_validate(given)})
+    return config
+
+
+def _read(path: Path) -> dict:
+    """The file as plain data. Raises UserError, one line."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the config {path}: {getattr(e, 'strerror', None) or e}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where} is not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
+    return tree
 
 
 def validate(tree: dict, source: str, overridden: list[str] = ()) -> Config:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dtrain.config import with_earlier_values
 from dtrain.credentials import masked
 from dtrain.errors import UserError
 from dtrain.lock import holder
@@ -109,7 +110,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no config of a run: it must be a mapping of sections")
-    return tree
+    return with_earlier_values(tree)
 
 
 def _sweep_lines(path: Path) -> list[Line]:

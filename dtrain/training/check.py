@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dtrain.checkpoint.directory import complete
-from dtrain.config import Config, architecture
+from dtrain.config import Config, architecture, with_earlier_values
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import check_fields
 from dtrain.data.streams import with_streams
@@ -23,7 +23,7 @@ def check_start(config: Config, ranks: int) -> str:
     rows, micro_batch = rows_per_rank(config, ranks)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
-    config = with_streams(config, manifest, run)
+    config = with_streams(run.continued(config), manifest, run)
     check_inputs(config, manifest)
     deadline(config.train.deadline, 0.0)
     run.reconcile(config)
@@ -67,8 +67,9 @@ def check_source(config: Config) -> None:
         return
     path = checkpoint_at(source)
     try:
-        theirs = architecture(Config(**json.loads((path / "manifest.json").read_bytes())["meta"]["config"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        tree = json.loads((path / "manifest.json").read_bytes())["meta"]["config"]
+        theirs = architecture(Config(**with_earlier_values(tree)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # whoever loads it says more than a glance can
     ours = architecture(config)
     key = next((k for k in ours if k in theirs and theirs[k] != ours[k]), None)

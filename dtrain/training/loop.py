@@ -37,7 +37,7 @@ def train(config: Config) -> Outcome:
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
-    config = with_streams(config, manifest, run)
+    config = with_streams(run.continued(config), manifest, run)
     distributed.initialize()
     distributed.on_rank_0(check_inputs, config, manifest)
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())

@@ -1,0 +1,76 @@
+"""What a key meant before it existed: an older run goes on as it began, whatever today's default is.
+
+A run's own config.yaml, or a checkpoint's config, may lack keys that were added since. Each means there what was done
+before it existed; only a new run takes today's default. Whoever adds a key that decides what a run computes, or how it
+is evaluated, adds a row here; the golden configs hold everybody to it. `data.streams` is resolved beside this table, in
+`data/streams.py`, because its value follows from the data.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Earlier(NamedTuple):
+    """A row: the value that held. where: (tag, value) of the branch that has the key, where a section is a union."""
+
+    value: Any
+    where: tuple[str, str] | None = None
+
+
+_DIT, _GAUSSIAN = ("name", "dit"), ("process", "gaussian")
+
+EARLIER: dict[str, Earlier] = {
+    "run.init_from": Earlier(None),
+    "data.weight": Earlier(1.0),
+    "data.mix": Earlier([]),
+    "data.arrays": Earlier({}),
+    "data.crop": Earlier("centre"),
+    "data.on_error": Earlier("raise"),
+    "data.allow_pipe": Earlier(False),
+    "data.holdout_shards": Earlier(None),
+    "model.qk_norm": Earlier(False, _DIT),
+    "model.frequency_shift": Earlier(0, _DIT),
+    "diffusion.stratified": Earlier(False),
+    "diffusion.zero_terminal_snr": Earlier(False, _GAUSSIAN),
+    "diffusion.variance": Earlier("fixed_small", _GAUSSIAN),
+    "diffusion.loss": Earlier("simple", _GAUSSIAN),
+    "diffusion.weighting": Earlier("none", _GAUSSIAN),
+    "diffusion.times": Earlier("uniform"),
+    "deepspeed.precision": Earlier("fp32"),
+    "deepspeed.offload": Earlier("none"),
+    "train.activation_checkpointing": Earlier(False),
+    "train.compile": Earlier(False),
+    "train.spike_factor": Earlier(0.0),  # no step was refused for its norm
+    "eval.clip": Earlier(False),
+    "eval.guidance_interval": Earlier([0.0, 1.0]),
+    "eval.guidance_rescale": Earlier(0.0),
+    "eval.guidance_channels": Earlier("all"),
+    "eval.labels": Earlier("data"),
+    "eval.bootstrap": Earlier(0),
+    "eval.reference": Earlier(None),
+    "eval.precision": Earlier("fp32"),
+}
+
+
+def with_earlier_values(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of an older run's config, with every key of the table that it lacks."""
+    filled = dict(tree)
+    for name in missing(tree):
+        section, _, key = name.partition(".")
+        filled[section] = (filled.get(section) or {}) | {key: EARLIER[name].value}
+    return filled
+
+
+def missing(tree: dict[str, Any]) -> list[str]:
+    """Keys of the table that a config's tree lacks, of the branches that it has chosen."""
+    found = []
+    for name, row in EARLIER.items():
+        section, _, key = name.partition(".")
+        keys = tree.get(section) or {}
+        if isinstance(keys, dict) and key not in keys and (row.where is None or _chosen(keys, *row.where)):
+            found.append(name)
+    return found
+
+
+def _chosen(keys: dict[str, Any], tag: str, value: str) -> bool:
+    """Whether the section is this branch of its union; a diffusion that does not say is gaussian."""
+    return keys.get(tag, "gaussian" if tag == "process" else None) == value
