@@ -4,14 +4,15 @@
 # make test-slurm    trainings on a real SLURM of two nodes, started on this machine (root; Debian: slurm-wlm munge)
 PYTHON ?= python3
 BIN := .venv/bin
-ACCELERATORS := $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+ACCELERATORS := $(if $(filter 0,$(GPUS)),2,$(GPUS))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test test-slurm campaigns chaos lint clean
 
 demo: .venv/ready
 	dtrain pack sklearn:digits data/digits --holdout 360
-	deepspeed --num_accelerators $(ACCELERATORS) launch/train.py configs/digits-dit.yaml
+	$(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) deepspeed --quiet --num_accelerators $(ACCELERATORS) launch/train.py configs/digits-dit.yaml
 
 test: .venv/ready lint
 	python -m pytest -n 2 --dist worksteal tests

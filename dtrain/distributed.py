@@ -82,7 +82,8 @@ def device():
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group; alone, form a group of one. Idempotent.
 
-    The time-out is long because ranks wait for each other's evaluation; a hang is found by other means.
+    The time-out is long because ranks wait for each other's evaluation; a hang is found by other means. Raises
+    UserError on rank 0 where the port to meet at is taken; the others wait for a rank 0 until their launcher ends them.
     """
     import torch
     import torch.distributed as dist
@@ -93,11 +94,27 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     where = device()
-    if where.type == "cpu":
-        dist.init_process_group("gloo", timeout=timeout)
-        return
-    torch.cuda.set_device(where)
-    dist.init_process_group("nccl", timeout=timeout, device_id=where)
+    try:
+        if where.type == "cpu":
+            dist.init_process_group("gloo", timeout=timeout)
+            return
+        torch.cuda.set_device(where)
+        dist.init_process_group("nccl", timeout=timeout, device_id=where)
+    except dist.DistNetworkError as e:
+        if "EADDRINUSE" not in str(e):
+            raise
+        raise _port_taken() from None
+
+
+def _port_taken():
+    """The error of a rank 0 that cannot listen at MASTER_PORT."""
+    from dtrain.errors import UserError
+
+    port = os.environ["MASTER_PORT"]
+    return UserError(
+        f"port {port} of {socket.gethostname()}, where the ranks would meet, is taken, by another training perhaps; "
+        f"give this one another: deepspeed --master_port {free_port()} ..."
+    )
 
 
 def barrier() -> None:

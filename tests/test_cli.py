@@ -3,7 +3,11 @@
 import hashlib
 import io
 import os
+import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -11,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import typer
 
+import dtrain
+from dtrain.chaos import forked
 from dtrain.data.indexing import index
 from tests.digits import tiny
 from tests.ranks import run_ranks
@@ -195,3 +202,82 @@ def test_help_and_the_library_import_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(name in shown for name in ("train", "pack", "index", "evaluate", "sample", "sync"))
+
+
+def shown(*arguments: str, **environment: str) -> str:
+    """What `dtrain …` prints, in a process of its own."""
+    code = "from dtrain.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_name_without_a_command_is_the_help(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    assert shown() == shown("--help")
+    assert shown("checkpoints") == shown("checkpoints", "--help")
+    assert shown("--version") == f"dtrain {dtrain.__version__}\n"
+
+
+def test_the_shell_completes_commands_and_runs(work, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    for run in ("digits-a", "digits-b", "other"):
+        (work / "runs" / run).mkdir(parents=True)
+        (work / "runs" / run / "config.yaml").touch()
+
+    def completed(words: str) -> list[str]:
+        place = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return shown(_DTRAIN_COMPLETE="complete_bash", **place).split()
+
+    assert completed("dtrain ev") == ["evaluate"]
+    assert completed("dtrain evaluate dig") == ["digits-a", "digits-b"]
+
+
+def every_command() -> list[tuple[str, ...]]:
+    from dtrain.cli import app
+
+    groups = typer.main.get_command(app).commands
+    return [(n, m) for n, g in groups.items() if hasattr(g, "commands") for m in g.commands] + [
+        (n,) for n, g in groups.items() if not hasattr(g, "commands")
+    ]
+
+
+def test_every_commands_help_ends_in_an_example_that_parses():
+    from dtrain.cli import app
+
+    assert len(every_command()) >= 21
+    for names in every_command():
+        command = typer.main.get_command(app)
+        for name in names:
+            command = command.commands[name]
+        last = command.get_help(typer.Context(command)).splitlines()[-1]
+        assert f"{last} ".startswith(f"  Example: dtrain {' '.join(names)} "), last
+        command.make_context(names[-1], shlex.split(last)[2 + len(names) :])
+
+
+def on_a_taken_port(log: str) -> None:
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+    os.dup2(2, 1)
+    sys.argv = ["dtrain", "train", "tiny.yaml"]
+    from dtrain.cli import main
+
+    main()
+
+
+def test_a_taken_port_is_one_line_on_rank_0_and_the_others_end_when_they_are_told_to(work):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ranks = forked.fork_ranks(on_a_taken_port, [("0.log",), ("1.log",)], {"MASTER_PORT": str(port)})
+        ranks[0].join(60)
+        ranks[1].terminate()  # as the launcher does
+        ranks[1].join(10)
+    assert [rank.exitcode for rank in ranks] == [2, -signal.SIGTERM]
+    (line,) = Path("0.log").read_text().splitlines()
+    assert line.startswith(f"dtrain: port {port} of ")
+    assert re.search(r"deepspeed --master_port \d+ \.\.\.$", line)
+    assert Path("1.log").read_text() == ""
+    assert not (work / "runs").exists()

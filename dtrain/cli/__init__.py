@@ -1,9 +1,11 @@
 """The `dtrain` command. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+from dtrain import __version__
 from dtrain.cli import chaos, checkpoints, cluster, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError, told
 from dtrain.training.output import say_error
@@ -11,30 +13,70 @@ from dtrain.training.output import say_error
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Train diffusion models at cluster scale and review their FID curves.",
 )
 
-for command in (
-    running.train,
-    data.pack,
-    data.index,
-    data.verify,
-    evaluation.evaluate,
-    evaluation.sweep,
-    evaluation.reference,
-    evaluation.sample,
-    evaluation.report,
-    running.sync,
-    cluster.submit,
-    cluster.status,
-    planning.plan,
-    planning.doctor,
-    chaos.chaos,
-):
-    app.command()(command)
+# Command → the example that ends its help. All of them run as they stand after `make demo`, in this order.
+EXAMPLES = {
+    running.train: "dtrain train configs/digits-dit.yaml --check",
+    data.pack: "dtrain pack sklearn:digits data/digits --holdout 360",
+    data.index: "dtrain index data/digits/train",
+    data.verify: "dtrain verify data/digits/train",
+    evaluation.evaluate: "dtrain evaluate digits-dit --n 1000 --steps 20",
+    evaluation.sweep: "dtrain sweep digits-dit --steps 5,10 --eta 0,1 --n 500",
+    evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
+    evaluation.sample: "dtrain sample digits-dit --label 3 --guidance 2 --out threes.png",
+    evaluation.report: "dtrain report digits-dit",
+    running.sync: "dtrain sync digits-dit",
+    cluster.submit: "dtrain submit configs/digits-dit.yaml --gpus-per-node 8 --time 1:00:00 --dry-run",
+    cluster.status: "dtrain status",
+    planning.plan: "dtrain plan configs/digits-dit.yaml --gpus-per-node 2",
+    planning.doctor: "dtrain doctor configs/digits-dit.yaml",
+    chaos.chaos: "dtrain chaos --faults 5",
+}
+GROUPS = {
+    data.data: {
+        "audit": "dtrain data audit digits-dit",
+        "bench": "dtrain data bench configs/digits-dit.yaml --seconds 3",
+    },
+    checkpoints.checkpoints: {
+        "list": "dtrain checkpoints list digits-dit",
+        "verify": "dtrain checkpoints verify digits-dit",
+        "prune": "dtrain checkpoints prune digits-dit --keep-last 3",
+        "export": "dtrain checkpoints export digits-dit --ema 0 --out exported",
+    },
+}
+
+
+def _ending(example: str) -> str:
+    return f"\b\nExample: {example}"  # click breaks no lines after \b
+
+
+@app.callback(invoke_without_command=True)
+def _dtrain(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"dtrain {__version__}")
+        raise typer.Exit
+    _help_alone(context)
+
+
+def _help_alone(context: typer.Context) -> None:
+    """A name without a command is a question for what there is."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for command, example in EXAMPLES.items():
+    app.command(epilog=_ending(example))(command)
+for group, examples in GROUPS.items():
+    group.callback(invoke_without_command=True)(_help_alone)
+    for command in group.registered_commands:
+        command.epilog = _ending(examples[command.name])
 app.add_typer(data.data, name="data")
 app.add_typer(checkpoints.checkpoints, name="checkpoints")
 

@@ -1,5 +1,6 @@
 """What several commands take: a run, settings of an evaluation."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +9,18 @@ from dtrain.errors import UserError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
 FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/")]
+
+
+def _runs(incomplete: str) -> list[str]:
+    """What a shell may complete a run's name to."""
+    return sorted(
+        config.parent.name for config in Path("runs").glob("*/config.yaml") if config.parent.name.startswith(incomplete)
+    )
+
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run directory, or a name under runs/", autocompletion=_runs)
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="DDIM steps")]
 Eta = Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")]
 SamplerName = Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")]

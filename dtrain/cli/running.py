@@ -35,8 +35,8 @@ def train(
     from dtrain.training.loop import train as run_training
 
     outcome = run_training(settings)
-    if distributed.rank() == 0:
-        print(summary(settings.run.path))
+    if distributed.rank() == 0 and (said := summary(settings.run.path)):
+        print(said)
     distributed.finalize()
     if outcome == "stopped":
         raise typer.Exit(STOPPED)
