@@ -24,6 +24,7 @@ from dtrain.errors import UserError
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
 ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
 MAX_FIELDS = 64
+MAX_HEADER = 1 << 20  # bytes of a long name or of PAX attributes
 
 _META = re.compile(r"__[^/]*__($|/)")
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -178,7 +179,7 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
 def member_name(path: Path, offset: int) -> str:
     """The name of the member whose bytes begin at `offset`; where the headers do not tell, its place. For messages."""
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             for member in tar:
                 if member.offset_data >= offset:
                     if member.offset_data == offset:
@@ -188,6 +189,19 @@ def member_name(path: Path, offset: int) -> str:
     except (OSError, *_UNREADABLE):
         pass
     return f"the member at byte {offset:,}"
+
+
+class _Headers:
+    """A file for tarfile to read headers from. A long name may say that it has gigabytes, which tarfile would read."""
+
+    def __init__(self, file):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:
+            raise tarfile.ReadError(f"a member's name or attributes have {size:,} bytes")
+        return self._file.read(size)
 
 
 class _Checksums:
@@ -224,7 +238,7 @@ def _regular_members(path: Path | str, file: LocalShard | RemoteShard) -> Iterat
     bytes_in_file = file.size
     again = "restore it or pack it again"
     try:
-        with tarfile.open(fileobj=file.file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Headers(file.file), mode="r:") as tar:
             end = -1
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile keeps every header it has seen

@@ -31,9 +31,9 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     Raises BadSample that says what is wrong with the image; which image it was is known to the caller. The size is
     read from the header first, so that no image takes more memory than MAX_PIXELS.
     """
-    size = _size(data)
-    if size is not None and not 0 < size[0] * size[1] <= MAX_PIXELS:
-        raise BadSample(f"has {size[0]} × {size[1]} pixels; between 1 and {MAX_PIXELS:,} can be used")
+    width, height = _size(data)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadSample(f"has {width} × {height} pixels; between 1 and {MAX_PIXELS:,} can be used")
     if data.startswith(_PNG):
         return _decode_png(data, channels)
     # WebP has no grey of its own.
@@ -63,37 +63,53 @@ def _decode_png(data: bytes, channels: int) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
-def _size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as the header says; None where there is no whole header, which its decoder will find out.
+def _size(data: bytes) -> tuple[int, int]:
+    """(width, height) as the header says that the decoder will go by.
 
-    Raises BadSample for what is not a still image in one of the three formats.
+    Raises BadSample for what is not a still image in one of the three formats, or has no size where it must stand: a
+    decoder may find one further on, and take as much memory as that says.
     """
     if data.startswith(_JPEG):
-        return _jpeg_size(data)
-    if data.startswith(_PNG):
-        if data.find(b"acTL", 33, max(33, data.find(b"IDAT", 33))) >= 0:
-            raise BadSample("is animated; only still images can be used")
-        if len(data) < 24:
-            return None
-        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    if data.startswith(_RIFF) and data[8:12] == b"WEBP":
-        return _webp_size(data)
-    raise BadSample("is not a JPEG, PNG or WebP image")
+        size = _jpeg_size(data)
+    elif data.startswith(_PNG):
+        size = _png_size(data)
+    elif data.startswith(_RIFF) and data[8:12] == b"WEBP":
+        size = _webp_size(data)
+    else:
+        raise BadSample("is not a JPEG, PNG or WebP image")
+    if size is None:
+        raise BadSample("cannot be decoded (its header is damaged or cut off)")
+    return size
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Of the first frame. Between segments libjpeg passes over whatever is no marker, and so does this."""
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):
         marker = data[at + 1]
         if marker in _FRAME:
             return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif marker in _STANDALONE:
+        elif marker == 0 or marker in _STANDALONE:
             at += 2
         else:
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
+            at += 2 + max(2, data[at + 2] << 8 | data[at + 3])
     return None
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """Of the one header, which must be the first chunk: Pillow goes by the last one before the pixels."""
+    if data[12:16] != b"IHDR" or len(data) < 24:
+        return None
+    at = 8
+    while at + 8 <= len(data) and (kind := data[at + 4 : at + 8]) != b"IDAT":
+        if kind == b"acTL":
+            raise BadSample("is animated; only still images can be used")
+        if kind == b"IHDR" and at > 8:
+            return None
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -107,7 +123,9 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if form == b"VP8L":
         bits = int.from_bytes(data[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    if form == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return None
 
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
