@@ -19,6 +19,7 @@ COMMANDS = {
     "--help": ["--help"],
     "submit --dry-run": ["submit", "tiny.yaml", "--gpus-per-node", "2", "--time", "1:00:00", "--dry-run"],
     "status": ["status", "begun"],
+    "config": ["config", "train"],
 }
 RUN = "import sys; from dtrain.cli import main; sys.argv = ['dtrain', *sys.argv[1:]]\nmain()"
 LIBRARIES = "from pydantic import BaseModel; import typer"  # pydantic itself imports nothing before it is asked

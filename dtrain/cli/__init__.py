@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dtrain import __version__
-from dtrain.cli import chaos, checkpoints, cluster, data, evaluation, planning, running
+from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError, told
 from dtrain.training.output import say_error
 
@@ -24,12 +24,13 @@ EXAMPLES = {
     data.pack: "dtrain pack sklearn:digits data/digits --holdout 360",
     data.index: "dtrain index data/digits/train",
     data.verify: "dtrain verify data/digits/train",
-    evaluation.evaluate: "dtrain evaluate digits-dit --n 1000 --steps 20",
-    evaluation.sweep: "dtrain sweep digits-dit --steps 5,10 --eta 0,1 --n 500",
+    evaluation.evaluate: "dtrain evaluate digits --n 1000 --steps 20",
+    evaluation.sweep: "dtrain sweep digits --steps 5,10 --eta 0,1 --n 500",
     evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
-    evaluation.sample: "dtrain sample digits-dit --label 3 --guidance 2 --out threes.png",
-    evaluation.report: "dtrain report digits-dit",
-    running.sync: "dtrain sync digits-dit",
+    evaluation.sample: "dtrain sample digits --label 3 --guidance 2 --out threes.png",
+    evaluation.report: "dtrain report digits",
+    running.sync: "dtrain sync digits",
+    configuration.config: "dtrain config eval",
     cluster.submit: "dtrain submit configs/digits-dit.yaml --gpus-per-node 8 --time 1:00:00 --dry-run",
     cluster.status: "dtrain status",
     planning.plan: "dtrain plan configs/digits-dit.yaml --gpus-per-node 2",
@@ -38,14 +39,14 @@ EXAMPLES = {
 }
 GROUPS = {
     data.data: {
-        "audit": "dtrain data audit digits-dit",
+        "audit": "dtrain data audit digits",
         "bench": "dtrain data bench configs/digits-dit.yaml --seconds 3",
     },
     checkpoints.checkpoints: {
-        "list": "dtrain checkpoints list digits-dit",
-        "verify": "dtrain checkpoints verify digits-dit",
-        "prune": "dtrain checkpoints prune digits-dit --keep-last 3",
-        "export": "dtrain checkpoints export digits-dit --ema 0 --out exported",
+        "list": "dtrain checkpoints list digits",
+        "verify": "dtrain checkpoints verify digits",
+        "prune": "dtrain checkpoints prune digits --keep-last 3",
+        "export": "dtrain checkpoints export digits --ema 0 --out exported",
     },
 }
 

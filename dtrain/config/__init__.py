@@ -5,9 +5,11 @@
 Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
 """
 
+from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
+from dtrain.config.models import DiT, UNet
 from dtrain.config.reading import continued, load, load_kept, validate
-from dtrain.config.sections import ArrayField, Data, DiT, EMAProfile, Eval, Flow, Gaussian, Source, UNet, flat
+from dtrain.config.sections import ArrayField, Data, EMAProfile, Eval, Source, flat
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [

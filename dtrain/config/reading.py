@@ -146,7 +146,7 @@ def _expand(node: Any, source: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", value, node)
 
 
-def _sections(annotation: Any) -> dict[str | None, type[BaseModel]]:
+def sections_of(annotation: Any) -> dict[str | None, type[BaseModel]]:
     """The sections a field may hold, by the tag of its union; None where there is but one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         tag = next((f for name in ("name", "process") if (f := annotation.model_fields.get(name))), None)
@@ -154,7 +154,7 @@ def _sections(annotation: Any) -> dict[str | None, type[BaseModel]]:
         return {literal[0] if literal and isinstance(literal[0], str) else None: annotation}
     found: dict[str | None, type[BaseModel]] = {}
     for part in get_args(annotation):
-        found |= _sections(part)
+        found |= sections_of(part)
     return found
 
 
@@ -174,7 +174,7 @@ def _walk(location: list[str]) -> tuple[list[str], list[str]]:
         key.append(part)
         section = next(iter(choices.values()), None)
         field = section.model_fields.get(part) if section is not None else None
-        choices = _sections(field.annotation) if field is not None else {}
+        choices = sections_of(field.annotation) if field is not None else {}
     if len(choices) == 1:
         keys = list(next(iter(choices.values())).model_fields)
     return key, keys

@@ -1,4 +1,7 @@
-"""The sections of a run's configuration, key by key; what cannot be combined within one is refused by it."""
+"""The sections of a run's configuration, key by key; what cannot be combined within one is refused by it.
+
+A string below a key says what the key does: `dtrain config` reads it from here (`dtrain.config.keys`).
+"""
 
 import os
 from pathlib import Path
@@ -27,28 +30,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-# The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
-DIT_SIZES: dict[str, dict[str, int]] = {
-    f"{letter}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
-    for letter, depth, width, heads in [
-        ("S", 12, 384, 6),
-        ("B", 12, 768, 12),
-        ("L", 24, 1024, 16),
-        ("XL", 28, 1152, 16),
-    ]
-    for patch in (2, 4, 8)
-}
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
 
 class Run(Section):
-    init_from: str | None = None  # begin with the weights of another run: its directory, name, or one checkpoint
-    name: str | None = Field(None, pattern=r"^[\w.\-]+$")  # default: the config file's stem
+    init_from: str | None = None
+    """begin with the weights of another run: its directory, name, one checkpoint, or a published .pt or .safetensors"""
+    name: str | None = Field(None, pattern=r"^[\w.\-]+$")
+    """the run lies in runs/NAME; null: the config file's name without .yaml"""
     dir: str = "runs"
+    """the folder that holds the runs"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of the initial weights, the order of the samples and all random draws"""
 
     @property
     def path(self) -> Path:
@@ -58,10 +52,14 @@ class Run(Section):
 class Source(Section):
     """A further data set to mix in."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$")  # as the journal counts it
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    """as the journal counts it"""
     shards: str
+    """the folder that holds its shards, or its URL"""
     manifest: str | None = None
+    """null: manifest.json beside its shards"""
     weight: Annotated[float, Field(gt=0)]
+    """how often its images come, against data.weight and the other sources"""
 
     @property
     def manifest_path(self) -> Path:
@@ -71,32 +69,55 @@ class Source(Section):
 class ArrayField(Section):
     """A .npy field that comes with every image, such as a latent or a text embedding."""
 
-    field: str = Field(pattern=r"^(.*\.)?npy$")  # the extension in the shards, such as latent.npy
+    field: str = Field(pattern=r"^(.*\.)?npy$")
+    """the extension in the shards, such as latent.npy"""
     shape: list[Positive]
+    """of one sample's array"""
     dtype: Literal["float16", "float32", "float64", "uint8", "int32", "int64"] = "float32"
+    """of the array, as the file has it"""
 
 
 class Data(Section):
-    shards: str  # the folder that holds the shards, or its URL: s3://, gs://, http(s)://
-    manifest: str | None = None  # default: manifest.json beside the shards
-    weight: Annotated[float, Field(gt=0)] = 1.0  # of these shards, where others are mixed in
-    mix: list[Source] = []  # data sets to mix in, by weight
-    arrays: dict[str, ArrayField] = {}  # name in the batch → .npy field
-    holdout: str | None = None  # the manifest of the reference split, a local file
-    holdout_shards: str | None = None  # the folder or URL of its shards; default: beside the manifest
+    shards: str
+    """the folder that holds the shards, or its URL: s3://, gs://, http(s)://"""
+    manifest: str | None = None
+    """null: manifest.json beside the shards"""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """of these shards, where others are mixed in"""
+    mix: list[Source] = []
+    """data sets to mix in, by weight: a list of name, shards, manifest, weight"""
+    arrays: dict[str, ArrayField] = {}
+    """name in the batch → .npy field that comes with each image: field, shape, dtype"""
+    holdout: str | None = None
+    """the manifest of the split that samples are compared with, a local file; not trained on"""
+    holdout_shards: str | None = None
+    """the folder or URL of its shards; null: beside its manifest"""
     image_size: Positive
+    """side in pixels: shorter sides are scaled to it, longer ones cut to it"""
     channels: Literal[1, 3] = 3
-    batch_size: Positive  # global: images per optimizer step over all ranks
-    streams: Positive | None = None  # V; default: one per 1,024 samples, at most 256; stays for the life of the run
-    shuffle_window: Positive = 4096  # W, in samples of one stream
-    workers: NonNegative = 1  # loader processes a rank
-    crop: Literal["centre", "random"] = "centre"  # random: scaled by up to 5/4 and cut anywhere, as ADM does
-    flip: bool = False  # mirror each image with probability 1/2
-    on_error: Literal["raise", "replace"] = "raise"  # replace: a damaged sample gives way to another of its stream
-    max_bad_fraction: Probability = 0.001  # of the images since the start, at least an epoch's; more end the run
-    allow_pipe: bool = False  # let `pipe:` shards run their command in a shell
-    cache_dir: str | None = None  # blocks of remote shards, shared by the ranks of a node; default: ~/.cache/dtrain
+    """1 is grey, 3 are red, green and blue"""
+    batch_size: Positive
+    """global: images per optimizer step over all ranks"""
+    streams: Positive | None = None
+    """places read at once; null: one per 1,024 samples, at most 256; stays for the life of the run"""
+    shuffle_window: Positive = 4096
+    """samples of one stream that are shuffled among each other"""
+    workers: NonNegative = 1
+    """loader processes a rank"""
+    crop: Literal["centre", "random"] = "centre"
+    """random: scaled by up to 5/4 and cut anywhere, as ADM does"""
+    flip: bool = False
+    """mirror each image with probability 1/2"""
+    on_error: Literal["raise", "replace"] = "raise"
+    """replace: a damaged sample gives way to another of its stream; raise: it ends the run"""
+    max_bad_fraction: Probability = 0.001
+    """of the images since the start, at least an epoch's; more damaged ones end the run"""
+    allow_pipe: bool = False
+    """let `pipe:` shards run their command in a shell"""
+    cache_dir: str | None = None
+    """blocks of remote shards, shared by the ranks of a node; null: ~/.cache/dtrain"""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
+    """the most that cache holds"""
 
     @model_validator(mode="after")
     def _sources(self):
@@ -126,140 +147,22 @@ class Data(Section):
         return Path(self.manifest) if self.manifest else Path(self.shards) / "manifest.json"
 
 
-class DiT(Section):
-    name: Literal["dit"]
-    size: str | None = Field(None, pattern=r"^(S|B|L|XL)/[248]$")  # a row of the paper's table; keys below override it
-    depth: Positive | None = None
-    width: Positive | None = None
-    heads: Positive | None = None
-    patch: Positive | None = None
-    qk_norm: bool = False  # RMS-normalise queries and keys: steadier at high learning rates, unlike published weights
-    frequency_shift: Literal[0, 1] = 0  # of the time frequencies; 1 as in diffusers' DiT, to be exported to it
-    num_classes: NonNegative = 0  # 0: unconditional
-
-    @model_validator(mode="after")
-    def _complete(self):
-        if self.size is None:
-            missing = [k for k in ("depth", "width", "heads", "patch") if getattr(self, k) is None]
-            if missing:
-                raise ValueError(f"needs `{missing[0]}`, or a `size` such as S/2")
-        width, heads = self.sizes["width"], self.sizes["heads"]
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"width {width} must be an even multiple of heads {heads}")
-        if width % 4:
-            raise ValueError(f"width {width} must be a multiple of 4 for 2-D positions")
-        return self
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """depth, width, heads and patch, each its own key's or the table's."""
-        table = DIT_SIZES[self.size] if self.size else {}
-        own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
-        return table | {key: size for key, size in own.items() if size is not None}
-
-
-class UNet(Section):
-    name: Literal["unet"]
-    width: Positive  # channels at full resolution
-    # of the width, level by level; each halves the side
-    multipliers: list[Positive] = Field([1, 2, 2, 2], min_length=1)
-    res_blocks: Positive = 2  # of each level on the way down; one more on the way up
-    attention: list[Positive] = [16]  # sides of the images that get attention
-    head_width: Positive | None = None  # channels of one attention head; default: a single head
-    scale_shift: bool = False  # the time scales and shifts after the norm (ADM), or is added before it (DDPM)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    num_classes: NonNegative = 0  # 0: unconditional
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 for its group norms")
-        for m in self.multipliers:
-            if self.head_width and self.width * m % self.head_width:
-                raise ValueError(
-                    f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
-                )
-        return self
-
-
-class _Process(Section):
-    """What all diffusion processes have in common."""
-
-    label_dropout: Probability = 0.1
-    stratified: bool = False  # spread the times of a global batch evenly
-    logit_normal_mean: float = 0.0
-    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Gaussian(_Process):
-    process: Literal["gaussian"] = "gaussian"
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
-    zero_terminal_snr: bool = False  # stretch the schedule until the last timestep holds no signal
-    timesteps: Annotated[int, Field(ge=2)] = 1000
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"  # of ancestral steps and the bound
-    loss: Literal["simple", "hybrid", "vlb"] = "simple"
-    weighting: Literal["none", "min_snr"] = "none"
-    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
-    times: Literal["uniform", "logit_normal", "importance"] = "uniform"
-
-    @model_validator(mode="after")
-    def _possible(self):
-        learned, least = self.variance == "learned_range", {"linear": 21, "scaled_linear": 13}.get(self.schedule, 2)
-        problems = [
-            (
-                self.timesteps < least,
-                f"a {self.schedule} schedule of {self.timesteps} timesteps would have β ≥ 1; take at least {least}",
-            ),
-            (
-                self.zero_terminal_snr and self.prediction == "eps",
-                "prediction eps cannot go with zero_terminal_snr: at the last timestep x_t is ε itself and "
-                "x0 = (x_t − σ ε)/0; take prediction v",
-            ),
-            (
-                self.zero_terminal_snr and self.weighting == "min_snr",
-                "weighting min_snr cannot go with zero_terminal_snr: the timestep that sampling starts from would have "
-                "weight 0; take weighting none",
-            ),
-            (
-                self.loss == "simple" and learned,
-                "loss simple does not train the variance that learned_range asks the model for; take loss hybrid",
-            ),
-            (
-                self.loss == "hybrid" and not learned,
-                f"loss hybrid has nothing to train with variance {self.variance}; take variance learned_range",
-            ),
-            (
-                self.loss == "vlb" and self.weighting != "none",
-                "weighting min_snr cannot go with loss vlb: the bound has weights of its own; take weighting none",
-            ),
-            (
-                self.loss == "vlb" and self.times == "logit_normal",
-                "times logit_normal cannot go with loss vlb: the sum would no longer be the bound; "
-                "take times importance, which corrects for what it does",
-            ),
-        ]
-        for wrong, message in problems:
-            if wrong:
-                raise ValueError(message)
-        return self
-
-
-class Flow(_Process):
-    process: Literal["flow"]
-    times: Literal["uniform", "logit_normal"] = "uniform"
-
-
 class Optim(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """learning rate, constant after the warm-up"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: NonNegative = 0  # linear from 0; constant afterwards
-    gradient_clip: Annotated[float, Field(ge=0)] = 1.0  # global L2 norm; 0: none
+    """AdamW's, decoupled from the gradient"""
+    warmup_steps: NonNegative = 0
+    """linear from 0; constant afterwards"""
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0
+    """global L2 norm; 0: none"""
 
 
 class EMAProfile(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """of an average of the weights; it spans the last 1/(1 − decay) steps"""
 
 
 # Raw DeepSpeed options that would undo what dtrain relies on, and the key that is meant instead.
@@ -282,9 +185,13 @@ OWN_OPTIONS = {
 
 class DeepSpeed(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16", "bf16_autocast"] = "fp32"  # bf16: weights too, with fp32 masters, stages 1–3
-    offload: Literal["none", "optimizer", "all"] = "none"  # to the host's memory; all: the parameters too, stage 3
-    extra: dict[str, Any] = {}  # raw DeepSpeed options, merged last
+    """what ranks share out: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 nothing"""
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "fp32"
+    """bf16: weights too, with fp32 masters, stages 1 to 3; bf16_autocast: products only"""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """to the host's memory: masters, moments and averages; all: the weights too, stage 3"""
+    extra: dict[str, Any] = {}
+    """raw DeepSpeed options, merged last"""
 
     @model_validator(mode="after")
     def _combines(self):
@@ -303,19 +210,33 @@ class DeepSpeed(Section):
 
 class Train(Section):
     steps: Positive
-    micro_batch: Positive | None = None  # rows of one rank per forward; default: all of the rank's rows at once
-    activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
-    compile: bool = False  # torch.compile: a slow first step, faster ones after
+    """optimizer steps of the whole run"""
+    micro_batch: Positive | None = None
+    """rows of one rank per forward; null: all of the rank's rows at once"""
+    activation_checkpointing: bool = False
+    """recompute each block in backward: less memory, a third more time"""
+    compile: bool = False
+    """torch.compile: a slow first step, faster ones after"""
     log_every: Positive = 10
+    """steps between two lines of the journal"""
     checkpoint_every: Positive = 1000
-    keep_last: Positive = 3  # complete checkpoints kept
-    keep_every: Positive | None = None  # also kept: those of every so many steps
-    keep_best: str | None = None  # also kept: the one that this metric finds best, such as fd_pixels
-    spike_factor: Annotated[float, Field(ge=0)] = 10.0  # a norm over so many recent ones is refused; 0: none
-    bad_steps: Positive = 3  # refused in a row: the run goes back to its newest checkpoint and leaves their images out
-    rollbacks: NonNegative = 5  # of a run; the next one ends it and names the samples
-    hang_limit: Annotated[float, Field(ge=0)] = 300.0  # seconds without a step, at least, that are a hang; 0: none are
-    deadline: str | None = None  # [D-]HH:MM:SS from the start, or an ISO 8601 time; default: the SLURM job's end
+    """steps between two checkpoints"""
+    keep_last: Positive = 3
+    """complete checkpoints kept"""
+    keep_every: Positive | None = None
+    """also kept: those of every so many steps"""
+    keep_best: str | None = None
+    """also kept: the one that this metric finds best, such as fd_pixels"""
+    spike_factor: Annotated[float, Field(ge=0)] = 10.0
+    """a gradient norm over so many recent ones is refused; 0: none is"""
+    bad_steps: Positive = 3
+    """refused in a row: the run goes back to its newest checkpoint and leaves their images out"""
+    rollbacks: NonNegative = 5
+    """of a run; the next one ends it and names the samples"""
+    hang_limit: Annotated[float, Field(ge=0)] = 300.0
+    """seconds without a step, at least, that are a hang; 0: none are"""
+    deadline: str | None = None
+    """[D-]HH:MM:SS from the start, or an ISO 8601 time; null: the SLURM job's end"""
 
 
 # bpd: the bound on held-out images, in bits/dim
@@ -324,29 +245,50 @@ HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
 
 class Eval(Section):
-    every: NonNegative = 0  # steps between evaluations; 0: never during training
+    every: NonNegative = 0
+    """steps between evaluations; 0: never during training"""
     num_samples: Positive = 2000
-    batch_size: Positive = 250  # block of sample ids drawn together; part of the result's identity
+    """images drawn for an evaluation"""
+    batch_size: Positive = 250
+    """block of sample ids drawn together; part of the result's identity"""
     metrics: Annotated[list[Metric], Field(min_length=1)] = ["fd"]
-    validation_images: Positive = 256  # the first held-out images, for bpd and the loss by noise level
-    features: str = "auto"  # inception | effnet_lite0 | pixels | a TorchScript file; auto: the first that is here
-    weights: str | None = None  # Inception's file or its folder; default: DTRAIN_WEIGHTS, then ~/.cache/dtrain
-    reference: str | None = None  # an .npz of mu and sigma to compare with; default: computed from data.holdout
-    labels: Literal["data", "uniform"] = "data"  # of the samples: as in the held-out split, or all classes in turn
-    bootstrap: NonNegative = 0  # resamplings behind an interval of fd; 0: none
-    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"  # default of a flow: euler
+    """fd: Fréchet distance; bpd: the bound on held-out images in bits/dim; is: Inception score"""
+    validation_images: Positive = 256
+    """the first held-out images, for bpd and the loss by noise level"""
+    features: str = "auto"
+    """inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"""
+    weights: str | None = None
+    """Inception's file or its folder; null: DTRAIN_WEIGHTS, then ~/.cache/dtrain"""
+    reference: str | None = None
+    """an .npz of mu and sigma to compare with; null: computed from data.holdout"""
+    labels: Literal["data", "uniform"] = "data"
+    """of the samples: as in the held-out split, or all classes in turn"""
+    bootstrap: NonNegative = 0
+    """resamplings behind an interval of fd; 0: none"""
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"
+    """how samples are drawn; a flow takes euler or heun, euler by default"""
     steps: Positive = 50
-    eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0  # ddim's noise; sigma_hat: DDPM's larger one
-    # or the timesteps themselves, falling
+    """of the sampler for one image"""
+    eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0
+    """ddim's noise, 0 to 1; sigma_hat: DDPM's larger one"""
     spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
-    clip: bool = False  # hold every estimate of x_0 within [−1, 1]
-    guidance: Annotated[float, Field(ge=0)] = 1.0  # s in uncond + s·(cond − uncond); 1: none
-    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # shares of the process, 0 is clean data
-    guidance_rescale: Probability = 0.0  # how far the contrast is brought back to the conditional one's
-    guidance_channels: Literal["all", "first_3"] = "all"  # first_3 only to repeat published DiT results
-    ema: NonNegative | None = 0  # which profile; null: the raw weights
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the network while sampling; the samples' states stay fp32
+    """which timesteps the sampler visits, or these themselves, falling"""
+    clip: bool = False
+    """hold every estimate of x_0 within [−1, 1]"""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """s in uncond + s·(cond − uncond); 1: none"""
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
+    """shares of the process where guidance acts; 0 is clean data"""
+    guidance_rescale: Probability = 0.0
+    """how far the contrast is brought back to the conditional one's"""
+    guidance_channels: Literal["all", "first_3"] = "all"
+    """first_3 only to repeat published DiT results"""
+    ema: NonNegative | None = 0
+    """which average of `ema` is sampled, counted from 0; null: the raw weights"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the network while sampling; the samples' states stay fp32"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of the samples' noise"""
 
     @field_validator("features")
     @classmethod
@@ -359,11 +301,14 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    enabled: bool = True  # false: only the journal is written; `dtrain sync` sends it later, from where MLflow is
-    # default: MLFLOW_TRACKING_URI, else SQLite beside the runs
+    enabled: bool = True
+    """false: only the journal is written; `dtrain sync` sends it later, from where MLflow is"""
     uri: str | None = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, repr=False)
+    """MLflow's address; default: MLFLOW_TRACKING_URI, else SQLite beside the runs"""
     experiment: str = "dtrain"
-    system_every: Annotated[float, Field(ge=0)] = 30.0  # seconds between looks at a node's CPU, memory, GPUs; 0: none
+    """of MLflow, where the run is listed"""
+    system_every: Annotated[float, Field(ge=0)] = 30.0
+    """seconds between looks at a node's CPU, memory, GPUs; 0: none"""
 
     @field_serializer("uri")
     def _uri_as_kept(self, uri: str | None) -> str | None:

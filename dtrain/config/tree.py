@@ -5,20 +5,18 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from dtrain.config.diffusion import Flow, Gaussian
+from dtrain.config.models import DiT, UNet
 from dtrain.config.sections import (
     Data,
     DeepSpeed,
-    DiT,
     EMAProfile,
     Eval,
-    Flow,
-    Gaussian,
     Optim,
     Run,
     Section,
     Tracking,
     Train,
-    UNet,
 )
 
 
@@ -31,17 +29,27 @@ def _process_of(diffusion: Any) -> str:
 
 class Config(Section):
     run: Run = Run()
+    """what the run is called and where it lies"""
     data: Data
+    """what is trained on, in which order, and how a picture is cut"""
     model: Annotated[DiT | UNet, Field(discriminator="name")]
+    """the network"""
     diffusion: Annotated[
         Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
     ] = Gaussian()
+    """how images become noise, and what the network learns of it"""
     optim: Optim = Optim()
+    """AdamW"""
     ema: list[EMAProfile] = Field(default_factory=lambda: [EMAProfile()])
+    """averages of the weights: a list, each sharded with the optimizer"""
     deepspeed: DeepSpeed = DeepSpeed()
+    """memory and precision"""
     train: Train
+    """how long, what is kept, and what protects a run"""
     eval: Eval = Eval()
+    """samples and their distances, in training and by `dtrain evaluate`"""
     tracking: Tracking = Tracking()
+    """MLflow"""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.config import Config
-from dtrain.config.sections import DIT_SIZES as SIZES
+from dtrain.config.models import DIT_SIZES as SIZES
 from dtrain.models.build import build
 from dtrain.models.dit import DiT
 from dtrain.models.layers import initialize, positions, timestep_embedding

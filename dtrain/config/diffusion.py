@@ -1,0 +1,91 @@
+"""The `diffusion` section: a Gaussian process or a flow. A string below a key says what the key does."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtrain.config.sections import Probability, Section
+
+
+class _Process(Section):
+    """What all diffusion processes have in common."""
+
+    label_dropout: Probability = 0.1
+    """share of the images trained without their label, so that guidance works"""
+    stratified: bool = False
+    """spread the times of a global batch evenly"""
+    logit_normal_mean: float = 0.0
+    """of times logit_normal: the normal's mean; above 0 there is more noise"""
+    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
+    """of times logit_normal: the normal's standard deviation"""
+
+
+class Gaussian(_Process):
+    process: Literal["gaussian"] = "gaussian"
+    """noise is added by a Markov chain of timesteps (DDPM)"""
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    """how the noise grows with the timestep; cosine keeps more signal in small images"""
+    zero_terminal_snr: bool = False
+    """stretch the schedule until the last timestep holds no signal"""
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    """T, the length of the chain in training"""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """what the model's output stands for; v is the better one after few steps"""
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    """of ancestral steps and of the bound; learned_range asks the model for it"""
+    loss: Literal["simple", "hybrid", "vlb"] = "simple"
+    """simple: mean squared error; hybrid: with the bound for the variance; vlb: the bound itself"""
+    weighting: Literal["none", "min_snr"] = "none"
+    """of the timesteps in the loss; min_snr evens out how hard they pull"""
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """of weighting min_snr: the signal-to-noise ratio from which weights are bounded"""
+    times: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    """which timesteps are trained; importance: by how large their losses have been"""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        learned, least = self.variance == "learned_range", {"linear": 21, "scaled_linear": 13}.get(self.schedule, 2)
+        problems = [
+            (
+                self.timesteps < least,
+                f"a {self.schedule} schedule of {self.timesteps} timesteps would have β ≥ 1; take at least {least}",
+            ),
+            (
+                self.zero_terminal_snr and self.prediction == "eps",
+                "prediction eps cannot go with zero_terminal_snr: at the last timestep x_t is ε itself and "
+                "x0 = (x_t − σ ε)/0; take prediction v",
+            ),
+            (
+                self.zero_terminal_snr and self.weighting == "min_snr",
+                "weighting min_snr cannot go with zero_terminal_snr: the timestep that sampling starts from would have "
+                "weight 0; take weighting none",
+            ),
+            (
+                self.loss == "simple" and learned,
+                "loss simple does not train the variance that learned_range asks the model for; take loss hybrid",
+            ),
+            (
+                self.loss == "hybrid" and not learned,
+                f"loss hybrid has nothing to train with variance {self.variance}; take variance learned_range",
+            ),
+            (
+                self.loss == "vlb" and self.weighting != "none",
+                "weighting min_snr cannot go with loss vlb: the bound has weights of its own; take weighting none",
+            ),
+            (
+                self.loss == "vlb" and self.times == "logit_normal",
+                "times logit_normal cannot go with loss vlb: the sum would no longer be the bound; "
+                "take times importance, which corrects for what it does",
+            ),
+        ]
+        for wrong, message in problems:
+            if wrong:
+                raise ValueError(message)
+        return self
+
+
+class Flow(_Process):
+    process: Literal["flow"]
+    """images and noise on a straight line (rectified flow)"""
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    """which times are trained; logit_normal: more of those in the middle"""

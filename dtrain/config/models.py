@@ -1,0 +1,92 @@
+"""The `model` section: a DiT or a UNet. A string below a key says what the key does; `dtrain config` prints it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtrain.config.sections import NonNegative, Positive, Section
+
+# The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
+DIT_SIZES: dict[str, dict[str, int]] = {
+    f"{letter}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
+    for letter, depth, width, heads in [
+        ("S", 12, 384, 6),
+        ("B", 12, 768, 12),
+        ("L", 24, 1024, 16),
+        ("XL", 28, 1152, 16),
+    ]
+    for patch in (2, 4, 8)
+}
+
+
+class DiT(Section):
+    name: Literal["dit"]
+    """a transformer over image patches (Peebles & Xie 2023)"""
+    size: str | None = Field(None, pattern=r"^(S|B|L|XL)/[248]$")
+    """a row of the DiT paper's table, such as S/2: letter and patch; the four keys below override it"""
+    depth: Positive | None = None
+    """blocks"""
+    width: Positive | None = None
+    """channels of a token; an even multiple of heads, and of 4"""
+    heads: Positive | None = None
+    """attention heads of a block"""
+    patch: Positive | None = None
+    """side of a square of pixels that is one token; must divide data.image_size"""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys: steadier at high learning rates, unlike published weights"""
+    frequency_shift: Literal[0, 1] = 0
+    """of the time frequencies; 1 as in diffusers' DiT, to be exported to it"""
+    num_classes: NonNegative = 0
+    """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.size is None:
+            missing = [k for k in ("depth", "width", "heads", "patch") if getattr(self, k) is None]
+            if missing:
+                raise ValueError(f"needs `{missing[0]}`, or a `size` such as S/2")
+        width, heads = self.sizes["width"], self.sizes["heads"]
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"width {width} must be an even multiple of heads {heads}")
+        if width % 4:
+            raise ValueError(f"width {width} must be a multiple of 4 for 2-D positions")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """depth, width, heads and patch, each its own key's or the table's."""
+        table = DIT_SIZES[self.size] if self.size else {}
+        own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
+        return table | {key: size for key, size in own.items() if size is not None}
+
+
+class UNet(Section):
+    name: Literal["unet"]
+    """convolutions at several resolutions (Ho et al. 2020), with attention at some"""
+    width: Positive
+    """channels at full resolution; a multiple of 4"""
+    multipliers: list[Positive] = Field([1, 2, 2, 2], min_length=1)
+    """channels of each level, in widths; each level after the first halves the side"""
+    res_blocks: Positive = 2
+    """residual blocks of each level on the way down; one more on the way up"""
+    attention: list[Positive] = Field([16])
+    """sides of the levels that get attention, in pixels"""
+    head_width: Positive | None = None
+    """channels of one attention head; null: a single head"""
+    scale_shift: bool = False
+    """the time scales and shifts after the norm (ADM); false: it is added before it (DDPM)"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of a block's activations that are dropped in training"""
+    num_classes: NonNegative = 0
+    """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for its group norms")
+        for m in self.multipliers:
+            if self.head_width and self.width * m % self.head_width:
+                raise ValueError(
+                    f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
+                )
+        return self
