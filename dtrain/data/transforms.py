@@ -15,14 +15,12 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode
 
+from dtrain.data.headers import PNG, RIFF, header
 from dtrain.errors import BadSample
 
 MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB: a header may promise more than memory holds
 
 _MODES = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
-_JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
-_STANDALONE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a segment
-_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame
 
 
 def decode(data: bytes, channels: int) -> torch.Tensor:
@@ -31,13 +29,13 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     Raises BadSample that says what is wrong with the image; which image it was is known to the caller. The size is
     read from the header first, so that no image takes more memory than MAX_PIXELS.
     """
-    width, height = _size(data)
+    width, height, _ = header(data)
     if not 0 < width * height <= MAX_PIXELS:
         raise BadSample(f"has {width} × {height} pixels; between 1 and {MAX_PIXELS:,} can be used")
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         return _decode_png(data, channels)
     # WebP has no grey of its own.
-    mode = _MODES[3] if data[:4] == _RIFF else _MODES[channels]
+    mode = _MODES[3] if data[:4] == RIFF else _MODES[channels]
     try:
         # A copy, because torch warns of buffers it may not write to.
         # The operator itself: torchvision's wrapper costs a quarter of a small picture's decoding.
@@ -61,71 +59,6 @@ def _decode_png(data: bytes, channels: int) -> torch.Tensor:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise BadSample(f"cannot be decoded ({reason})") from None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    """(width, height) as the header says that the decoder will go by.
-
-    Raises BadSample for what is not a still image in one of the three formats, or has no size where it must stand: a
-    decoder may find one further on, and take as much memory as that says.
-    """
-    if data.startswith(_JPEG):
-        size = _jpeg_size(data)
-    elif data.startswith(_PNG):
-        size = _png_size(data)
-    elif data.startswith(_RIFF) and data[8:12] == b"WEBP":
-        size = _webp_size(data)
-    else:
-        raise BadSample("is not a JPEG, PNG or WebP image")
-    if size is None:
-        raise BadSample("cannot be decoded (its header is damaged or cut off)")
-    return size
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Of the first frame. Between segments libjpeg passes over whatever is no marker, and so does this."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):
-        marker = data[at + 1]
-        if marker in _FRAME:
-            return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker == 0 or marker in _STANDALONE:
-            at += 2
-        else:
-            at += 2 + max(2, data[at + 2] << 8 | data[at + 3])
-    return None
-
-
-def _png_size(data: bytes) -> tuple[int, int] | None:
-    """Of the one header, which must be the first chunk: Pillow goes by the last one before the pixels."""
-    if data[12:16] != b"IHDR" or len(data) < 24:
-        return None
-    at = 8
-    while at + 8 <= len(data) and (kind := data[at + 4 : at + 8]) != b"IDAT":
-        if kind == b"acTL":
-            raise BadSample("is animated; only still images can be used")
-        if kind == b"IHDR" and at > 8:
-            return None
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    if len(data) < 30:
-        return None
-    form = data[12:16]
-    if form == b"VP8X":
-        if data[20] & 2:
-            raise BadSample("is animated; only still images can be used")
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if form == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if form == b"VP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    return None
 
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:

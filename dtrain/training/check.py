@@ -6,8 +6,9 @@ from pathlib import Path
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config, architecture, with_earlier_values
 from dtrain.data import manifest as manifests
-from dtrain.data.fields import check_fields
+from dtrain.data.fields import LABEL_FIELD, check_fields
 from dtrain.data.streams import with_streams
+from dtrain.data.survey import named, survey
 from dtrain.errors import UserError
 from dtrain.evaluation.requirements import check_evaluation
 from dtrain.run import RunDirectory
@@ -19,7 +20,7 @@ PUBLISHED = (".pt", ".pth", ".safetensors")  # what run.init_from takes besides 
 
 
 def check_start(config: Config, ranks: int) -> str:
-    """A line that says what would run on `ranks` ranks. Raises the UserError that a start would."""
+    """What would run on `ranks` ranks, and on which pictures: lines. Raises the UserError that a start would."""
     rows, micro_batch = rows_per_rank(config, ranks)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
@@ -30,10 +31,28 @@ def check_start(config: Config, ranks: int) -> str:
     check_data(run, manifest)
     verb = "goes on" if complete(run.checkpoints) else "starts"
     ours, size = config.deepspeed, config.data.batch_size
-    return (
+    lines = [
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
-        f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}"
-    )
+        f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
+        *about_pictures(config, manifest),
+    ]
+    return "\n".join(lines)
+
+
+def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
+    """What becomes of the pictures, as far as the headers of a few say, and what the classes are called."""
+    lines, found = [], survey(manifest, config.data.shards)
+    if scaling := found.scaling(config.data.image_size):
+        lines.append(scaling)
+    if found.headers and found.grey != (config.data.channels == 1):
+        lines.append("they have no colours, and data.channels is 3" if found.grey else "their colours become grey")
+    if config.model.num_classes and manifest.classes:
+        lines.append(named(manifest.classes))
+    elif config.model.num_classes:
+        lines.append(f"{config.model.num_classes:,} classes, which {manifest.path} does not name")
+    elif LABEL_FIELD in manifest.fields:
+        lines.append("model.num_classes is 0: the images' labels are not read")
+    return lines
 
 
 def check_inputs(config: Config, manifest: manifests.Manifest) -> None:

@@ -1,0 +1,86 @@
+"""What a picture's header says of it: its size, and whether it is grey. Imports no torch and no NumPy."""
+
+from typing import NamedTuple
+
+from dtrain.errors import BadSample
+
+JPEG, PNG, RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"  # what files begin with; RIFF is WebP's
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a segment
+_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame
+_GREY = (b"\0", b"\4")  # colour types of PNG, without and with transparency
+
+
+class Header(NamedTuple):
+    """width and height in pixels. grey: the file has one channel; a WebP never says so."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def header(data: bytes) -> Header:
+    """What the decoder will go by.
+
+    Raises BadSample for what is not a still image in one of the three formats, or has no size where it must stand: a
+    decoder may find one further on, and take as much memory as that says.
+    """
+    if data.startswith(JPEG):
+        found = _jpeg(data)
+    elif data.startswith(PNG):
+        found = _png(data)
+    elif data.startswith(RIFF) and data[8:12] == b"WEBP":
+        found = _webp(data)
+    else:
+        raise BadSample("is not a JPEG, PNG or WebP image")
+    if found is None:
+        raise BadSample("cannot be decoded (its header is damaged or cut off)")
+    return found
+
+
+def _jpeg(data: bytes) -> Header | None:
+    """Of the first frame. Between segments libjpeg passes over whatever is no marker, and so does this."""
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):
+        marker = data[at + 1]
+        if marker in _FRAME:
+            width, height = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+            return Header(width, height, data[at + 9 : at + 10] == b"\1")  # the number of components
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0 or marker in _STANDALONE:
+            at += 2
+        else:
+            at += 2 + max(2, data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+def _png(data: bytes) -> Header | None:
+    """Of the one header, which must be the first chunk: Pillow goes by the last one before the pixels."""
+    if data[12:16] != b"IHDR" or len(data) < 24:
+        return None
+    at = 8
+    while at + 8 <= len(data) and (kind := data[at + 4 : at + 8]) != b"IDAT":
+        if kind == b"acTL":
+            raise BadSample("is animated; only still images can be used")
+        if kind == b"IHDR" and at > 8:
+            return None
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    return Header(width, height, data[25:26] in _GREY)
+
+
+def _webp(data: bytes) -> Header | None:
+    if len(data) < 30:
+        return None
+    form = data[12:16]
+    if form == b"VP8X":
+        if data[20] & 2:
+            raise BadSample("is animated; only still images can be used")
+        return Header(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"), False)
+    if form == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return Header(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF), False)
+    if form == b"VP8 ":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return Header(width, height, False)
+    return None
