@@ -1,4 +1,4 @@
-"""deepspeed [options] launch/sample.py RUN --n 64 --out grid.png"""
+"""deepspeed [options] launch/sample.py RUN -n 64 --out grid.png"""
 
 from dtrain.cli import main
 
