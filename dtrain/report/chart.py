@@ -50,10 +50,12 @@ class Chart:
     zero: bool = False  # the axis begins at 0
 
     def html(self) -> str:
-        """A <figure>; nothing where no series has a point."""
+        """A <figure>; nothing where no series has a point, and numbers where none has a second one."""
         series = [s for s in self.series if s.points]
         if not series:
             return ""
+        if all(len(s.points) == 1 for s in series):
+            return self._numbers(series)
         x_range, y_range, log = self._ranges(series)
 
         def place(x: float, y: float) -> tuple[float, float]:
@@ -77,16 +79,33 @@ class Chart:
         drawn = "".join(_drawn(s, number, place) for number, s in enumerate(series))
         unit = " · ".join(filter(None, [self.y_name, "logarithmic" if log else ""]))
         said = f"{self.title}: {self.y_name or 'value'} over {self.x_name}, {len(series)} lines"
-        note = f'<p class="note">{escaped(self.note)}</p>' if self.note else ""
         return (
-            f'<figure class="chart{" wide" if self.wide else ""}"><figcaption><b>{escaped(self.title)}</b>'
-            f'<span class="unit">{escaped(unit)}</span></figcaption>'
+            f'<figure class="chart{" wide" if self.wide else ""}">{self._caption(unit)}'
             f'<div class="frame"><div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
             f'aria-label="{escaped(said)}"><title>{escaped(said)}</title>{"".join(lines)}{drawn}</svg>'
             f'{"".join(y_labels)}{"".join(x_labels)}<i class="cursor"></i><div class="tip"></div></div></div>'
-            f'<p class="axis">{escaped(self.x_name)}</p>{_legend(series)}{note}'
+            f'<p class="axis">{escaped(self.x_name)}</p>{_legend(series)}{self._note()}'
             f'<script type="application/json">{_data(series, x_range)}</script></figure>'
         )
+
+    def _numbers(self, series: list[Series]) -> str:
+        """One point a series: a line through it would say nothing."""
+        tiles = []
+        for s in series:
+            (point,) = s.points
+            spread = f"{short(point.low)} – {short(point.high)}" if None not in (point.low, point.high) else ""
+            where = f"{self.x_name} {(duration if self.time else count)(point.x)}"
+            below = "".join(f"<small>{escaped(words)}</small>" for words in (spread, point.label, where) if words)
+            name = f'<i class="swatch" style="--c:var(--{s.colour})"></i>{escaped(s.name)}' if s.name else ""
+            tiles.append(f"<div><dt>{name}</dt><dd>{short(point.y)}{below}</dd></div>")
+        content = f'{self._caption(self.y_name)}<dl class="tiles">{"".join(tiles)}</dl>{self._note()}'
+        return f'<figure class="single">{content}</figure>'
+
+    def _caption(self, unit: str) -> str:
+        return f'<figcaption><b>{escaped(self.title)}</b><span class="unit">{escaped(unit)}</span></figcaption>'
+
+    def _note(self) -> str:
+        return f'<p class="note">{escaped(self.note)}</p>' if self.note else ""
 
     def _ranges(self, series: list[Series]) -> tuple[tuple[float, float], tuple[float, float], bool]:
         """(x from, to), (y from, to), whether y is logarithmic."""

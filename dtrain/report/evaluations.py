@@ -18,7 +18,10 @@ from dtrain.tracking.best import better, higher_is_better
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
 NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
 NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
-BESIDE = ("ema", "n", "features", "extractor", "reference")  # said of every line, or in the metric's name
+MOST_NUMBERS = 8  # of one metric, where no line has several points
+HASHES = ("extractor", "reference")
+BESIDE = ("ema", "n", "features", *HASHES)  # said of every line, or in the metric's name
+DESCRIBED = ("sampler", "steps", "eta", "guidance", "seed")  # by `described`, or as so many seeds
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def charts(runs: list[Run]) -> list[Chart]:
     """One chart a metric. Where some line has several points, single evaluations stay in the table."""
     found = []
     for metric, all_curves in curves(runs).items():
-        drawn = [c for c in all_curves if len(c.lines) > 1] or all_curves
+        own_first = sorted(all_curves, key=lambda c: not is_own(c.lines[0]["context"], c.run))
+        drawn = [c for c in all_curves if len(c.lines) > 1] or own_first[: max(MOST_NUMBERS, len(runs))]
         names = _names(drawn, len(runs) > 1)
         # Runs by colour and what else differs by dashes; within one run, lines by colour.
         series, within = [], {}
@@ -95,18 +99,51 @@ def charts(runs: list[Run]) -> list[Chart]:
     return found
 
 
-def best_of(run: Run) -> list[tuple[str, str, Line]]:
-    """(metric, what it was of, line) of the best Fréchet distance for each metric, number of samples and reference."""
-    found: dict[tuple, tuple[str, str, Line]] = {}
+@dataclass(frozen=True)
+class Best:
+    """The lowest of a Fréchet distance among a run's evaluations under one setting."""
+
+    metric: str
+    setting: str  # what it was of
+    line: Line
+    own: bool  # under the settings of the run's config
+
+    @property
+    def value(self) -> float:
+        return self.line["metrics"][self.metric]
+
+
+def best_of(run: Run) -> list[Best]:
+    """One for each metric and setting, the run's own settings first, then more samples before fewer.
+
+    Evaluations that differ by the seed alone are of one setting, and it is said that one of several is shown.
+    """
+    found = []
     for metric, all_curves in curves([run]).items():
         if not is_distance(metric):
             continue
+        settings: dict[str, list[Curve]] = {}
         for curve in all_curves:
-            key = (metric, *(curve.context.get(k) for k in ("n", "extractor", "reference")))  # else not comparable
-            line = curve.best
-            if key not in found or line["metrics"][metric] < found[key][2]["metrics"][metric]:
-                found[key] = metric, described(curve.context, run), line
-    return sorted(found.values(), key=lambda f: (f[0], -_size(f[2]["context"])))
+            setting = {k: v for k, v in curve.context.items() if k != "seed"}
+            settings.setdefault(json.dumps(setting, sort_keys=True), []).append(curve)
+        varying = _varying([some[0].context for some in settings.values()])
+        for some in settings.values():
+            line = min((curve.best for curve in some), key=lambda line: line["metrics"][metric])
+            words = [described(some[0].context, run)]
+            words += _settings(some[0].context, [k for k in varying if k not in DESCRIBED])
+            words += [f"best of {len(some)} seeds"] if len(some) > 1 else []
+            found.append(Best(metric, " · ".join(words), line, any(is_own(c.lines[0]["context"], run) for c in some)))
+    return sorted(found, key=lambda b: (not b.own, b.metric, -_size(b.line["context"]), b.value))
+
+
+def is_own(context: dict, run: Run) -> bool:
+    """Whether an evaluation was made as the run's config asks, as far as both tell."""
+    asked = run.setting("eval", {})
+    asked = asked if isinstance(asked, dict) else {}
+    ema = asked.get("ema", 0)
+    wanted = {"n": asked.get("num_samples"), "ema": "raw" if ema is None else f"ema_{ema}"}
+    wanted |= {k: asked[k] for k in asked if k in context and k not in (*BESIDE, *NOT_SETTINGS)}
+    return all(context.get(k) == v for k, v in wanted.items()) and "reference" not in (context.get("differs") or {})
 
 
 def described(context: dict, run: Run) -> str:
@@ -149,18 +186,26 @@ def _point(line: Line, metric: str) -> Point:
 
 def _names(drawn: list[Curve], several_runs: bool) -> list[str]:
     """What tells each line apart, and always its weights and number of samples."""
-    keys = list(dict.fromkeys(k for c in drawn for k in c.context if k not in BESIDE))
-    varying = [k for k in keys if len({json.dumps(c.context.get(k)) for c in drawn}) > 1]
-    sources = [k for k in ("extractor", "reference") if len({c.context.get(k) for c in drawn}) > 1]
+    varying = _varying([c.context for c in drawn])
     found = []
     for c in drawn:
         n = c.context.get("n")
         parts = [c.run.name] if several_runs else []
         parts += [c.run.ema(str(c.context.get("ema", "?"))), f"N {n:,}" if isinstance(n, int) else "N unknown"]
-        parts += [f"{'η' if k == 'eta' else k} {c.context.get(k)}" for k in varying]
-        parts += [f"{k} {str(c.context.get(k))[:8]}" for k in sources]
-        found.append(" · ".join(parts))
+        found.append(" · ".join([*parts, *_settings(c.context, varying)]))
     return found
+
+
+def _varying(contexts: list[dict]) -> list[str]:
+    """What differs between evaluations beside their weights and number of samples; hashes last."""
+    keys = dict.fromkeys(k for c in contexts for k in c if k not in BESIDE)
+    return [k for k in (*keys, *HASHES) if len({json.dumps(c.get(k)) for c in contexts}) > 1]
+
+
+def _settings(context: dict, keys: list[str]) -> list[str]:
+    """`steps 50`, of those keys that the evaluation tells."""
+    names = {"eta": "η"}
+    return [f"{names.get(k, k)} {str(context[k])[:8] if k in HASHES else context[k]}" for k in keys if k in context]
 
 
 def _spread_note(drawn: list[Curve], metric: str) -> str:

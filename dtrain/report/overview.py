@@ -22,6 +22,7 @@ STATES = {
     "crashed": "crashed",
 }
 FEW = 12  # config keys that are shown without being asked for
+MOST_BEST = 6  # evaluations' settings on a card
 GOOD, WAITING = ("finished",), ("running", "stopped")
 
 
@@ -35,9 +36,9 @@ def comparison(runs: list[Run]) -> str:
         return ""
     rows = []
     for number, run in enumerate(runs):
-        best = best_of(run)
-        shown = "<br>".join(f"{escaped(metric)} {short(line['metrics'][metric])}" for metric, _, line in best) or "–"
-        of = "<br>".join(f"{escaped(how)}, step {line['step']:,}" for _, how, line in best)
+        best = best_of(run)[:MOST_BEST]
+        shown = "<br>".join(f"{escaped(b.metric)} {short(b.value)}" for b in best) or "–"
+        of = "<br>".join(f"{escaped(b.setting)}, step {b.line['step']:,}" for b in best)
         state, images = STATES.get(run.state, escaped(run.state)), f"{run.last['images']:,}"
         row = [_named(run, number), state, _steps(run), images, f"<b>{shown}</b>", of, _speed(run)]
         rows.append([*row, duration(_seconds(run))])
@@ -66,11 +67,12 @@ def _card(run: Run, number: int, several: bool) -> str:
     ended = run.directory.outcome() or {}
     message = f'<p class="message">{escaped(ended["message"])}</p>' if ended.get("message") else ""
     facts = [("steps", _steps(run)), ("images", count(run.last["images"]))]
-    for metric, how, line in best_of(run):
-        low, high = interval(line, metric)
+    best = best_of(run)
+    for b in best[:MOST_BEST]:
+        low, high = interval(b.line, b.metric)
         spread = f"<small>{short(low)} – {short(high)}</small>" if low is not None else ""
-        where = f"<small>{escaped(how)}<br>step {line['step']:,}</small>"
-        facts.append((f"best {metric}", f"{short(line['metrics'][metric])}{spread}{where}"))
+        where = f"<small>{escaped(b.setting)}<br>step {b.line['step']:,}</small>"
+        facts.append((f"best {b.metric}", f"{short(b.value)}{spread}{where}"))
     losses = [line["metrics"]["loss"] for line in run.of("train") if "loss" in line["metrics"]]
     facts += [("loss", short(losses[-1]))] if losses else []
     facts += [("images/s", f"{_speed(run)}<small>median</small>")] if losses else []
@@ -81,10 +83,13 @@ def _card(run: Run, number: int, several: bool) -> str:
     faults = sum(line["event"] == "fault" for line in run.happened)
     facts += [("faults", f"{faults:,}")] if faults else []
     shown = "".join(f"<div><dt>{escaped(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
+    more = len(best) - MOST_BEST
+    rest = f'<p class="note">{plural(more, "more setting")}: all evaluations are in the table.</p>' if more > 0 else ""
     text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
     return (
         f'<section class="card"><h2>{name} <span class="state {kind}">'
-        f"{STATES.get(run.state, escaped(run.state))}</span></h2>{message}<dl>{shown}</dl>"
+        f"{STATES.get(run.state, escaped(run.state))}</span></h2>{message}"
+        f'<dl class="tiles">{shown}</dl>{rest}'
         f'<p class="note">{escaped(" · ".join(_highlights(run)))}</p>'
         f"{details('Config', f'<pre>{escaped(text)}</pre>')}</section>"
     )

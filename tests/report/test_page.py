@@ -120,8 +120,53 @@ def test_evaluations_of_other_samples_or_settings_never_share_a_line(run):
     assert "2 single evaluations with other settings are in the table below." in found.text
     assert "η 1" in found.text
     assert "raw weights" in found.text
-    assert re.search(r"best fd_pixels\n+2\.5\n.*N 1,000.*η 1\nstep 12\n", found.text)
-    assert re.search(r"best fd_pixels\n+3\.333\n3 – 4\nN 48", found.text)
+
+
+def test_there_is_one_best_tile_a_setting_and_the_runs_own_comes_first(run):
+    """Under settings that differ by the seed alone, by what no other tile says, and by what is said anyhow."""
+    own = CONTEXT | {"ema": "ema_0", "n": 48}
+    for n, more, values in (
+        (1000, {}, (5.0, 3.0)),
+        (1000, {"eta": 1.0}, (2.5,)),
+        (1000, {"eta": 1.0, "seed": 7}, (2.25, 9.0)),
+        (48, {"ema": "raw"}, (6.5,)),
+        (48, {"labels": "uniform"}, (1.0,)),
+    ):
+        for step, value in enumerate(values, start=8):
+            append(run, "eval", step, {"fd_pixels": value, "precision_pixels": 0.5}, own | {"n": n} | more)
+    text = page(run).text
+    tiles = re.findall(r"best (.+)\n+([\d.]+)\n(?:[\d.]+ – [\d.]+\n)?(.+)\nstep (\d+)\n", text)
+    ddim = "ddim, 5 steps, η"
+    assert tiles == [
+        ("fd_pixels", "3.333", f"N 48 · EMA 0.995 · {ddim} 0", "12"),
+        ("fd_pixels", "2.25", f"N 1,000 · EMA 0.995 · {ddim} 1 · best of 2 seeds", "8"),
+        ("fd_pixels", "3", f"N 1,000 · EMA 0.995 · {ddim} 0", "9"),
+        ("fd_pixels", "1", f"N 48 · EMA 0.995 · {ddim} 0 · labels uniform", "8"),
+        ("fd_pixels", "6.5", f"N 48 · raw weights · {ddim} 0", "8"),
+    ]
+    for n in (10, 20, 30):
+        append(run, "eval", 8, {"fd_pixels": 1.0}, own | {"n": n})
+    text = page(run).text
+    assert text.count("best fd_pixels") == 6
+    assert "2 more settings: all evaluations are in the table." in text
+
+
+def test_a_single_point_is_a_number_and_no_chart(run):
+    for step in (4, 8):
+        append(run, "eval", step, {"fd_two": 5.0}, CONTEXT | {"ema": "ema_0", "n": 48})
+    for n in range(100, 110):
+        found = {"fd_one": 7.25, "fd_one_low": 7.0, "fd_one_high": 8.0}
+        append(run, "eval", 8, found, CONTEXT | {"ema": "ema_0", "n": n})
+    append(run, "eval", 8, {"fd_one": 6.25}, CONTEXT | {"ema": "ema_0", "n": 48})
+    found = page(run)
+    assert {"fd_pixels", "fd_two"} <= set(found.charts)
+    assert "fd_one" not in found.charts
+    assert re.search(
+        r"fd_one\nlower is better\n+EMA 0.995 · N 48\n6.25\nstep 8\nimages seen 192\n+"
+        r"EMA 0.995 · N 100\n7.25\n7 – 8\nstep 8\nimages seen 192\n",
+        found.text,
+    )
+    assert "3 single evaluations with other settings are in the table below." in found.text
 
 
 def test_evaluations_beside_the_journal_are_part_of_the_curve(run):
@@ -270,7 +315,8 @@ def test_a_hostile_name_stays_a_name(tmp_path, monkeypatch):
     append(hostile, "fault", 12, context={"message": "</script><script>alert(2)</script>"})
     append(hostile, "eval", 12, {'fd_"><script>x': 1.0}, {"ema": "<b>", "n": "<i>", "artifact": "../../../etc/passwd"})
     found = page(hostile)
-    assert [t for t, _ in found.tags if t in ("script", "b", "i")].count("script") == scripts + 1  # one more chart
+    assert [t for t, _ in found.tags if t in ("script", "b", "i")].count("script") == scripts
+    assert 'fd_"><script>x' in found.text
     assert not [a for _, a in found.tags if "onerror" in a]
     assert "root:" not in found.source
 
