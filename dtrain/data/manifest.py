@@ -219,12 +219,20 @@ def shard_problem(manifest: Manifest, directory: str | Path, shard: Shard) -> st
     return None
 
 
+def glance(path: str | Path) -> Manifest | None:
+    """What a manifest's own file says, even where its side file or shards are damaged or gone; None without one."""
+    path = Path(path)
+    try:
+        document = Document.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return Manifest(path, document.fields, document.shards, document.classes, path.parent / document.members.file)
+
+
 def class_names(path: Path) -> list[str] | None:
     """Those of an existing manifest, even where its side file or shards are damaged."""
-    try:
-        return Document.model_validate_json(Path(path).read_bytes()).classes
-    except (OSError, ValidationError):
-        return None
+    found = glance(path)
+    return None if found is None else found.classes
 
 
 @contextmanager

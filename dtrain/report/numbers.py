@@ -19,6 +19,15 @@ def count(value: float) -> str:
     return f"{value:.4g}"
 
 
+def size(value: float) -> str:
+    """Bytes as 512 B, 5.14 MB, 2.3 TB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.4g} TB"
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 5 h 2 min, 3 d 4 h; what is zero is left out."""
     if 0 < seconds < 10:

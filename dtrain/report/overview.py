@@ -10,6 +10,7 @@ from dtrain.report.chart import line_of
 from dtrain.report.evaluations import best_of, interval
 from dtrain.report.markup import details, escaped, plural, table
 from dtrain.report.numbers import count, duration, short
+from dtrain.report.origin import facts as origin
 from dtrain.report.runs import Run
 from dtrain.report.timeline import attempts
 
@@ -90,7 +91,7 @@ def _card(run: Run, number: int, several: bool) -> str:
         f'<section class="card"><h2>{name} <span class="state {kind}">'
         f"{STATES.get(run.state, escaped(run.state))}</span></h2>{message}"
         f'<dl class="tiles">{shown}</dl>{rest}'
-        f'<p class="note">{escaped(" · ".join(_highlights(run)))}</p>'
+        f'<p class="note">{escaped(" · ".join(_highlights(run)))}</p>{origin(run)}'
         f"{details('Config', f'<pre>{escaped(text)}</pre>')}</section>"
     )
 

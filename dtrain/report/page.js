@@ -42,7 +42,7 @@ for (const chart of document.querySelectorAll(".chart")) {
   plot.addEventListener("pointerleave", () => { tip.style.display = cursor.style.display = "none"; });
 }
 
-const dialog = make("dialog", "", document.body), whole = make("img", "", dialog);
+const dialog = make("dialog", "", document.body);
 dialog.addEventListener("click", () => dialog.close());
 for (const box of document.querySelectorAll(".grids")) {
   const thumbs = [...box.querySelectorAll(".thumb")], slider = box.querySelector("input");
@@ -56,7 +56,13 @@ for (const box of document.querySelectorAll(".grids")) {
   };
   thumbs.forEach((thumb, i) => thumb.addEventListener("click", () => show(i)));
   slider.addEventListener("input", () => show(Number(slider.value)));
-  picture.addEventListener("click", () => { [whole.src, whole.alt] = [picture.src, picture.alt]; dialog.showModal(); });
+  picture.addEventListener("click", () => {
+    const whole = large.querySelector(".labelled").cloneNode(true);
+    whole.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight);
+    whole.style.setProperty("--own", `${picture.naturalWidth}px`);
+    dialog.replaceChildren(whole);
+    dialog.showModal();
+  });
   large.hidden = false;
   slider.hidden = thumbs.length < 2;
   show(thumbs.length - 1);

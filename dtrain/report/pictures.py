@@ -9,6 +9,7 @@ from dtrain.report.markup import escaped
 from dtrain.report.runs import Line, Run
 
 MOST_GRIDS = 12  # of a run, spread over its training, the last one among them
+MOST_COLUMNS = 10  # of a grid that training draws: the first classes, a column each
 MOST_BYTES = 250_000  # of a picture that is taken as it is
 LONGEST = 1400  # pixels, of one that is not
 
@@ -34,13 +35,38 @@ def grids(runs: list[Run]) -> str:
         name = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
         of = f"{len(shown)} of {len(lines)} grids. " if len(shown) < len(lines) else ""
         found.append(
-            f'<div class="grids">{name}<p class="note">{of}The same noise and labels at every step, '
-            f"a column a class where there are classes; {escaped(run.ema(_weights(lines)))}.</p>"
+            f'<div class="grids">{name}<p class="note">{of}The same noise and labels at every step'
+            f"{_which(run)}; {escaped(run.ema(_weights(lines)))}.</p>"
             f'<input type="range" min="0" max="{len(shown) - 1}" value="{len(shown) - 1}" hidden '
-            f'aria-label="step of the samples"><div class="both"><figure class="large" hidden><img alt="">'
-            f'<figcaption></figcaption></figure><div class="scroll thumbs">{thumbs}</div></div></div>'
+            f'aria-label="step of the samples"><div class="both"><figure class="large" hidden>'
+            f'<div class="labelled">{_columns(run)}<img alt=""></div><figcaption></figcaption></figure>'
+            f'<div class="scroll thumbs">{thumbs}</div></div></div>'
         )
     return "".join(found)
+
+
+def _classes(run: Run) -> int:
+    classes = run.setting("model.num_classes", 0)
+    return classes if isinstance(classes, int) else 0
+
+
+def _which(run: Run) -> str:
+    """What the columns are."""
+    classes = _classes(run)
+    if classes > MOST_COLUMNS:
+        return f", a column for each of the first {MOST_COLUMNS} of {classes:,} classes"
+    return ", a column a class" if classes else ""
+
+
+def _columns(run: Run) -> str:
+    """The class of each column: its name, or its number where no manifest names it; nothing without classes."""
+    columns = min(_classes(run), MOST_COLUMNS)
+    if columns < 1:
+        return ""
+    names = (run.manifest.classes if run.manifest else None) or []
+    shown = [escaped(name) for name in (*names[:columns], *map(str, range(len(names), columns)))]
+    cells = "".join(f'<span title="{name}">{name}</span>' for name in shown)
+    return f'<div class="classes" style="--columns:{columns}">{cells}</div>'
 
 
 def _with_grids(run: Run) -> list[Line]:

@@ -1,7 +1,7 @@
 """What is known of a run: its directory read once, without torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 
 from dtrain.config import with_earlier_values
 from dtrain.credentials import masked
+from dtrain.data.manifest import Manifest, glance
 from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import RunDirectory
@@ -81,6 +82,47 @@ class Run:
     def last(self) -> Line:
         """The line of the furthest step."""
         return max(self.lines, key=lambda line: line["step"])
+
+    @property
+    def begun(self) -> list[Line]:
+        """The first line of each attempt, void ones too."""
+        return [line for line in self.happened if line["event"] == "attempt"]
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What the config says of the data set and of those mixed in."""
+        mixed = self.setting("data.mix", [])
+        return [
+            s for s in (self.config.get("data"), *(mixed if isinstance(mixed, list) else [])) if isinstance(s, dict)
+        ]
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What the last attempt was trained on, with data.mix; None where its manifests are gone or others now."""
+        context = self.begun[-1]["context"] if self.begun else {}
+        paths = [s.get("manifest") or Path(str(s.get("shards"))) / "manifest.json" for s in self.sources]
+        for folder in self._places():
+            found = [glance(folder / path) for path in paths]
+            if found and None not in found:
+                whole = replace(found[0], mixed=tuple(found[1:]))
+                if whole.hash == context.get("data"):
+                    return whole
+        return None
+
+    @cached_property
+    def holdout(self) -> Manifest | None:
+        """The split that evaluations compare with; None where they say another, or its manifest is gone."""
+        path = self.setting("data.holdout")
+        known = {line["context"].get(key) for line in self.of("eval") for key in ("reference", "holdout")}
+        found = [glance(folder / path) for folder in self._places()] if isinstance(path, str) else []
+        return next((one for one in found if one is not None and one.hash in known), None)
+
+    def _places(self) -> list[Path]:
+        """Where the config's relative paths may begin: the folder the run was started in, then the current one."""
+        here, under = self.directory.path.resolve(), Path(str(self.setting("run.dir", "runs")))
+        depth = len(under.parts)
+        known = not under.is_absolute() and here.parent.parts[-depth:] == under.parts
+        return [*([here.parents[depth]] if known else []), Path.cwd()]
 
     def ema(self, weights: str) -> str:
         """`ema_0` with the decay that its profile has in the config."""

@@ -144,7 +144,10 @@ def _said(line: Line) -> str:
         return "config changed: " + ", ".join(parts)
     if line["event"] == "attempt":
         ranks, stage = context.get("world_size"), context.get("zero_stage")
-        return f"on {plural(ranks, 'rank')} at ZeRO stage {stage}" if ranks else ""
+        where = f"on {plural(ranks, 'rank')} at ZeRO stage {stage}" if ranks else ""
+        changes = " and changes" if context.get("uncommitted") else ""
+        commit = f"commit {str(context['commit'])[:12]}{changes}" if "commit" in context else ""
+        return ", ".join(filter(None, [where, commit, str(context.get("command_line", ""))]))
     if line["event"] == "checkpoint":
         return str(context.get("path", ""))
     if line["event"] == "eval":

@@ -46,7 +46,9 @@ def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, 
 
 
 def command_line(argv: list[str]) -> str:
-    """What was typed, to be given to a shell again: without secrets, and without what the launcher adds for a rank."""
+    """What this process was started with, to be given to a shell again: without secrets, and without what a launcher
+    adds for a rank.
+    """
     program = Path(argv[0]).name if shutil.which(Path(argv[0]).name) == argv[0] else argv[0]
     return shlex.join([program, *(_shown(a) for a in argv[1:] if not a.startswith("--local_rank"))])
 

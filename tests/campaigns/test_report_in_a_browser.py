@@ -5,13 +5,16 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dtrain.data.manifest import load
+from dtrain.data.pack import pack
 from dtrain.report import write_report
-from tests.report.made import make_run
+from tests.report.made import make_run, picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -36,8 +39,17 @@ f.onload = () => {{
       if (kind == "x" ? own[i].right > b.left : own[i].bottom > b.top + 1) overlap.push(plot.textContent);
     }});
   }}
+  const beside = (e) => {{
+    const row = box(e.querySelector(".classes")), img = box(e.querySelector("img"));
+    return [row.left - img.left, row.right - img.right, row.bottom - img.top].map(Math.abs);
+  }};
+  const cells = [...d.querySelectorAll(".large .classes span")];
+  const shortened = cells.filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.title);
+  const off = [...d.querySelectorAll(".large")].flatMap(beside);
   d.querySelector(".large img").click();
   const opened = d.querySelector("dialog").open;
+  off.push(...beside(d.querySelector("dialog")));
+  const zoomed = box(d.querySelector("dialog img"));
   d.querySelector("dialog").click();
   const key = d.querySelector("button.key"), line = d.querySelector('g[data-series="0"]');
   key.click();
@@ -48,6 +60,8 @@ f.onload = () => {{
   plot.dispatchEvent(new w.PointerEvent("pointermove", last));
   document.title = JSON.stringify({{
     inner: w.innerWidth, scroll: d.documentElement.scrollWidth, wide, overlap, labels: labels.length, hidden, opened,
+    off, shortened,
+    zoomed: [zoomed.left, w.innerWidth - zoomed.right, zoomed.top, w.innerHeight - zoomed.bottom],
     closed: !d.querySelector("dialog").open,
     shown: w.getComputedStyle(line).display, tip: d.querySelector(".tip").textContent,
     dark: w.getComputedStyle(d.body).backgroundColor, large: d.querySelector(".large img").naturalWidth,
@@ -56,12 +70,25 @@ f.onload = () => {{
 }};</script>"""
 
 
+LONG = "a class with a name that no column has room for"
+
+
+def _class_folders(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        picture(8, 8, 0).save(folder / name / "0.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         folder = tmp_path_factory.mktemp("runs")
+        names = ["0", "1", "automobile", LONG, *"456789"]
+        pack(str(_class_folders(folder / "pictures", names)), folder / "data")
+        of = {"data": load(folder / "data/train/manifest.json").hash}
         runs = [
-            make_run(folder, monkeypatch, name, f"optim.lr={lr}")
+            make_run(folder, monkeypatch, name, f"optim.lr={lr}", f"data.shards={folder}/data/train", **of)
             for name, lr in (("a-run-with-quite-a-long-name-that-says-it-all", 0.001), ("b", 0.002))
         ]
         for run in runs:
@@ -89,18 +116,24 @@ def test_nothing_overflows_or_overlaps(page, width, dark, tmp_path):
     assert (found["hidden"], found["shown"]) == ("none", "inline")
     assert "3.3333" in found["tip"]  # the last point under the pointer
     assert found["large"] == 100
+    assert max(found["off"]) < 0.6  # pixels between the ends of the row of classes and of the picture
+    assert set(found["shortened"]) == {"automobile", LONG}
+    assert min(found["zoomed"]) > 0
     assert found["opened"]
     assert found["closed"]
     assert found["dark"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
 
 
 def test_a_curve_is_visible(page, tmp_path):
-    """On a picture of the page, columns that hold the first line's colour reach over the whole plot."""
-    picture = tmp_path / "page.png"
-    _chromium(page, False, tmp_path, f"--screenshot={picture}", "--window-size=1280,1400")
+    """On a picture of the page, columns that hold the line's colour, nothing else's, go from its first point to the
+    plot's end: two thirds of its width.
+    """
+    alone, picture = write_report([page.parent / "b"], tmp_path / "alone.html"), tmp_path / "page.png"
+    _chromium(alone, False, tmp_path, f"--screenshot={picture}", "--window-size=1280,900")
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
-    blue = np.abs(pixels - (0x00, 0x72, 0xB2)).max(2) < 60
-    assert 600 < blue.any(0).sum() < 1100
+    columns = np.flatnonzero((np.abs(pixels - (0x00, 0x72, 0xB2)).max(2) < 8).any(0))
+    assert 700 < columns.max() - columns.min() < 760
+    assert len(columns) > 500
 
 
 def _measured(page, dark: bool, folder) -> dict:

@@ -28,15 +28,20 @@ class Clock:
         return self.now
 
 
-def make_run(folder: Path, monkeypatch, name: str = "made", *overrides: str, outcome: str | None = "finished") -> Path:
-    """Attempt 1 goes to step 7 and dies, attempt 2 goes on after step 4 to step 12; every fourth step is evaluated."""
+def make_run(
+    folder: Path, monkeypatch, name: str = "made", *overrides: str, outcome: str | None = "finished", **begun
+) -> Path:
+    """Attempt 1 goes to step 7 and dies, attempt 2 goes on after step 4 to step 12; every fourth step is evaluated.
+
+    begun: more of what an attempt's line says.
+    """
     monkeypatch.setattr(journal, "time", Clock())
     config = tiny(folder / "digits", folder, f"run.name={name}", "train.steps=12", *overrides)
     run = RunDirectory(folder / name)
     run.make_folders()
     run.save_config(config)
     writer = Journal(run.journal_file)
-    start = {"data": "0" * 64, "world_size": 2, "zero_stage": 1, "run_key": name}
+    start = {"data": "0" * 64, "world_size": 2, "zero_stage": 1, "run_key": name} | begun
     writer.begin_attempt(0, 0, start)
     for step in range(1, 8):
         write_step(writer, run, step, void=step > 4)
