@@ -6,25 +6,35 @@ runs alone, under `deepspeed` and under srun.
 
 import ctypes
 import os
+import re
 import socket
+import sys
 from datetime import timedelta
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """How many ranks share this machine (DeepSpeed's launcher calls it LOCAL_SIZE)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    return _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or world_size()
+
+
+def _number(name: str, default: int) -> int:
+    """The number that a variable begins with: `4,2` of OMP_NUM_THREADS is 4 for the outermost level, and `2(x2)` of
+    SLURM is 2 on each of two nodes. What must be a number is checked by `launcher.adopt`.
+    """
+    match = re.match(r"\s*(\d+)", os.environ.get(name, ""))
+    return int(match[1]) if match else default
 
 
 def set_thread_counts() -> None:
@@ -37,9 +47,9 @@ def set_thread_counts() -> None:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
+    cores = min(cores, _number("SLURM_CPUS_PER_TASK", 0) or cores)
     share = max(1, cores // local_world_size())
-    asked = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    asked = _number("OMP_NUM_THREADS", 0)
     torch.set_num_threads(asked if asked > 1 else share)
 
 
@@ -84,22 +94,29 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
 
     The time-out is long because ranks wait for each other's evaluation; a hang is found by other means. Raises
     UserError on rank 0 where the port to meet at is taken; the others wait for a rank 0 until their launcher ends them.
+    Raises SharedError where a rank could not come (`rendezvous`).
     """
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
+    if world_size() == 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     where = device()
     try:
+        meeting = {}
+        if world_size() > 1:
+            from dtrain.rendezvous import meet
+
+            store = dist.PrefixStore("group", meet(rank(), world_size(), timeout))
+            meeting = {"store": store, "rank": rank(), "world_size": world_size()}
         if where.type == "cpu":
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", timeout=timeout, **meeting)
             return
         torch.cuda.set_device(where)
-        dist.init_process_group("nccl", timeout=timeout, device_id=where)
+        dist.init_process_group("nccl", timeout=timeout, device_id=where, **meeting)
     except dist.DistNetworkError as e:
         if "EADDRINUSE" not in str(e):
             raise
@@ -115,6 +132,22 @@ def _port_taken():
         f"port {port} of {socket.gethostname()}, where the ranks would meet, is taken, by another training perhaps; "
         f"give this one another: deepspeed --master_port {free_port()} ..."
     )
+
+
+def cannot_come(why: str) -> bool:
+    """Before there is a group, say on rank 0's terminal why this rank ends, and let no other wait for it.
+
+    Whether it was said: there is nobody to tell where this process is alone, or the ranks have met already.
+    """
+    if world_size() == 1 or not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdigit():
+        return False
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        return False
+    from dtrain import rendezvous
+
+    rendezvous.cannot_come(rank(), world_size(), why)
+    return True
 
 
 def barrier() -> None:

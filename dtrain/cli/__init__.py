@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
-from dtrain import __version__
+from dtrain import __version__, distributed, launcher
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError, told
 from dtrain.training.output import say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
+
+DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "doctor")  # what a launcher may start on all ranks
+LOCAL_RANK = ("--local_rank", "--local-rank")
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -84,19 +87,32 @@ app.add_typer(checkpoints.checkpoints, name="checkpoints")
 
 def main(command: str | None = None) -> None:
     """Entry point. A mistake of the user's ends in one line and exit code 2, on rank 0 only where all ranks make it."""
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    local_ranks = [a for a in sys.argv[1:] if a.startswith(LOCAL_RANK)]  # as launchers of torch and DeepSpeed give it
+    arguments = [a for a in sys.argv[1:] if not a.startswith(LOCAL_RANK)]
     if command is not None:  # launch/train.py is `dtrain train`
         arguments = [command, *arguments]
     try:
+        if arguments[:1] and arguments[0] in DISTRIBUTED:
+            launcher.adopt(local_rank=local_ranks[0].partition("=")[2] if local_ranks else None)
+        else:
+            launcher.leave()
         code = app(args=arguments, prog_name="dtrain", standalone_mode=False)
     except (UserError, PermissionError) as e:
-        say_error(told(e), shared=isinstance(e, SharedError))
-        code = USER_ERROR
+        code = _mistake(told(e), shared=isinstance(e, SharedError))
     except UsageError as e:
         hint = "; settings are given as key.sub=value" if arguments[:1] in (["train"], ["submit"]) else ""
-        say_error(f"{e.format_message().rstrip('.')}{hint}")
-        code = USER_ERROR
+        code = _mistake(f"{e.format_message().rstrip('.')}{hint}")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as e:  # whatever it is, the other ranks must not wait for this one
+        distributed.cannot_come(f"{type(e).__name__}: {e}")
+        raise
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _mistake(message: str, shared: bool = False) -> int:
+    """Say it once, on rank 0's terminal; the exit code."""
+    if shared or not distributed.cannot_come(message):
+        say_error(message, shared)
+    return USER_ERROR

@@ -14,6 +14,7 @@ from dtrain.lock import RunLock
 from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
+from dtrain.training.agreement import check_agreement
 from dtrain.training.bad_steps import BadSteps
 from dtrain.training.check import check_inputs
 from dtrain.training.division import rows_per_rank
@@ -39,6 +40,7 @@ def train(config: Config) -> Outcome:
     run = RunDirectory(config.run.path)
     config = with_streams(run.continued(config), manifest, run)
     distributed.initialize()
+    check_agreement(config, manifest)
     distributed.on_rank_0(check_inputs, config, manifest)
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if faults.scheduled():
