@@ -134,6 +134,12 @@ def _port_taken():
     )
 
 
+def has_met() -> bool:
+    """Whether this process is in a process group; asked without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 def cannot_come(why: str) -> bool:
     """Before there is a group, say on rank 0's terminal why this rank ends, and let no other wait for it.
 
@@ -141,8 +147,7 @@ def cannot_come(why: str) -> bool:
     """
     if world_size() == 1 or not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdigit():
         return False
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    if has_met():
         return False
     from dtrain import rendezvous
 

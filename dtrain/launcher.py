@@ -98,6 +98,12 @@ def _from_slurm(environment: MutableMapping[str, str]) -> bool:
     return True
 
 
+def slurm_job(environment: Mapping[str, str] = os.environ) -> str | None:
+    """This job as SLURM's commands know it alone: the first task of an array has the number of the whole array."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID") or None
+
+
 def _tasks_of_node(environment: Mapping[str, str]) -> int | None:
     """How many tasks of the step run on this node, from `2(x3),1`: two on each of three nodes, then one."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""

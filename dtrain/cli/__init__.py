@@ -94,7 +94,7 @@ def main(command: str | None = None) -> None:
     try:
         if arguments[:1] and arguments[0] in DISTRIBUTED:
             launcher.adopt(local_rank=local_ranks[0].partition("=")[2] if local_ranks else None)
-        else:
+        elif not distributed.has_met():
             launcher.leave()
         code = app(args=arguments, prog_name="dtrain", standalone_mode=False)
     except (UserError, PermissionError) as e:

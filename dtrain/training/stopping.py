@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dtrain.errors import UserError
+from dtrain.launcher import slurm_job
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
 POLL_SECONDS = 1.0  # between looks at the stop file, which may lie on a slow file system
@@ -70,8 +71,11 @@ def deadline(configured: str | None, started: float) -> float | None:
     if configured:
         return started + duration(configured) if DURATION.fullmatch(configured) else _moment(configured)
     if end := os.environ.get("SLURM_JOB_END_TIME"):
-        return float(end)
-    job = os.environ.get("SLURM_JOB_ID")
+        try:
+            return float(end)
+        except ValueError:
+            raise UserError(f"SLURM_JOB_END_TIME is {end!r}, not a time in Unix seconds; unset it") from None
+    job = slurm_job()
     if not job or not shutil.which("squeue"):
         return None
     ask = ["squeue", "-h", "-j", job, "-o", "%e"]
@@ -81,10 +85,17 @@ def deadline(configured: str | None, started: float) -> float | None:
         problem = (getattr(e, "stderr", None) or str(e)).strip()
         print(f"no deadline is known, so the run will not stop by itself: squeue did not answer: {problem}", flush=True)
         return None
+    if end in ("", "N/A", "NONE"):
+        return None  # no limit
     try:
         return datetime.fromisoformat(end).timestamp()
     except ValueError:
-        return None  # no limit: squeue prints N/A or NONE
+        print(
+            f"no deadline is known, so the run will not stop by itself: of job {job} squeue answered "
+            f"{' '.join(end.split())!r}, which is no time; give train.deadline",
+            flush=True,
+        )
+        return None
 
 
 DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")

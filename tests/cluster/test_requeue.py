@@ -173,3 +173,14 @@ def test_the_training_gets_the_jobs_end_its_cores_and_the_first_nodes_address(at
     (launched,) = stubs.calls("deepspeed")
     assert launched[launched.index("--master_addr") + 1] == "10.0.0.7"
     assert launched[launched.index("--master_port") + 1] == "12007"
+
+
+def test_a_task_of_a_job_array_asks_for_its_own_time_and_requeues_itself_alone(job, stubs):
+    log = job.log("7")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    training = CHECKPOINT + outcome("stopped", "the deadline") + "exit 75"
+    script = slurm.render(job, slurm.Request(2, 1, "1:00:00"))
+    stubs.run(script, job.run, log, TRAINING=training, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
+    assert "--jobs=5_3" in stubs.calls("squeue")[0]
+    assert ["requeue", "5_3"] in stubs.calls("scontrol")

@@ -98,6 +98,25 @@ def test_deadlines_come_from_the_config_the_environment_or_slurm(tmp_path, monke
     assert "squeue did not answer: the controller is away" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
     assert deadline(None, 0) == 1234
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    with pytest.raises(UserError, match="SLURM_JOB_END_TIME is 'soon', not a time"):
+        deadline(None, 0)
+
+
+def test_a_task_of_a_job_array_asks_for_its_own_deadline_and_says_an_answer_that_is_none(tmp_path, monkeypatch, capsys):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\ncase $3 in 77_2) echo 2030-01-02T03:04:05;; *) echo 2030-01-02T03:04:05; echo N/A;; esac\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert deadline(None, 0) is None
+    assert "of job 77 squeue answered '2030-01-02T03:04:05 N/A', which is no time" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert deadline(None, 0) == datetime(2030, 1, 2, 3, 4, 5).timestamp()
 
 
 def test_the_margin_before_a_deadline_grows_with_measured_saves_and_steps():
