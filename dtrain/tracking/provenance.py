@@ -20,6 +20,10 @@ import dtrain
 from dtrain.credentials import MASK, masked, redacted, without_credentials
 
 MOST_DIFFERENCE = 1_000_000  # characters
+# A repository's own configuration names programs that git would run. It may be anybody's: whoever starts a run in a
+# folder that was downloaded has not asked for them.
+_HARMLESS = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+_DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD")
 
 
 def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +89,21 @@ def code(places: Iterable[Path] | None = None) -> tuple[str | None, str]:
     for place in places or (Path(dtrain.__file__).parent, Path.cwd()):
         commit = _git(place, "rev-parse", "HEAD")
         if commit:
-            difference = _git(place, "diff", "--no-color", "--no-ext-diff", "HEAD") or ""
+            difference = _git(place, *_HARMLESS, *_filters_off(place), *_DIFF) or ""
             return commit.strip(), without_credentials(difference[:MOST_DIFFERENCE])
     return None, ""
+
+
+def _filters_off(place: Path) -> list[str]:
+    """Options that silence every filter which the repository's configuration names: each is a command."""
+    names = _git(place, "config", "--name-only", "--get-regexp", r"^filter\.") or ""
+    drivers = {key.rpartition(".")[0] for key in names.splitlines()}
+    return [
+        word
+        for driver in sorted(drivers)
+        for key, value in (("clean", ""), ("process", ""), ("smudge", ""), ("required", "false"))
+        for word in ("-c", f"{driver}.{key}={value}")
+    ]
 
 
 def _git(place: Path, *arguments: str) -> str | None:
