@@ -40,8 +40,8 @@ class Command:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of this language in a Markdown text, in order."""
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    """The fenced blocks of this language, an expression such as `sh|bash`, in a Markdown text, in order."""
+    return re.findall(rf"^ *```(?:{language})\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def inline(text: str) -> list[str]:

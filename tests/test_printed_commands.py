@@ -36,6 +36,7 @@ SHORT = {
 }
 PARSED_ONLY = {
     "chaos": "takes minutes; tests/chaos runs it",
+    "plan": "lays out a model of 674 M parameters; tests/cluster/test_plan.py runs it",
     "doctor": "measures disks and network; tests/cluster/test_doctor.py runs it",
     "sweep": "evaluates many times; tests/evaluation/test_sweep.py runs it",
     "sync": "needs MLflow; tests/tracking runs it",
@@ -60,7 +61,7 @@ def of_pages() -> list[Command]:
     found = []
     for page in PAGES:
         text, name = page.read_text(), str(page.relative_to(ROOT))
-        for block in blocks(text, "bash"):
+        for block in blocks(text, "bash|sh"):
             found += commands(block, name)
         for code in inline(text):
             if re.match(r"(dtrain|deepspeed|make|mlflow|python) \S", code):
