@@ -8,7 +8,7 @@ import typer
 from dtrain import __version__, distributed, launcher
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError, told
-from dtrain.training.output import say_error
+from dtrain.training.output import forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
@@ -91,6 +91,8 @@ def main(command: str | None = None) -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith(LOCAL_RANK)]
     if command is not None:  # launch/train.py is `dtrain train`
         arguments = [command, *arguments]
+    if arguments[:1] == ["train"]:
+        forgive_output()
     try:
         if arguments[:1] and arguments[0] in DISTRIBUTED:
             launcher.adopt(local_rank=local_ranks[0].partition("=")[2] if local_ranks else None)

@@ -1,5 +1,7 @@
 """What ranks print: rank 0 to the terminal, the others to logs/rank-N.log, an error once."""
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -26,4 +28,38 @@ def redirect_to_log(folder: Path) -> None:
 def say_error(message: str, shared: bool = False) -> None:
     """One line, from rank 0 alone where all ranks have it: `shared`, or met before ranks talk to each other."""
     if distributed.rank() == 0 or (_terminal != 2 and not shared):
-        os.write(_terminal, f"dtrain: {' '.join(message.split())}\n".encode())
+        with contextlib.suppress(OSError):  # the exit code says it too
+            os.write(_terminal, f"dtrain: {' '.join(message.split())}\n".encode())
+
+
+def forgive_output() -> None:
+    """From now on what this process cannot print is lost, and nothing else: a full disk below a log, a pipe whose
+    reader has gone or a terminal that has must not end a training. For commands whose output is not what they are for.
+    """
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(_Forgiving(fd), encoding="utf-8", errors="backslashreplace", write_through=True)
+        for fd in (1, 2)
+    )
+
+
+class _Forgiving(io.RawIOBase):
+    """A file descriptor to write to, which tries each write anew: a disk may have room again."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def write(self, data) -> int:
+        left = memoryview(data)
+        with contextlib.suppress(OSError):
+            while left:
+                left = left[os.write(self._fd, left) :]
+        return len(data)
