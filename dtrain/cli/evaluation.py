@@ -177,7 +177,12 @@ def sample(
     label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     step: Step = None,
-    out: Annotated[Path, typer.Option(help="a .png grid, or .npz with `images` and `labels`")] = Path("samples.png"),
+    out: Annotated[
+        Path, typer.Option(help="a .png grid, an .npz with `images` and `labels`, or a folder for a PNG an image")
+    ] = Path("samples.png"),
+    format: Annotated[
+        str | None, typer.Option(help="png, npz, folder, or adm: an .npz for ADM's evaluator; default: as --out ends")
+    ] = None,
 ) -> None:
     """Draw images from a run's checkpoint."""
     from dtrain import distributed
@@ -186,16 +191,15 @@ def sample(
     directory = RunDirectory.find(run)
     chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
     settings = with_eval(directory.config(), chosen, raw)
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out} must end in .png or .npz")
     classes = settings.model.num_classes
     if label is not None and label >= max(1, classes):
         raise UserError(f"--label {label}: the model of {directory.path} has {classes} classes, counted from 0")
     distributed.prepare()
-    from dtrain.evaluation.sample import draw_to_file
+    from dtrain.evaluation.sample import draw_to_file, format_of
 
+    kind = format_of(out, format)
     with progress("sampling") as on_block:
-        draw_to_file(directory, settings, n, label, step, out, on_block)
+        draw_to_file(directory, settings, n, label, step, out, kind, on_block)
     if distributed.rank() == 0:
         print(f"{n} images in {out}")
     distributed.finalize()

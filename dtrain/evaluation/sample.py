@@ -1,17 +1,68 @@
-"""`dtrain sample`: images of a run into a PNG grid or an .npz file."""
+"""`dtrain sample`: images of a run into a grid, a folder or an .npz file; `dtrain.load` draws in the same way."""
 
+import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config
+from dtrain.checkpoint.export import class_names_of
+from dtrain.config import Config, Eval
 from dtrain.errors import UserError
-from dtrain.evaluation.evaluate import open_sampler, weights_name
-from dtrain.evaluation.generate import grid
+from dtrain.evaluation.generate import Sampler, grid
 from dtrain.run import RunDirectory
+
+FORMATS = {"png": ".png", "npz": ".npz", "adm": ".npz", "folder": ""}  # and how --out ends
+
+
+def labels_in_turn(n: int, num_classes: int) -> Tensor:
+    """int64 (n,): all classes in turn, 0 for a model without."""
+    return torch.arange(n) % max(1, num_classes)
+
+
+def draw(
+    sampler: Sampler,
+    labels: Tensor,
+    how: Eval,
+    rank: int = 0,
+    world_size: int = 1,
+    on_block: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[int, np.ndarray]:
+    """This rank's blocks of sample ids 0 … n − 1, by their first id: uint8 (b, H, W, C) each. labels: int64 (n,)."""
+    n, size = len(labels), how.batch_size
+    starts = range(0, n, size)[rank::world_size]
+    blocks = {}
+    for done, start in enumerate(starts):
+        ids = list(range(start, min(start + size, n)))
+        blocks[start] = sampler.draw(ids, labels[ids], how).permute(0, 2, 3, 1).numpy()
+        on_block(done + 1, len(starts))
+    return blocks
+
+
+def together(blocks: dict[int, np.ndarray]) -> np.ndarray:
+    """uint8 (n, H, W, C), in the order of ids."""
+    return np.ascontiguousarray(np.concatenate([blocks[start] for start in sorted(blocks)]))
+
+
+def format_of(out: Path, asked: str | None) -> str:
+    """What to write at `out`: as asked, else by its name; a folder where that has no ending. Raises UserError."""
+    if asked is not None and asked not in FORMATS:
+        raise UserError(f"--format {asked} is not one of {', '.join(FORMATS)}")
+    ending = "" if out.is_dir() else out.suffix
+    by_name = next((name for name, suffix in FORMATS.items() if suffix == ending), None)
+    if asked is None and by_name is None:
+        raise UserError(f"--out {out} must end in .png or .npz, or be a folder")
+    chosen = asked or by_name
+    if chosen != "folder" and ending != FORMATS[chosen]:
+        raise UserError(f"--out {out} must end in {FORMATS[chosen]} for --format {chosen}")
+    if chosen == "folder" and ending in FORMATS.values() and ending:
+        raise UserError(f"--out {out} is called like a file; name a folder for --format folder")
+    return chosen
 
 
 def draw_to_file(
@@ -21,34 +72,58 @@ def draw_to_file(
     label: int | None,
     step: int | None,
     out: Path,
+    format: str,
     on_block: Callable[[int, int], None],
 ) -> None:
-    """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out`.
+    """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out` in a FORMATS.
 
-    .npz holds `images` uint8 (N, H, W, C) and `labels` int64 (N,). Raises UserError where `out` cannot be written.
+    png: a grid. npz: `images` uint8 (N, H, W, C) and `labels` int64 (N,). adm: the same as `arr_0` and, of a model with
+    classes, `arr_1`, grey images as RGB, for that evaluator reads no others. folder: a PNG an image, named by id and
+    class, and labels.csv. Raises UserError where `out` cannot be written.
     """
+    from dtrain.evaluation.evaluate import open_sampler, weights_name  # its metrics take seconds to import
+
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+    if format == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} holds something already, which would be taken for samples; name an empty folder")
     distributed.initialize()
     sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
-    classes = max(1, config.model.num_classes)
-    labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
-    size = config.eval.batch_size
-    starts = range(0, n, size)[distributed.rank() :: distributed.world_size()]
-    mine = {}
-    for done, start in enumerate(starts):
-        ids = list(range(start, min(start + size, n)))
-        mine[start] = sampler.draw(ids, labels[ids], config.eval).numpy()
-        on_block(done + 1, len(starts))
-    blocks = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}
+    classes = config.model.num_classes
+    labels = labels_in_turn(n, classes) if label is None else torch.full((n,), label)
+    mine = draw(sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_block)
+    parts = distributed.gather_objects(mine)
     if distributed.rank() != 0:
         return
-    images = np.concatenate([blocks[start] for start in sorted(blocks)])
+    images = together({start: block for part in parts for start, block in part.items()})
     try:
-        if out.suffix == ".npz":
-            np.savez(out, images=images.transpose(0, 2, 3, 1), labels=labels.numpy())
+        if format == "npz":
+            np.savez(out, images=images, labels=labels.numpy())
+        elif format == "adm":
+            rgb = images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+            np.savez(out, **{"arr_0": rgb} | ({"arr_1": labels.numpy()} if classes else {}))
+        elif format == "folder":
+            _write_folder(out, images, labels.tolist(), classes, class_names_of(config) or [])
         else:
             columns = classes if label is None and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
-            grid(torch.from_numpy(images), columns, scale=max(1, 32 // config.data.image_size)).save(out)
+            tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+            grid(tensor, columns, scale=max(1, 32 // config.data.image_size)).save(out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
+
+
+def _write_folder(out: Path, images: np.ndarray, labels: list[int], classes: int, names: list[str]) -> None:
+    """000012-3-cat.png, the id, the class and its name as far as a file's name allows; labels.csv has it as it is."""
+    out.mkdir(exist_ok=True)
+    named = {i: name for i, name in enumerate(names) if name != str(i)}
+    digits = max(6, len(str(len(images) - 1)))
+    with open(out / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", *(["label", "class"] if classes else [])])
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            parts = [f"{i:0{digits}}"]
+            if classes:
+                parts += [str(label), re.sub(r"[^\w.]+", "_", named.get(label, ""))]
+            name = "-".join(filter(None, parts)) + ".png"
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / name)
+            table.writerow([name, *([label, named.get(label, label)] if classes else [])])
