@@ -1,0 +1,160 @@
+"""A trained model in a program of one's own: `dtrain.load("runs/x").sample(labels=[3] * 8, steps=50, guidance=2)`."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dtrain import config as configuration
+from dtrain import distributed
+from dtrain.checkpoint.export import class_names_of, load_weights, open_checkpoint, weights_key
+from dtrain.config import Config
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.process import build as build_process
+from dtrain.errors import UserError
+from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.sample import draw, labels_in_turn, together
+from dtrain.models.build import allocate
+from dtrain.run import RunDirectory
+
+WEIGHTS = "model.safetensors"  # an exported folder has this and config.json
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `load` gives."""
+
+    model: torch.nn.Module  # a DiT or a UNet in eval mode, float32: model(x_t, t, labels)
+    process: GaussianDiffusion | RectifiedFlow  # levels, targets, and what an output says about x_0 and ε
+    config: Config  # of the run; `config.eval` has the defaults of `sample`
+    step: int  # optimizer steps that the weights are of
+    images: int  # images seen until then
+    class_names: list[str] | None  # by number, where the data's manifest names them and is at hand
+    device: torch.device
+
+    def sample(
+        self,
+        n: int | None = None,
+        labels: int | str | Iterable[int | str] | None = None,
+        *,
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        sampler: str | None = None,
+        eta: float | str | None = None,
+        spacing: str | list[int] | None = None,
+        clip: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+        precision: Literal["fp32", "bf16"] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """uint8 (n, H, W, C): what `dtrain sample` draws with the same settings on the same machine, bit for bit.
+
+        n: how many, by default one a label, or 1. labels: of each image, or one for all, as numbers or class names; by
+        default all classes in turn. The other settings are keys of the config's `eval` section, which has their
+        defaults; image i is a function of them, its label and (seed, i). Raises UserError for what cannot be.
+        """
+        chosen = {
+            "guidance": guidance,
+            "steps": steps,
+            "seed": seed,
+            "sampler": sampler,
+            "eta": eta,
+            "spacing": spacing,
+            "clip": clip,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+            "precision": precision,
+            "batch_size": batch_size,
+        }
+        tree = self.config.model_dump(mode="json")
+        tree["eval"] |= {key: value for key, value in chosen.items() if value is not None}
+        how = configuration.validate(tree, "the settings of sample").eval
+        numbers = self._labels(n, labels)
+        sampler_of_run = Sampler.of(self.model, self.process, self.config, self.device)
+        return together(draw(sampler_of_run, numbers, how))
+
+    def _labels(self, n: int | None, labels: int | str | Iterable[int | str] | None) -> torch.Tensor:
+        """int64 (n,)."""
+        classes = self.config.model.num_classes
+        if n is not None and n < 1:
+            raise UserError(f"n is {n}; take at least 1")
+        if labels is None:
+            return labels_in_turn(1 if n is None else n, classes)
+        if not classes:
+            raise UserError("this model has no classes; leave `labels` out")
+        listed = [labels] * (1 if n is None else n) if isinstance(labels, int | str) else list(labels)
+        if not listed or (n is not None and n != len(listed)):
+            raise UserError(f"there are {len(listed)} labels for {n or 'no'} images; give one a label, or leave n out")
+        return torch.tensor([self._number(label) for label in listed])
+
+    def _number(self, label: int | str) -> int:
+        names, classes = self.class_names or [], self.config.model.num_classes
+        number = names.index(label) if label in names else label
+        if isinstance(number, str):
+            known = f"known are {', '.join(names)}" if names else "their names are not known here, so give numbers"
+            raise UserError(f"there is no class {number!r}; {known}")
+        if not 0 <= number < classes:
+            raise UserError(f"there is no class {number}; the model has {classes}, counted from 0")
+        return int(number)
+
+
+def load(
+    run: str | Path, ema: int | None = 0, step: int | None = None, device: torch.device | str | None = None
+) -> Trained:
+    """A run's trained model: `run` is its directory, a name under runs/, or a folder of `dtrain checkpoints export`.
+
+    ema: which profile; None for the raw weights. step: of which checkpoint; by default the newest complete one. An
+    exported folder has but one set of weights. device: by default a GPU where there is one. The run may be training.
+    Raises UserError.
+    """
+    where = torch.device(device) if device is not None else distributed.device()
+    if (Path(run) / WEIGHTS).is_file():
+        return _exported(Path(run), ema, step, where)
+    directory = RunDirectory.find(run)
+    config = directory.config()
+    key = weights_key(config, ema)
+    checkpoint = open_checkpoint(directory, step)
+    model = load_weights(checkpoint, allocate(config), key)
+    meta = checkpoint.meta
+    return _trained(model, config, meta["step"], meta["images"], class_names_of(config), where)
+
+
+def _exported(folder: Path, ema: int | None, step: int | None, device: torch.device) -> Trained:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"{folder} cannot be read as an exported folder: {e}") from None
+    if not isinstance(tree, dict) or "train" not in tree:
+        raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
+    source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names")}
+    if step not in (None, source["step"]) or ema not in (0, _profile(source["weights"])):
+        asked = f"ema {ema}" if step is None else f"ema {ema} of step {step}"
+        raise UserError(f"{folder} holds {source['weights']} of step {source['step']} alone, not {asked}")
+    tree = configuration.with_earlier_values(tree | {"run": {"name": source["run"]}})
+    config = configuration.validate(tree, f"{folder}/config.json")
+    model = allocate(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"{folder}/{WEIGHTS} is of another model than config.json: {str(e).splitlines()[-1]}") from None
+    return _trained(model, config, source["step"], source["images"], source["class_names"], device)
+
+
+def _profile(weights: str) -> int | None:
+    return None if weights == "fp32" else int(weights.removeprefix("ema_"))
+
+
+def _trained(model, config: Config, step: int, images: int, names: list[str] | None, device: torch.device) -> Trained:
+    process = build_process(config.diffusion)
+    return Trained(model.to(device).eval(), process, config, step, images, names, device)
