@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from tests.digits import pack_digits
@@ -7,3 +9,14 @@ from tests.digits import pack_digits
 def digits(tmp_path_factory):
     """The folder of packed digits: train/ and holdout/."""
     return pack_digits(tmp_path_factory.mktemp("digits") / "digits")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to connect or to look up a name fails the test."""
+
+    def refuse(*_):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

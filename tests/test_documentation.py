@@ -25,7 +25,8 @@ def test_links_lead_to_files_and_names_to_config_keys(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
     named = [re.match(rf"({SECTIONS})\.([a-z_.]+)(?=[=:]|$)", code) for code in inline(text)]
-    wrong = [m[0] for m in named if m and m[0] not in keys() | {"data.json"} and not m[0].endswith((".py", ".yaml"))]
+    files = (".py", ".yaml", ".safetensors")
+    wrong = [m[0] for m in named if m and m[0] not in keys() | {"data.json"} and not m[0].endswith(files)]
     assert wrong == [], "no such config keys"
 
 

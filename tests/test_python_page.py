@@ -18,7 +18,7 @@ def test_every_block_of_the_page_runs(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     trained(digits, Path("runs"), "run.name=digits", "eval.every=20", "eval.num_samples=24")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert {language for language, _ in blocks} == {"python", "sh"}
+    assert {language for language, _ in blocks} == {"python", "bash"}
     names: dict = {}
     for language, block in blocks:
         if language == "python":

@@ -1,10 +1,12 @@
-"""Weights out of a checkpoint, on one process, without DeepSpeed: into a plain module or a safetensors file."""
+"""Weights out of a checkpoint, on one process, without DeepSpeed: into a plain module, or a folder for others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
+from dtrain.checkpoint import readme
 from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config
@@ -47,11 +49,26 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module, key: str) -> t
     return module
 
 
-def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtype: str, format: str) -> str:
-    """Write a checkpoint's weights to the folder `out`; a line that says what. Raises UserError.
+def weights_key(config: Config, ema: int | None) -> str:
+    """What a checkpoint calls the weights of an EMA profile, None for the raw ones. Raises UserError."""
+    if ema is not None and not 0 <= ema < len(config.ema):
+        raise UserError(f"there is no EMA {ema}: run {config.run.name} has {len(config.ema)}, counted from 0")
+    return "fp32" if ema is None else f"ema_{ema}"
 
-    safetensors: model.safetensors with the model's own parameter names, and config.json with where from.
-    diffusers: transformer or unet, and scheduler, as diffusers' `from_pretrained` reads them.
+
+def class_names_of(config: Config) -> list[str] | None:
+    """The names of the model's classes by the manifest of its data; None where it names none, or is not here now."""
+    from dtrain.data.manifest import class_names
+
+    return class_names(config.data.manifest_path) if config.model.num_classes else None
+
+
+def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtype: str, format: str) -> str:
+    """Write a checkpoint's weights and how to draw with them to the folder `out`; lines that say what.
+
+    safetensors: model.safetensors with the model's own parameter names, and config.json, for `dtrain.load`.
+    diffusers: a pipeline's folder for `DiffusionPipeline.from_pretrained`, with a pipeline.py where diffusers has none.
+    Both with a README.md that draws a picture. Raises UserError, also where `out` holds files already.
     """
     from dtrain.models.build import allocate
 
@@ -60,40 +77,52 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config = run.config()
-    if ema is not None and ema >= len(config.ema):
-        raise UserError(f"--ema {ema}: {run.path} has {len(config.ema)} EMA profiles, counted from 0")
+    key = weights_key(config, ema)
     checkpoint = open_checkpoint(run, step)
-    key = "fp32" if ema is None else f"ema_{ema}"
-    module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     try:
-        written = WRITERS[format](module, config, source | {"weights": key}, out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is there already; name a new folder, or an empty one")
+        module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
+        left_out = WRITERS[format](module, config, source | {"weights": key}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
     parameters = sum(p.numel() for p in module.parameters())
-    return f"{written}: {key} of step {checkpoint.meta['step']}, {parameters:,} parameters"
+    lines = [f"{out}: {key} of step {checkpoint.meta['step']}, {parameters:,} parameters; its README.md draws with it"]
+    if left_out:
+        lines.append(f"not in it, as diffusers draws otherwise: {', '.join(left_out)}")
+    if config.model.num_classes and not class_names_of(config):
+        lines.append(f"classes go by their numbers: {config.data.manifest_path} has no names of them, or is not here")
+    return "\n".join(lines)
 
 
-def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> Path:
-    tree = config.model_dump(mode="json")
+def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+    tree, names = config.model_dump(mode="json"), class_names_of(config)
+    sections = {name: section for name, section in tree.items() if name not in ("run", "tracking")}  # `run`: its name
     out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(readme.of_safetensors(config, source, names), encoding="utf-8")
+    _save_json(source | sections | {"class_names": names}, out / "config.json")
     _save_weights({n: p.detach() for n, p in module.named_parameters()}, source, out / "model.safetensors")
-    _save_json(source | {section: tree[section] for section in ("data", "model", "diffusion")}, out / "config.json")
-    return out / "model.safetensors"
+    return []
 
 
-def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out: Path) -> Path:
+def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+    from dtrain.checkpoint.diffusers import to_diffusers
     from dtrain.diffusion.process import build as build_process
-    from dtrain.models.diffusers import to_diffusers
 
-    exported = to_diffusers(module, build_process(config.diffusion), config.eval.spacing)
+    names = class_names_of(config)
+    exported = to_diffusers(module, build_process(config.diffusion), config.eval, names)
     folder = out / exported.folder
     for place in (folder, out / "scheduler"):
         place.mkdir(parents=True, exist_ok=True)
-    _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
+    (out / "README.md").write_text(readme.of_diffusers(exported, config, source, names), encoding="utf-8")
+    if exported.own_pipeline:
+        shutil.copyfile(Path(__file__).with_name("pipeline.py"), out / "pipeline.py")
     _save_json(exported.config, folder / "config.json")
     _save_json(exported.scheduler, out / "scheduler" / "scheduler_config.json")
-    return folder
+    _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
+    _save_json(exported.index, out / "model_index.json")  # last: without it the folder is no pipeline yet
+    return exported.left_out
 
 
 WRITERS = {"safetensors": _write_safetensors, "diffusers": _write_diffusers}

@@ -51,13 +51,15 @@ def prune_checkpoints(
 @checkpoints.command("export")
 def export_checkpoint(
     run: RunName,
-    out: Annotated[Path, typer.Option(help="the folder to write")],
+    out: Annotated[Path, typer.Option(help="the folder to write, new or empty")],
     step: Annotated[int | None, typer.Option(min=0, help="default: the newest")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    format: Annotated[str, typer.Option(help="safetensors, or diffusers")] = "safetensors",
+    format: Annotated[
+        str, typer.Option(help="safetensors, for `dtrain.load`, or diffusers: a whole pipeline")
+    ] = "safetensors",
 ) -> None:
-    """Write a checkpoint's weights under the model's own parameter names."""
+    """Write a checkpoint's weights for other programs, with a README.md that draws a picture with them."""
     from dtrain.checkpoint.export import export
     from dtrain.run import RunDirectory
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import runpy
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from dtrain.config import Config
 from tests.digits import tiny
+from tests.printed import blocks
 from tests.ranks import run_ranks
 from tests.training.test_loop import train
 
@@ -27,14 +27,9 @@ def trained(digits: Path, folder: Path, *overrides: str) -> Config:
     return config
 
 
-def code_of(text: str, language: str = "python") -> list[str]:
-    """The blocks of this language in a Markdown page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 def run_readme(folder: Path, scratch: Path) -> Path:
     """The picture that the README's only block draws in a new interpreter, in the folder and without a network."""
-    (block,) = code_of((folder / "README.md").read_text(encoding="utf-8"))
+    (block,) = blocks((folder / "README.md").read_text(encoding="utf-8"), "python")
     (scratch / "lines.py").write_text(block)
     (scratch / "sitecustomize.py").write_text(NO_SOCKETS)
     path = os.pathsep.join([str(scratch), os.environ.get("PYTHONPATH", "")])
@@ -45,7 +40,7 @@ def run_readme(folder: Path, scratch: Path) -> Path:
 
 def run_readme_in_a_fork(folder: Path, scratch: Path) -> Path:
     """The same in a fork of this process, which has diffusers imported: seconds less."""
-    (block,) = code_of((folder / "README.md").read_text(encoding="utf-8"))
+    (block,) = blocks((folder / "README.md").read_text(encoding="utf-8"), "python")
     (scratch / "lines.py").write_text(block)
     child = multiprocessing.get_context("fork").Process(target=_alone, args=(folder, scratch / "lines.py"))
     child.start()

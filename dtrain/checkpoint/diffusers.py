@@ -1,59 +1,129 @@
-"""What diffusers calls the parts of our models and processes: pure renaming, in tensors and plain values.
+"""What diffusers calls the parts of our models, processes and sampling settings: in tensors and plain values.
 
-    DiT   → DiTTransformer2DModel   with classes and model.frequency_shift 1, without qk_norm
-    UNet  → UNet2DModel             without a learned variance, which its pipelines cannot take apart
+    DiT   → DiTTransformer2DModel   with model.frequency_shift 1, without qk_norm
+    UNet  → UNet2DModel
     Gaussian process of any schedule and prediction → DDIMScheduler
+    rectified flow                                  → FlowMatchEulerDiscreteScheduler
 
-Everything else is refused: there is nothing in diffusers it could become.
+diffusers' own DDIMPipeline draws from a UNet of a Gaussian process that has no classes and no learned variance. All
+else is drawn by `pipeline.py`, which lies beside this file and is copied into the folder.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.config import Eval
+from dtrain.diffusion.flow import MODEL_TIME, RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
 from dtrain.models.dit import DiT
 from dtrain.models.unet import UNet
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SPACINGS = ("trailing", "leading")  # others are listed by diffusers' DDIM, but not walked
+OWN_PIPELINE = "PixelPipeline"  # the class in pipeline.py
+DIFFUSERS = "0.42.1"  # the version that the tests load folders with
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model and a scheduler as diffusers reads them."""
+    """A model and how to draw from it, as diffusers reads them."""
 
     folder: str  # of the model in a pipeline: transformer or unet
     config: dict[str, Any]  # config.json of that folder
     weights: dict[str, Tensor]  # diffusion_pytorch_model.safetensors; views of the model's own where nothing is split
     scheduler: dict[str, Any]  # scheduler/scheduler_config.json
+    index: dict[str, Any]  # model_index.json
+    steps: int  # the default number of denoising steps
+    left_out: list[str]  # sampling settings of the run that the folder's pipeline does not follow, as `eval.key value`
+
+    @property
+    def own_pipeline(self) -> bool:
+        """Whether the folder needs our pipeline.py."""
+        return self.index["_class_name"] != "DDIMPipeline"
 
 
-def to_diffusers(model: DiT | UNet, process: GaussianDiffusion | RectifiedFlow, spacing: str = "trailing") -> Exported:
-    """The model and the process in diffusers' terms. Raises UserError for what has no counterpart there."""
-    if isinstance(process, RectifiedFlow):
-        raise UserError(
-            "a flow cannot be exported to diffusers: its DiT and UNet come with schedulers of other processes"
-        )
-    if spacing not in ("trailing", "leading", "linspace"):
-        raise UserError(f"diffusers knows no spacing {spacing}; take trailing or leading")
+def to_diffusers(
+    model: DiT | UNet,
+    process: GaussianDiffusion | RectifiedFlow,
+    how: Eval,
+    class_names: Sequence[str] | None = None,
+) -> Exported:
+    """The model, its process and its sampling settings in diffusers' terms; classes without a name get their number.
+
+    Raises UserError for a model that has no counterpart there.
+    """
     folder, config, weights = _dit(model) if isinstance(model, DiT) else _unet(model)
-    return Exported(folder, config, weights, _scheduler(process, spacing))
+    flow = isinstance(process, RectifiedFlow)
+    steps = how.steps if flow else _dividing(process.schedule.timesteps, how.steps)
+    scheduler = _flow_scheduler() if flow else _scheduler(process, how)
+    index: dict[str, Any] = {
+        "_class_name": "DDIMPipeline",
+        "_diffusers_version": DIFFUSERS,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        folder: ["diffusers", config["_class_name"]],
+    }
+    if folder != "unet" or model.num_classes or flow or model.out_channels != model.channels:
+        index["_class_name"] = ["pipeline", OWN_PIPELINE]
+        names = [*(class_names or ())][: model.num_classes]
+        names += [str(i) for i in range(len(names), model.num_classes)]
+        index["id2label"] = {str(i): name for i, name in enumerate(names)}
+        index["num_inference_steps"] = steps
+        index["guidance_scale"] = how.guidance
+        index["eta"] = 0.0 if flow else _eta(how)
+    return Exported(folder, config, weights, scheduler, index, steps, _left_out(how, flow, steps))
 
 
-def _scheduler(process: GaussianDiffusion, spacing: str) -> dict[str, Any]:
+def _eta(how: Eval) -> float:
+    return 1.0 if how.eta == "sigma_hat" else how.eta
+
+
+def _dividing(timesteps: int, steps: int) -> int:
+    """The largest number of steps up to `steps` that divides T: for others diffusers' DDIM leaves its own timesteps."""
+    return next(s for s in range(steps, 0, -1) if timesteps % s == 0)
+
+
+def _left_out(how: Eval, flow: bool, steps: int) -> list[str]:
+    """Settings that determine the run's own samples and not those that the folder's pipeline draws."""
+    drawn = {
+        "sampler": "euler" if flow else "ddim",
+        "steps": steps,
+        "spacing": "trailing" if flow or how.spacing not in SPACINGS else how.spacing,
+        "eta": 0.0 if flow else _eta(how),
+        "clip": False if flow else how.clip,
+        "guidance_interval": (0.0, 1.0),
+        "guidance_rescale": 0.0,
+    }
+    return [f"eval.{key} {getattr(how, key)}" for key, value in drawn.items() if getattr(how, key) != value]
+
+
+def _scheduler(process: GaussianDiffusion, how: Eval) -> dict[str, Any]:
     return {
         "_class_name": "DDIMScheduler",
+        "_diffusers_version": DIFFUSERS,
         "num_train_timesteps": process.schedule.timesteps,
-        "trained_betas": process.schedule.beta.tolist(),
+        "trained_betas": process.schedule.beta.tolist(),  # a zero terminal SNR is in them already
+        "rescale_betas_zero_snr": False,
         "prediction_type": PREDICTION[process.prediction],
-        "timestep_spacing": spacing,
+        "timestep_spacing": how.spacing if how.spacing in SPACINGS else "trailing",
         "steps_offset": 0,
-        "clip_sample": False,
+        "clip_sample": how.clip,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
         "set_alpha_to_one": True,
+    }
+
+
+def _flow_scheduler() -> dict[str, Any]:
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": DIFFUSERS,
+        "num_train_timesteps": MODEL_TIME,
+        "shift": 1.0,
     }
 
 
@@ -61,21 +131,23 @@ def _scheduler(process: GaussianDiffusion, spacing: str) -> dict[str, Any]:
 
 
 def _dit(model: DiT) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    if not model.num_classes:
-        raise UserError("diffusers' DiT has classes, but model.num_classes is 0; this model cannot be exported to it")
     if model.t_embedder.shift != 1:
         raise UserError(
             "diffusers' DiT spaces its time frequencies unlike the published one, so weights trained with "
-            "model.frequency_shift 0 would give other images there; train with model.frequency_shift 1"
+            "model.frequency_shift 0 would give other images there; train with model.frequency_shift 1, "
+            "or export --format safetensors"
         )
     heads, width = model.blocks[0].attn.heads, model.pos_embed.shape[-1]
     state = model.state_dict()
     if any("q_norm" in name for name in state):
-        raise UserError("diffusers' DiT has no qk_norm; a model with model.qk_norm cannot be exported to it")
+        raise UserError("diffusers' DiT has no qk_norm; train without model.qk_norm, or export --format safetensors")
     if model.blocks[0].mlp.fc1.out_features != 4 * width:
         raise UserError("diffusers' DiT has an MLP of four times the width; this model cannot be exported to it")
+    if not model.num_classes:  # diffusers' DiT always has classes: one, and the null label, that add nothing
+        state["y_embedder.embedding_table.weight"] = model.pos_embed.new_zeros(2, width)
     config = {
         "_class_name": "DiTTransformer2DModel",
+        "_diffusers_version": DIFFUSERS,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": model.channels,
@@ -83,7 +155,7 @@ def _dit(model: DiT) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         "num_layers": len(model.blocks),
         "sample_size": model.image_size,
         "patch_size": model.patch,
-        "num_embeds_ada_norm": model.num_classes,
+        "num_embeds_ada_norm": model.num_classes or 1,
         "activation_fn": "gelu-approximate",
         "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False,
@@ -124,14 +196,13 @@ DIT = [
 
 
 def _unet(model: UNet) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    if model.out_channels != model.channels:
-        raise UserError("diffusers' UNet pipelines cannot take a learned variance; train with a fixed one to export")
     attentive = [model.image_size >> i in model.attention for i in range(len(model.multipliers))]
     config = {
         "_class_name": "UNet2DModel",
+        "_diffusers_version": DIFFUSERS,
         "sample_size": model.image_size,
         "in_channels": model.channels,
-        "out_channels": model.channels,
+        "out_channels": model.out_channels,
         "block_out_channels": [model.width * m for m in model.multipliers],
         "layers_per_block": model.res_blocks,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attentive],

@@ -7,12 +7,13 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from dtrain.checkpoint.diffusers import to_diffusers
+from dtrain.config import Eval
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.schedule import cosine, linear, with_zero_terminal_snr
 from dtrain.errors import UserError
-from dtrain.models.diffusers import to_diffusers
 from dtrain.models.dit import DiT
 from dtrain.models.unet import UNet
 from tests.longer import mostly_longer
@@ -60,9 +61,11 @@ def load(exported, directory):
 
 MODELS = {
     "dit": (dit, {}),
+    "dit-unconditional": (dit, {"num_classes": 0}),
     "dit-learned": (dit, {"learn_sigma": True, "patch": 4, "image_size": 12}),
     "unet": (unet, {}),
     "unet-unconditional": (unet, {"num_classes": 0, "channels": 1, "attention": [8, 2], "multipliers": [1, 1, 3]}),
+    "unet-learned": (unet, {"learn_sigma": True}),
     "unet-scale-shift": (unet, {"scale_shift": True, "head_width": 8, "res_blocks": 1, "dropout": 0.1}),
 }
 
@@ -72,10 +75,12 @@ MODELS = {
 def test_the_exported_model_answers_as_ours(tmp_path, name):
     make, changes = MODELS[name]
     model = make(**changes)
-    theirs, _ = load(to_diffusers(model, EPS), tmp_path)
+    theirs, _ = load(to_diffusers(model, EPS, Eval()), tmp_path)
     x = torch.randn(3, model.channels, model.image_size, model.image_size, generator=torch.Generator().manual_seed(1))
     t, y = torch.tensor([0, 417, 999]), torch.tensor([0, 4, 5]) if model.num_classes else None
     ours = model(x, t, y)
+    if name == "dit-unconditional":
+        y = torch.tensor([0, 1, 0])  # diffusers' DiT must be told one; none adds anything
     assert float(ours.std()) > 0.1
     torch.testing.assert_close(theirs(x, timestep=t, class_labels=y).sample, ours, rtol=0, atol=1e-4)
 
@@ -99,7 +104,7 @@ QUICK = [walk for walk in WALKS if walk[2] is dit]
 )
 def test_their_own_loop_draws_our_images_from_the_same_noise(tmp_path, name, spacing, make):
     process, model = PROCESSES[name], make()
-    theirs, scheduler = load(to_diffusers(model, process, spacing), tmp_path)
+    theirs, scheduler = load(to_diffusers(model, process, Eval(spacing=spacing)), tmp_path)
     y = torch.tensor([1, 3])
     x = x_T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     scheduler.set_timesteps(20)
@@ -113,26 +118,34 @@ def test_their_own_loop_draws_our_images_from_the_same_noise(tmp_path, name, spa
 @torch.no_grad()
 def test_published_frequencies_would_give_other_images_there():
     published = dit(frequency_shift=0)
-    theirs = DiTTransformer2DModel(**{k: v for k, v in to_diffusers(dit(), EPS).config.items() if k[0] != "_"})
-    theirs.load_state_dict(to_diffusers(dit(), EPS).weights)  # the same weights but for the frequencies
+    theirs = DiTTransformer2DModel(**{k: v for k, v in to_diffusers(dit(), EPS, Eval()).config.items() if k[0] != "_"})
+    theirs.load_state_dict(to_diffusers(dit(), EPS, Eval()).weights)  # the same weights but for the frequencies
     x, t, y = torch.randn(1, 3, 8, 8), torch.tensor([999]), torch.tensor([1])
     difference = theirs.eval()(x, timestep=t, class_labels=y).sample - published(x, t, y)
     assert float(difference.abs().max()) > 1e-2
-    with pytest.raises(UserError, match=r"train with model\.frequency_shift 1"):
-        to_diffusers(published, EPS)
 
 
 @pytest.mark.parametrize(
-    ("model", "process", "spacing", "message"),
+    ("model", "message"),
     [
-        (lambda: dit(num_classes=0), EPS, "trailing", "num_classes is 0"),
-        (lambda: dit(qk_norm=True), EPS, "trailing", "no qk_norm"),
-        (lambda: dit(mlp_ratio=2), EPS, "trailing", "four times the width"),
-        (lambda: unet(learn_sigma=True), EPS, "trailing", "learned variance"),
-        (dit, RectifiedFlow(), "trailing", "a flow cannot be exported"),
-        (dit, EPS, "quad", "no spacing quad"),
+        (lambda: dit(frequency_shift=0), r"train with model\.frequency_shift 1, or export --format safetensors"),
+        (lambda: dit(qk_norm=True), r"no qk_norm; train without model\.qk_norm"),
+        (lambda: dit(mlp_ratio=2), "four times the width"),
     ],
 )
-def test_what_has_no_counterpart_is_refused(model, process, spacing, message):
+def test_what_has_no_counterpart_is_refused(model, message):
     with pytest.raises(UserError, match=message):
-        to_diffusers(model(), process, spacing)
+        to_diffusers(model(), EPS, Eval())
+
+
+def test_sampling_settings_that_no_pipeline_follows_are_named():
+    how = Eval(steps=30, spacing="quad", sampler="ancestral", guidance_rescale=0.5)
+    exported = to_diffusers(dit(), EPS, how)
+    assert exported.left_out == [
+        "eval.sampler ancestral", "eval.steps 30", "eval.spacing quad", "eval.guidance_rescale 0.5"
+    ]  # fmt: skip
+    assert exported.index["num_inference_steps"] == 25  # 30 does not divide 1,000
+    assert exported.scheduler["timestep_spacing"] == "trailing"
+    flow = to_diffusers(dit(), RectifiedFlow(), Eval(sampler="heun", steps=30, clip=True))
+    assert flow.left_out == ["eval.sampler heun", "eval.clip True"]
+    assert to_diffusers(dit(), EPS, Eval(steps=20, eta=0.5, clip=True, guidance=3)).left_out == []

@@ -1,0 +1,68 @@
+"""README.md of an exported folder: what the weights are, and about ten lines that draw a picture with them."""
+
+from typing import Any
+
+from dtrain.checkpoint.diffusers import Exported
+from dtrain.config import Config
+
+SHOWN = 8  # images of the picture
+
+
+def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
+    """Lines that need torch and diffusers, and not dtrain."""
+    how, classes = config.eval, config.model.num_classes
+    own = ', custom_pipeline=".", trust_remote_code=True)  # runs ./pipeline.py' if exported.own_pipeline else ")"
+    what = ["labels"] if classes else [f"batch_size={SHOWN}"]
+    what += [f"guidance_scale={how.guidance}"] if classes else []
+    what += [f"num_inference_steps={exported.steps}"]
+    if not exported.own_pipeline:
+        what += [f"eta={how.eta}"] if how.eta not in (0, "sigma_hat") else []
+        what += ["use_clipped_model_output=True"] if how.clip else []
+    code = ["import torch", "from diffusers import DiffusionPipeline"]
+    code += ["from diffusers.utils import make_image_grid", ""]
+    code += [f'pipe = DiffusionPipeline.from_pretrained("."{own}']
+    if classes:
+        code += [f"labels = list(pipe.labels)[:{SHOWN}]  # classes by name or number"]
+    code += ["generator = torch.Generator().manual_seed(0)"]
+    code += [f"images = pipe({', '.join(what)}, generator=generator).images"]
+    code += [f'make_image_grid(images, rows=1, cols=len(images), resize={_shown_side(config)}).save("picture.png")']
+    card = "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n---\n"
+    parts = [card + _head(config, source, class_names), _block("In this folder, with diffusers:", code)]
+    if exported.left_out:
+        parts.append(f"The run's own samples were drawn otherwise in {', '.join(exported.left_out)}.")
+    return "\n".join(parts) + "\n"
+
+
+def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
+    """Lines that need dtrain."""
+    how, classes = config.eval, config.model.num_classes
+    what = f"labels=range({min(SHOWN, classes)}), guidance={how.guidance}" if classes else str(SHOWN)
+    side = _shown_side(config)
+    code = ["import numpy as np", "from PIL import Image", "", "import dtrain", ""]
+    code += ['model = dtrain.load(".")  # model.model is the plain torch module']
+    code += [f"images = model.sample({what}, steps={how.steps}, seed=0)  # uint8 (n, H, W, C)"]
+    code += ["picture = Image.fromarray(np.hstack(images).squeeze())"]
+    code += [f'picture.resize(({side} * len(images), {side})).save("picture.png")']
+    return "\n".join([_head(config, source, class_names), _block("In this folder, with dtrain:", code)]) + "\n"
+
+
+def _shown_side(config: Config) -> int:
+    return max(64, config.data.image_size)
+
+
+def _block(introduction: str, code: list[str]) -> str:
+    return "\n".join([introduction, "", "```python", *code, "```", ""])
+
+
+def _head(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
+    side, classes = config.data.image_size, config.model.num_classes
+    kind = {"dit": "DiT", "unet": "UNet"}[config.model.name]
+    weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
+    colours = "grey" if config.data.channels == 1 else "RGB"
+    lines = [f"# {source['run']}", ""]
+    lines += [f"A {kind} for {side}×{side} {colours} pixels, {f'{classes} classes' if classes else 'without classes'}."]
+    lines += [f"{weights} of step {source['step']:,} ({source['images']:,} images seen), trained with dtrain."]
+    if class_names:
+        named = [f"{i} {name}" for i, name in enumerate(class_names[:20])] + ["…"] * (len(class_names) > 20)
+        lines += ["", f"Classes: {', '.join(named)}"]
+    return "\n".join([*lines, ""])
