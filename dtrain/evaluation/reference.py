@@ -81,10 +81,10 @@ class Reference:
         self.extractor: Extractor = distributed.agree(
             extractor, e.features, data.image_size, data.channels, e.weights, device
         )
-        check_metrics(e, self.extractor)
+        self.manifest = split_of(config)
+        check_metrics(e, self.extractor, None if self.manifest is None else self.manifest.samples)
         keep = needs_reference_features(e)
         self.labels = self.features = self.validation = None
-        self.manifest = split_of(config)
         if self.manifest is not None:
             distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)

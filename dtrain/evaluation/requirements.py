@@ -51,11 +51,12 @@ def needs_split(e: Eval) -> bool:
 
 def check_evaluation(config: Config) -> None:
     """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
+    check_guidance(config)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
     features = known_features(config)
     if features is not None:
-        check_metrics(config.eval, features)
+        check_metrics(config.eval, features, None if split is None else split.samples)
     if config.eval.reference and not Path(config.eval.reference).is_file():
         raise UserError(f"no statistics at {config.eval.reference}")
 
@@ -102,9 +103,31 @@ def check_torchscript(path: Path) -> None:
         )
 
 
-def check_metrics(e: Eval, features: Features) -> None:
-    """Raises UserError for what could not be computed after all the sampling."""
+def check_guidance(config: Config) -> None:
+    """Raises UserError where guidance would contrast with a model that nothing has trained."""
+    guidance, dropout = config.eval.guidance, config.diffusion.label_dropout
+    if guidance != 1 and dropout == 0:
+        raise UserError(
+            f"eval.guidance {guidance} contrasts the model with itself without a class, which "
+            "diffusion.label_dropout 0 never trains; take guidance 1, or train with label_dropout 0.1"
+        )
+
+
+def check_metrics(e: Eval, features: Features, references: int | None = None) -> None:
+    """Raises UserError for what could not be computed after all the sampling.
+
+    references: images to compare with, where statistics in a file do not stand for them.
+    """
     n, dimensions = e.num_samples, features.dimensions
+    if n < 2 and set(e.metrics) - OF_THE_MODEL:
+        raise UserError(f"eval.num_samples {n}: one sample has no spread to compare; take thousands")
+    if references is not None and references < 2 and {"fd", "fd_infinity", "kid"} & set(e.metrics):
+        raise UserError(f"the held-out split has {references} image, and one has no spread to compare; hold out more")
+    if references is not None and references <= NEIGHBOURS and {"precision", "recall"} & set(e.metrics):
+        raise UserError(
+            f"precision and recall need more than {NEIGHBOURS} held-out images, not {references}: with fewer every "
+            "sample counts as near; hold out more"
+        )
     if "is" in e.metrics and not features.classes:
         raise UserError(
             f"the Inception score needs features with classes, which {features.name} are not; take inception"

@@ -16,6 +16,7 @@ from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
 from dtrain.training.stopping import deadline
 
+MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning
 PUBLISHED = (".pt", ".pth", ".safetensors")  # what run.init_from takes besides checkpoints
 
 
@@ -35,8 +36,21 @@ def check_start(config: Config, ranks: int) -> str:
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
         *about_pictures(config, manifest),
+        *warnings(config),
     ]
     return "\n".join(lines)
+
+
+def warnings(config: Config) -> list[str]:
+    """What may be meant but seldom is, a line each."""
+    steps, lines = config.train.steps, []
+    for number, profile in enumerate(config.ema):
+        if (left := profile.decay**steps) > MOST_OF_THE_START:
+            lines.append(
+                f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
+                f"{max(0.0, round(1 - 10 / steps, 4))} would average the last tenth of the run"
+            )
+    return lines
 
 
 def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
@@ -60,6 +74,11 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> None:
 
     A start asks this before it takes the run directory; what stands in that directory it judges once it has it.
     """
+    if config.model.num_classes and config.diffusion.label_dropout == 1:
+        raise UserError(
+            "diffusion.label_dropout 1 never shows the model a label; set model.num_classes to 0, or take a dropout "
+            "such as 0.1"
+        )
     manifests.check_all(manifest, config.data)
     check_fields(config, manifest)
     if config.eval.every:

@@ -16,7 +16,7 @@ from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.agreement import check_agreement
 from dtrain.training.bad_steps import BadSteps
-from dtrain.training.check import check_inputs
+from dtrain.training.check import check_inputs, warnings
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
@@ -50,6 +50,8 @@ def train(config: Config) -> Outcome:
     changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
     if rank != 0:
         redirect_to_log(run.logs)
+    else:
+        print("".join(f"{line}\n" for line in warnings(config)), end="", flush=True)
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends)
     stop.listen()
@@ -61,7 +63,7 @@ def train(config: Config) -> Outcome:
     try:
         engine = Engine(config, micro_batch)
         process = build_process(config.diffusion)
-        position = resume(engine, process, run, config, bad_steps)
+        position = resume(engine, process, run, config, bad_steps, data=manifest.hash)
         steps = Steps(
             config, run, manifest, engine, process, position, feed, bad_steps, tracker, stop, watchdog, goodput
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
-from dtrain.config import Config
+from dtrain.config import Config, identity, with_earlier_values
 from dtrain.data.manifest import Manifest
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
@@ -56,26 +56,28 @@ def resume(
     config: Config,
     bad_steps: BadSteps | None = None,
     anew: bool = False,
+    data: str | None = None,
 ) -> Position:
     """Load the newest checkpoint that every rank can read whole; where there is none, begin.
 
-    anew: the engine has been trained with since it was made.
+    anew: the engine has been trained with since it was made. data: the manifest's hash, which a checkpoint must have.
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
     found = distributed.on_rank_0(complete, run.checkpoints)  # who looks for himself may miss the last commit
     for path in reversed(found):
-        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, process), path)
+        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, process, config, data), path)
         if checkpoint is not None:
             engine.refresh(checkpoint.meta["optimizer_steps"])
             if bad_steps is not None:
                 bad_steps.load_state(checkpoint.meta.get("bad_steps", {}))
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
         if distributed.rank() == 0:
-            print(f"skipping a damaged checkpoint: {problem}", flush=True)
+            print(f"skipping a checkpoint that cannot be used: {problem}", flush=True)
     if found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; move them away to start anew"
+            f"none of the {len(found)} checkpoints in {run.checkpoints} is whole and this run's own: {problem}; "
+            "move them away to start anew"
         )
     if anew:
         engine.reset()
@@ -86,9 +88,31 @@ def resume(
     return Position()
 
 
-def _load(engine: Engine, process: GaussianDiffusion | RectifiedFlow, checkpoint: Checkpoint) -> None:
+def _load(
+    engine: Engine,
+    process: GaussianDiffusion | RectifiedFlow,
+    config: Config,
+    data: str | None,
+    checkpoint: Checkpoint,
+) -> None:
+    _check_own(config, data, checkpoint)
     engine.load(checkpoint)
     remember(process, checkpoint)
+
+
+def _check_own(config: Config, data: str | None, checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that another run has written, though it lies in this run's folder."""
+    if not {"config", "data"} <= checkpoint.meta.keys():
+        return  # written by a program of the user's: nothing tells whose it is
+    try:
+        theirs = identity(Config(**with_earlier_values(checkpoint.meta["config"])))
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{checkpoint.path} does not say by a config of this version which run wrote it") from None
+    for key, ours in identity(config).items():
+        if theirs.get(key) != ours and not (key == "data.streams" and ours is None):
+            raise UserError(f"{checkpoint.path} is of another run: {key} is {theirs.get(key)!r} there, {ours!r} here")
+    if data not in (None, checkpoint.meta["data"]):
+        raise UserError(f"{checkpoint.path} is of another run: it was trained on other data, of another manifest")
 
 
 def _begin_from(engine: Engine, config: Config) -> None:

@@ -251,7 +251,15 @@ class Steps:
         self.goodput.end_attempt(self.position)
         with self.watchdog.during("start"):
             left = self.position.step
-            self.position = resume(self.engine, self.process, self.run, self.config, self.bad_steps, anew=True)
+            self.position = resume(
+                self.engine,
+                self.process,
+                self.run,
+                self.config,
+                self.bad_steps,
+                anew=True,
+                data=self.manifest.hash,
+            )
             self._saving.went_back(self.position)
             why = f"{self.config.train.bad_steps} steps in a row were refused"
             self._progress.say(f"back from step {left} to {self.position.step}, to leave out images: {why}")

@@ -3,11 +3,12 @@
 import shutil
 
 import numpy as np
+import pytest
 
 from dtrain.checkpoint.directory import complete
-from tests.digits import tiny
+from tests.digits import losses, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.test_loop import train, train_saying_into, trained
 
 SEED, DAMAGES = 0, 200
 KINDS = ("flip", "truncate", "delete", "exchange", "stale")
@@ -65,3 +66,19 @@ def test_every_damage_is_found_and_the_older_checkpoint_taken(digits, tmp_path):
     results = run_ranks(resumed_from, 3, configs, timeout=600)
     assert results[0] == results[1] == results[2]
     assert [(told[i], step) for i, step in enumerate(results[0]) if step != 5] == []
+
+
+@pytest.mark.parametrize("overrides", [["run.seed=5"], ["model.qk_norm=true", "model.frequency_shift=0"]])
+def test_a_checkpoint_of_another_run_in_this_runs_folder_is_passed_over_by_name(digits, tmp_path, overrides):
+    own = ("train.steps=10", "train.checkpoint_every=5")
+    whole = trained(tiny(digits, tmp_path / "whole", "train.steps=12"), 1)
+    config = tiny(digits, tmp_path / "own", *own)
+    trained(config, 1)
+    other = tiny(digits, tmp_path / "other", "train.steps=11", *overrides)
+    trained(other, 1)
+    shutil.copytree(other.run.path / "checkpoints/step-00000011", config.run.path / "checkpoints/step-00000011")
+    said = tmp_path / "said"
+    run_ranks(train_saying_into, 1, tiny(digits, tmp_path / "own", "train.steps=12"), said)
+    assert "skipping a checkpoint that cannot be used" in said.read_text()
+    assert "step-00000011 is of another run: " in said.read_text()
+    assert losses(config) == whole
