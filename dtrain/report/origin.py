@@ -75,5 +75,5 @@ def _mlflow(run: Run) -> str:
         return ""
     server, _, page = link.partition("/#/")
     address = html.escape(f"{redacted(server)}/#/{page}")
-    served = f" after <code>{escaped(command)}</code>" if command else ""
+    served = f", while <code>{escaped(command)}</code> runs" if command else ""
     return f'<a href="{address}" rel="noreferrer">the curves</a>{served}'

@@ -100,7 +100,7 @@ class Run:
     def manifest(self) -> Manifest | None:
         """What the last attempt was trained on, with data.mix; None where its manifests are gone or others now."""
         context = self.begun[-1]["context"] if self.begun else {}
-        paths = [s.get("manifest") or Path(str(s.get("shards"))) / "manifest.json" for s in self.sources]
+        paths = [str(s.get("manifest") or f"{s.get('shards')}/manifest.json") for s in self.sources]
         for folder in self._places():
             found = [glance(folder / path) for path in paths]
             if found and None not in found:

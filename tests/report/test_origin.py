@@ -133,7 +133,7 @@ def test_a_journal_that_says_less_is_shown_as_far_as_it_goes(tmp_path, monkeypat
             "null",
             "sqlite:///{runs}/mlflow.db",
             "http://127.0.0.1:5000",
-            "the curves after mlflow server --backend-store-uri sqlite:///{runs}/mlflow.db",
+            "the curves, while mlflow server --backend-store-uri sqlite:///{runs}/mlflow.db runs",
         ),
     ],
 )
