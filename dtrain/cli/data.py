@@ -13,7 +13,12 @@ from dtrain.errors import DAMAGED
 def pack(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="a folder of class folders, an .npz, a manifest.json, or sklearn:digits"),
+        typer.Argument(
+            metavar="SOURCE",
+            help="a folder of pictures, or of class folders; a .parquet file, or a folder of them; an .npz; "
+            "a manifest.json; sklearn:digits; torchvision:cifar10, cifar100, mnist, fashionmnist, kmnist, svhn, stl10 "
+            "or usps",
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DEST")],
     holdout: Annotated[int, typer.Option(min=0, help="samples set apart for evaluation")] = 0,
@@ -21,12 +26,23 @@ def pack(
     shard_samples: Annotated[int | None, typer.Option(min=1, help="samples a shard; default: at most 1,000")] = None,
     shard_bytes: Annotated[int | None, typer.Option(min=1, help="end a shard that has so many bytes")] = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp; default: files as they are")] = None,
+    split: Annotated[str | None, typer.Option(help="which of several to take, such as train")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of metadata.jsonl, metadata.csv or Parquet files")] = None,
+    image_column: Annotated[str | None, typer.Option(help="of Parquet files with several")] = None,
+    root: Annotated[str | None, typer.Option(help="folder of torchvision's files; default: data/torchvision")] = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch torchvision's files into its root")] = False,
 ) -> None:
-    """Make WebDataset shards with manifests: DEST/train and, with --holdout, DEST/holdout."""
-    from dtrain.data.pack import pack as run
+    """Make WebDataset shards with manifests: DEST/train and, with --holdout, DEST/holdout.
 
+    Pictures that training would refuse are left out: DEST/left-out.tsv says which and why.
+    """
+    from dtrain.data.pack import pack as run
+    from dtrain.data.sources import Choice
+
+    choice = Choice(split, label_column, image_column, root, download)
     with progress("packing") as on_sample:
-        print(run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample))
+        packed = run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample, choice=choice)
+    print(packed.report)
 
 
 def index(

@@ -10,34 +10,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
+from dtrain.data import left_out
+from dtrain.data.fitness import FORMATS
 from dtrain.data.indexing import index_shards
+from dtrain.data.left_out import LeftOut
 from dtrain.data.manifest import check_shards, load, replacing
+from dtrain.data.packed import Packed, packed
 from dtrain.data.parallel import WorkerKilled
-from dtrain.data.sources import FORMATS, open_source
+from dtrain.data.sources import Choice, open_source
 from dtrain.data.writing import Limits, write_shards
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose, permutation
 
 REQUEST = "pack.json"
-_LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What `pack` left at `destination`; prints as the line to show."""
-
-    destination: Path
-    train: int
-    holdout: int
-    kept: bool  # was there already
-
-    def __str__(self) -> str:
-        held = f" and {self.holdout:,} held out" if self.holdout else ""
-        verb = "keeping what is there:" if self.kept else "packed"
-        return f"{self.destination}: {verb} {self.train:,} samples for training{held}"
+_LOCK, _SPOOL = ".lock", "spool"
 
 
 def pack(
@@ -50,67 +39,90 @@ def pack(
     format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: int | None = None,
+    choice: Choice | None = None,
 ) -> Packed:
     """Pack `source` into `destination`: shuffled by `seed`, its first `holdout` samples kept apart.
 
-    source: `sklearn:digits`; a folder of class folders of JPEG, PNG and WebP files, whose classes are numbered in the
-    order of their names; an .npz with `images` uint8 (N, H, W[, C]) and `labels` (N,); or the manifest.json of other
-    shards. Files are copied byte for byte, unless `format` (png, jpeg or webp; jpeg and webp with quality 95) asks for
-    another; the pixels of an .npz become PNG. shard_samples: by default at most 1,000, and fewer so that each split has
+    source: `sklearn:digits`; a folder of JPEG, PNG and WebP files, or of class folders of them, whose classes are
+    numbered in the order of their names, or with a metadata.jsonl or metadata.csv that holds the labels; Parquet files
+    with a column of such files; an .npz with `images` uint8 (N, H, W[, C]) and `labels` (N,); the manifest.json of
+    other shards; `torchvision:NAME`. choice: what to take of those that hold several splits or columns. Files are
+    copied byte for byte, unless `format` (png, jpeg or webp; jpeg and webp with quality 95) asks for another; pixels
+    of an .npz or of torchvision become PNG. Pictures that training would refuse are left out, and a table in the
+    destination says which and why. shard_samples: by default at most 1,000, and fewer so that each split has
     at least eight shards; shard_bytes ends a shard that has so many bytes. progress: called with (samples done, of).
     processes: default one a core, one for few samples. A destination packed before by the same request is kept; any
     other that is not empty is refused, UserError. Of a call that was killed, the whole shards are kept by the next.
     """
     destination = Path(os.path.abspath(destination))
-    data = open_source(source)
-    if not 0 <= holdout < data.samples:
-        raise UserError(f"--holdout {holdout} must leave a sample to train on: {source} has {data.samples}")
+    choice = choice or Choice()
     if format not in (None, *FORMATS):
         raise UserError(f"--format {format} is not one of {', '.join(FORMATS)}")
-    if format is not None:
-        data = data.in_format(format)
     if shard_bytes is not None and shard_bytes < 1:
         raise UserError(f"a shard holds at least 1 byte, got {shard_bytes}")
     if shard_samples is not None and shard_samples < 1:
         raise UserError(f"a shard holds at least 1 sample, got {shard_samples}")
+    if destination.is_relative_to(os.path.abspath(source)):
+        raise UserError(f"{destination} lies in {source}, where it would be packed the next time; name a place outside")
+    data = open_source(source, choice)
+    if not 0 <= holdout < data.samples:
+        raise UserError(f"--holdout {holdout} must leave a sample to train on: {source} has {data.samples}")
+    data = data.ready(format)
     request = {
-        "source": source if source.startswith("sklearn:") else str(Path(source).resolve()),
+        "source": source if source.startswith(("sklearn:", "torchvision:")) else str(Path(source).resolve()),
         "content": data.content,
         "holdout": holdout,
         "seed": seed,
         "shard_samples": shard_samples,
         "shard_bytes": shard_bytes,
         "format": format,
-    }
-    packed = Packed(destination, data.samples - holdout, holdout, kept=False)
+    } | choice.request
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         _check_request(destination, request)
-        for split in ("train", "holdout") if holdout else ("train",):
+        found = packed(destination, data.notes, kept=True)
+        for split in ("train", "holdout") if found.holdout else ("train",):
             check_shards(load(destination / split / "manifest.json"), destination / split)
-        return Packed(**asdict(packed) | {"kept": True})
+        return found
 
-    shuffled = permutation(Draws(seed).words(Purpose.SPLIT, 0, size=data.samples))
-    splits = {"holdout": shuffled[:holdout], "train": shuffled[holdout:]}
-    done = 0
+    order = permutation(Draws(seed).words(Purpose.SPLIT, 0, size=data.samples))
+    skipped = list(data.left_out)
+    total = data.samples * (1 if data.spool is None else 2)
+    met = done = 0  # samples that were looked at, and with those that were spooled
     try:
         with _unfinished(destination, request) as folder:
-            for split, samples in splits.items():
-                if not len(samples):
+            if data.spool is not None:
+                data = replace(data, item=data.spool(folder / _SPOOL, _report(progress, 0, total)))
+                done = data.samples
+            for split, wanted in (("holdout", holdout), ("train", data.samples)):
+                samples = order[met:]
+                if not min(wanted, len(samples)):
                     continue
-                limits = Limits(shard_samples or min(1000, -(-len(samples) // 8)), shard_bytes)
+                limits = Limits(shard_samples or min(1000, -(-min(wanted, len(samples)) // 8)), shard_bytes)
                 (folder / split).mkdir(exist_ok=True)
                 prefix, record = folder / split / split, folder / f"{split}.done"
-                report = _report(progress, done, data.samples)
-                shards = write_shards(data, samples, prefix, limits, record, report, processes)
-                index_shards(shards, folder / split / "manifest.json", classes=data.classes)
-                done += len(samples)
+                report = _report(progress, done + met, total)
+                written = write_shards(data, samples, wanted, prefix, limits, record, report, processes)
+                met += written.met
+                skipped += written.left_out
+                if written.shards:
+                    index_shards(written.shards, folder / split / "manifest.json", classes=data.classes)
+            if not (folder / "train" / "manifest.json").exists():
+                raise UserError(_none_left(source, holdout, skipped))
+            left_out.write(folder, skipped)
+            shutil.rmtree(folder / _SPOOL, ignore_errors=True)
             # With what `replacing` left where it was killed.
             for left in (*folder.glob("*.done"), *folder.rglob(".*.tmp"), folder / _LOCK):
                 left.unlink()
             os.rename(folder, destination)
     except OSError as e:
         raise UserError(f"cannot pack {source} into {destination}: {e.strerror}; name a place with room") from None
-    return packed
+    return packed(destination, data.notes, kept=False)
+
+
+def _none_left(source: str, holdout: int, skipped: list[LeftOut]) -> str:
+    reasons = "; ".join(left_out.summary(skipped))
+    needs = f"more than the {holdout:,} of --holdout are" if holdout else "any is"
+    return f"no sample of {source} is left to train on: see that {needs} fit; left out were {reasons}"
 
 
 @contextmanager
@@ -155,11 +167,12 @@ def _check_request(destination: Path, request: dict) -> None:
     other = "name another destination, or remove it to pack anew"
     try:
         before = json.loads((destination / REQUEST).read_text())
+        request = dict.fromkeys(before) | request
         differing = [key for key in request if before.get(key) != request[key]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{destination} exists and was not made by `dtrain pack`; {other}") from None
     if differing == ["content"]:
         raise UserError(f"{destination} was packed from {request['source']} when that held other files; {other}")
     if differing:
-        key = differing[0]
+        key = next(key for key in differing if key != "content")
         raise UserError(f"{destination} was packed with {key} {before.get(key)!r}, not {request[key]!r}; {other}")

@@ -1,11 +1,10 @@
-"""What `dtrain pack` packs: labelled images from folders, .npz files, other shards and scikit-learn.
+"""What `dtrain pack` packs: images from folders, Parquet and .npz files, other shards, scikit-learn and torchvision.
 
 Each source hands out small items in its own process, which a worker process turns into a sample's files.
 """
 
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,22 +14,56 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.data.fitness import CANNOT_ENCODE, FORMATS, Files, encoded, fit, image_field
+from dtrain.data.left_out import LeftOut
 from dtrain.data.manifest import load
 from dtrain.data.shards import ShardReader
 from dtrain.errors import UserError
 
-SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-FORMATS = {"png": ("png",), "jpeg": ("jpg", "jpeg"), "webp": ("webp",)}
+FORMS = (
+    "a folder of pictures, or of class folders; a .parquet file or a folder of them; an .npz; "
+    "the manifest.json of shards; sklearn:digits; torchvision:cifar10 and its like"
+)
 
-Files = dict[str, bytes]  # of one sample by field, `cls` included
+
+@dataclass(frozen=True)
+class Choice:
+    """What to take of a source that holds several things; None where there is nothing to choose.
+
+    split: by its folder's or its files' name. label_column, image_column: of a table. root: folder of torchvision's
+    files. download: fetch them where they are missing.
+    """
+
+    split: str | None = None
+    label_column: str | None = None
+    image_column: str | None = None
+    root: str | None = None
+    download: bool = False
+
+    def only(self, source: str, *options: str) -> None:
+        """UserError for an option that was given and means nothing for this source."""
+        for option, value in vars(self).items():
+            if value and option not in options:
+                raise UserError(f"--{option.replace('_', '-')} means nothing for {source}; leave it away")
+
+    @property
+    def request(self) -> dict[str, str]:
+        """What of it decides which samples are packed."""
+        chosen = {key: getattr(self, key) for key in ("split", "label_column", "image_column")}
+        return {key: value for key, value in chosen.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled image files that can be packed.
+    """Image files, labelled or not, that can be packed.
 
     item(i): what `files` needs of the i-th sample; both it and `files` can go to another process.
+    files(item): raises Unfit for a sample to be left out, which is told as unfit(i, reason).
     content: hex digest that changes when the source does.
+    foreign: its pictures were made elsewhere, so each is decoded, and left out where training would refuse it.
+    left_out: what was seen at once not to be packed. notes: lines to show about what was taken.
+    spool: for a source that can only be read from its beginning. Called with a folder to write to and a function of the
+    samples done, it gives the `item` that then holds.
     """
 
     samples: int
@@ -38,21 +71,49 @@ class Source:
     content: str
     item: Callable[[int], Any]
     files: Callable[[Any], Files]
+    foreign: bool = False
+    unfit: Callable[[int, str], LeftOut] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+    spool: Callable[[Path, Callable[[int], None]], Callable[[int], Any]] | None = None
 
-    def in_format(self, form: str) -> "Source":
-        """The same with images in another format; one that has it already stays as it is."""
+    def ready(self, form: str | None) -> "Source":
+        """With `files` as they are packed: checked, and in the format `form`; one that has it stays as it is."""
+        if self.foreign:
+            return replace(self, files=partial(fit, self.files, form))
+        if form is None:
+            return self
         return replace(self, item=lambda i: (i, self.item(i)), files=partial(_encoded, self.files, form))
 
 
-def open_source(source: str) -> Source:
-    """`sklearn:digits`, a folder of class folders, an .npz, or the manifest.json of other shards. Raises UserError."""
+def open_source(source: str, choice: Choice | None = None) -> Source:
+    """Each form of FORMS. Raises UserError, also for a choice that the source does not have."""
+    choice = choice or Choice()
+    path = Path(source)
     if source == "sklearn:digits":
+        choice.only(source)
         return _digits()
     if source.endswith(".npz"):
-        return _npz(Path(source))
+        choice.only(source)
+        return _npz(path)
     if source.endswith(".json"):
-        return _shards(Path(source))
-    return _class_folders(Path(source))
+        choice.only(source)
+        return _shards(path)
+    from dtrain.data.folders import folder
+
+    return folder(path, choice)
+
+
+def arrays(images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, **more: Any) -> Source:
+    """Of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, and class numbers (N,)."""
+    content = hashlib.sha256(images.tobytes())
+    if labels is not None:
+        content.update(labels.astype("<i8").tobytes())
+
+    def item(i: int) -> tuple[np.ndarray, int | None]:
+        return images[i], None if labels is None else int(labels[i])
+
+    return Source(len(images), classes, content.hexdigest(), item, _png, **more)
 
 
 def _digits() -> Source:
@@ -61,9 +122,7 @@ def _digits() -> Source:
 
     digits = load_digits()
     levels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    content = hashlib.sha256(levels.tobytes() + digits.target.astype("<i8").tobytes()).hexdigest()
-    classes = [str(name) for name in digits.target_names]
-    return Source(len(levels), classes, content, lambda i: (levels[i], int(digits.target[i])), _png)
+    return arrays(levels, digits.target, [str(name) for name in digits.target_names])
 
 
 def _npz(path: Path) -> Source:
@@ -80,19 +139,20 @@ def _npz(path: Path) -> Source:
         raise UserError(f"{path}: `images` is {images.dtype} {images.shape}, not uint8 (N, H, W), or (N, H, W, 3)")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise UserError(f"{path}: `labels` must be {len(images)} class numbers, one an image")
-
-    content = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
-    classes = [str(n) for n in range(int(labels.max(initial=0)) + 1)]
-    return Source(len(images), classes, content, lambda i: (images[i], int(labels[i])), _png)
+    return arrays(images, labels, [str(n) for n in range(int(labels.max(initial=0)) + 1)])
 
 
-def _png(item: tuple[np.ndarray, int]) -> Files:
+def _png(item: tuple[np.ndarray, int | None]) -> Files:
     from PIL import Image
 
     pixels, label = item
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    return {"png": file.getvalue(), "cls": str(label).encode()}
+    return labelled({"png": file.getvalue()}, label)
+
+
+def labelled(files: Files, label: int | None) -> Files:
+    return files if label is None else files | {"cls": str(label).encode()}
 
 
 def _shards(path: Path) -> Source:
@@ -112,57 +172,19 @@ def _reader(path: Path) -> ShardReader:
 
 
 def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) -> Files:
-    from PIL import Image
-
     i, own = item
     sample = files(own)
-    field = next((f for f in ("jpg", "jpeg", "png", "webp") if f in sample), None)
+    field = image_field(sample)
     if field is None or field in FORMATS[form]:
         return sample
-    file = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(sample.pop(field))) as image:
-            if image.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits a channel")
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError("it is animated; only still images can be used")
-            pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
-            pixels.save(file, form.upper(), **({} if form == "png" else {"quality": 95}))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        picture = encoded(sample.pop(field), form)
+    except CANNOT_ENCODE as e:
         raise UserError(f"sample {i} of the source cannot be decoded ({e}); leave it out") from None
-    return {FORMATS[form][0]: file.getvalue()} | sample
+    return {FORMATS[form][0]: picture} | sample
 
 
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")  # what files of the three formats begin with
-
-
-def _class_folders(folder: Path) -> Source:
-    """Every .jpg, .jpeg, .png and .webp below the folder's sub-folders; each of these is a class."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to pack; give a folder of class folders, or sklearn:digits")
-    classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not classes:
-        raise UserError(f"{folder} has no class folders; put the images of each class into a folder of its own")
+def check_classes(classes: list[str], what: str) -> None:
+    """Raises UserError for names that could be neither kept as JSON nor shown. what: what has such a name."""
     if unreadable := [name for name in classes if not name.isprintable()]:
-        raise UserError(f"the class folder {unreadable[0]!r} has a name that cannot be kept; rename it")
-    files: list[tuple[Path, int]] = []
-    content = hashlib.sha256()
-    for label, name in enumerate(classes):
-        images = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        if not images:
-            raise UserError(
-                f"the class folder {folder / name} has no .jpg, .jpeg, .png or .webp files; fill or remove it"
-            )
-        for file in images:
-            files.append((file, label))
-            content.update(os.fsencode(f"{file.relative_to(folder)}\0{file.stat().st_size}\n"))
-
-    return Source(len(files), classes, content.hexdigest(), files.__getitem__, _file)
-
-
-def _file(item: tuple[Path, int]) -> Files:
-    path, label = item
-    data = path.read_bytes()
-    if not data.startswith(MAGIC) or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
-        raise UserError(f"{path} is no JPEG, PNG or WebP image; take it out of the folder")
-    return {SUFFIXES[path.suffix.lower()]: data, "cls": str(label).encode()}
+        raise UserError(f"the {what} {unreadable[0]!r} has a name that cannot be kept; rename it")
