@@ -10,7 +10,7 @@ from dtrain.data.left_out import LeftOut, summary
 from dtrain.data.metadata import Labels, find, labels_of
 from dtrain.data.sources import FORMS, Choice, Source, check_classes, labelled
 from dtrain.data.splits import choose, is_training, splits_among
-from dtrain.data.walk import SUFFIXES, Walk, folders_in, walk
+from dtrain.data.walk import SUFFIXES, Walk, files_below, folders_in, walk
 from dtrain.errors import UserError
 
 
@@ -19,6 +19,12 @@ def folder(path: Path, choice: Choice) -> Source:
     if not path.is_dir():
         what = "is a file, not one that can be packed" if path.exists() else "is not there"
         raise UserError(f"there is no folder {path} to pack: it {what}; give {FORMS}")
+    if tables := [name for name in files_below(path, ".parquet", 2) if Path(name).name != "metadata.parquet"]:
+        from dtrain.data.parquet import parquet_files
+
+        choice.only(str(path), "split", "label_column", "image_column")
+        return parquet_files(path, tables, choice)
+
     choice.only(str(path), "split", "label_column")
     folders = folders_in(path)
     splits = splits_among(folders)

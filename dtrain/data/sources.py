@@ -99,6 +99,11 @@ def open_source(source: str, choice: Choice | None = None) -> Source:
     if source.endswith(".json"):
         choice.only(source)
         return _shards(path)
+    if source.endswith(".parquet"):
+        from dtrain.data.parquet import parquet
+
+        choice.only(source, "split", "label_column", "image_column")
+        return parquet(path, choice)
     from dtrain.data.folders import folder
 
     return folder(path, choice)
