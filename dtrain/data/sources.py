@@ -90,6 +90,11 @@ def open_source(source: str, choice: Choice | None = None) -> Source:
     """Each form of FORMS. Raises UserError, also for a choice that the source does not have."""
     choice = choice or Choice()
     path = Path(source)
+    if source.startswith("torchvision:"):
+        from dtrain.data.torchvision_sets import torchvision_set
+
+        choice.only(source, "split", "root", "download")
+        return torchvision_set(source.removeprefix("torchvision:"), choice)
     if source == "sklearn:digits":
         choice.only(source)
         return _digits()
