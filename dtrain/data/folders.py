@@ -17,8 +17,8 @@ from dtrain.errors import UserError
 def folder(path: Path, choice: Choice) -> Source:
     """The pictures below a folder, or its Parquet files. Raises UserError where it has neither."""
     if not path.is_dir():
-        what = "is a file, not one that can be packed" if path.exists() else "is not there"
-        raise UserError(f"there is no folder {path} to pack: it {what}; give {FORMS}")
+        wrong = f"{path} cannot be packed" if path.exists() else f"there is no folder {path} to pack"
+        raise UserError(f"{wrong}; SOURCE is {FORMS}")
     if tables := [name for name in files_below(path, ".parquet", 2) if Path(name).name != "metadata.parquet"]:
         from dtrain.data.parquet import parquet_files
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dtrain.data import writing
 from dtrain.data.manifest import load
 from dtrain.data.pack import pack
 from dtrain.data.sources import Choice
@@ -245,7 +246,9 @@ def test_folders_without_a_picture_say_what_they_hold(tmp_path):
     lay(tmp_path / "bad", {"3.png": picture(3)})
     with pytest.raises(UserError, match=r"see that more than the 2 of --holdout are fit; left out were 2 .jpg"):
         pack(str(tmp_path / "bad"), tmp_path / "packed", holdout=2)
-    with pytest.raises(UserError, match=r"there is no folder .*photos.zip to pack: it is a file, not one that can"):
+    with pytest.raises(
+        UserError, match=r"photos.zip cannot be packed; SOURCE is a folder of pictures, or of class folders"
+    ):
         pack(str(tmp_path / "photos_zip/photos.zip"), tmp_path / "packed")
     with pytest.raises(UserError, match=r"bad/packed lies in .*bad, where it would be packed the next time"):
         pack(str(tmp_path / "bad"), tmp_path / "bad/packed")
@@ -255,13 +258,22 @@ def test_folders_without_a_picture_say_what_they_hold(tmp_path):
     assert not (tmp_path / ".packed.partial").exists()
 
 
-def test_a_folder_that_may_not_be_read_ends_it_in_one_line(tmp_path):
-    """Trouble that may pass is not taken for a picture that is unfit."""
-    source = lay(tmp_path / "flat", {"1.png": picture(1), "2.png": picture(2)})
-    os.remove(source / "2.png")
-    os.mkfifo(source / "2.png")  # at once no file: said, and not waited for
+def test_what_is_no_file_is_said_and_not_waited_for(tmp_path):
+    source = lay(tmp_path / "flat", {"1.png": picture(1)})
+    os.mkfifo(source / "2.png")
     done = pack(str(source), tmp_path / "packed")
     assert [(one.name, one.reason) for one in done.left_out] == [("2.png", "no file")]
+
+
+def test_a_file_that_cannot_be_read_ends_it_and_is_not_taken_for_an_unfit_picture(tmp_path, monkeypatch):
+    """It may be readable tomorrow. Here it goes away after it was listed."""
+    source = lay(tmp_path / "flat", {f"{i}.png": picture(i) for i in range(3)})
+    monkeypatch.setattr(writing, "PIECE", 1)
+    with pytest.raises(
+        UserError, match=r"cannot read .*flat/\d.png: No such file or directory; restore it, or take it"
+    ):
+        pack(str(source), tmp_path / "packed", progress=lambda *_: shutil.rmtree(source, ignore_errors=True))
+    assert sorted(f.name for f in tmp_path.iterdir()) == []
 
 
 MANY = {"holdout": 40, "seed": 4, "shard_samples": 9}
