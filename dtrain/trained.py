@@ -18,6 +18,7 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.requirements import check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
@@ -75,10 +76,11 @@ class Trained:
         }
         tree = self.config.model_dump(mode="json")
         tree["eval"] |= {key: value for key, value in chosen.items() if value is not None}
-        how = configuration.validate(tree, "the settings of sample").eval
+        config = configuration.validate(tree, "the settings of sample")
+        check_guidance(config)
         numbers = self._labels(n, labels)
-        sampler_of_run = Sampler.of(self.model, self.process, self.config, self.device)
-        return together(draw(sampler_of_run, numbers, how))
+        ready = Sampler.of(self.model, self.process, config, self.device)
+        return together(draw(ready, numbers, config.eval))
 
     def _labels(self, n: int | None, labels: int | str | Iterable[int | str] | None) -> torch.Tensor:
         """int64 (n,)."""

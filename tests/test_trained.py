@@ -1,5 +1,6 @@
 """`dtrain.load`: what a program gets is what the commands give."""
 
+import dataclasses
 import importlib.resources
 import subprocess
 import sys
@@ -91,6 +92,13 @@ def test_mistakes_are_one_line(config):
     for call, message in mistakes:
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_guidance_that_was_never_trained_is_refused_as_by_the_command(config):
+    run = dtrain.load(config.run.path)
+    untold = config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"label_dropout": 0.0})})
+    with pytest.raises(UserError, match=r"diffusion\.label_dropout 0 never trains; take guidance 1"):
+        dataclasses.replace(run, config=untold).sample(1, guidance=2)
 
 
 def test_importing_dtrain_imports_no_torch_until_something_is_loaded():
