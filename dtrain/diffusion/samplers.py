@@ -50,6 +50,17 @@ def sample(
     return solver(denoiser, process, x_T, timesteps, clip)
 
 
+def network_evaluations(
+    process: GaussianDiffusion | RectifiedFlow, sampler: str, steps: int, spacing: str | list[int] = "trailing"
+) -> int:
+    """How often `sample` with these arguments asks its denoiser."""
+    walk = list(solvers.steps(process, process.walk(steps, spacing)))
+    if sampler != "heun":
+        return len(walk)
+    first = isinstance(process, RectifiedFlow)  # whose velocity has a value at pure noise
+    return sum(1 + (p != process.clean and (first or process.level(t)[0] > 0)) for t, p in walk)
+
+
 @torch.no_grad()
 def ddim(
     denoiser: Denoiser,

@@ -4,6 +4,7 @@ Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communi
 together, so ranks may be unequally fast.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
+from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation import metrics
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import OnProgress, Sampler, quiet
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.reference import Reference
@@ -60,43 +62,69 @@ def labels_of(ids: list[int], config: Config, reference: Reference) -> Tensor:
     return reference.labels[numbers % len(reference.labels)]
 
 
+def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
+    """(first ids of all blocks of samples, numbers of those that are this rank's)."""
+    drawn = e.num_samples if set(e.metrics) - OF_THE_MODEL else 0
+    starts = range(0, drawn, e.batch_size)
+    return starts, range(distributed.rank(), len(starts), distributed.world_size())
+
+
+def evaluations_of_a_rank(config: Config) -> int:
+    """How often this rank asks the network for the samples of an evaluation."""
+    e, (_, mine) = config.eval, blocks_of_a_rank(config.eval)
+    return len(mine) * network_evaluations(build_process(config.diffusion), e.sampler, e.steps, e.spacing)
+
+
 def evaluate(
     sampler: Sampler,
     config: Config,
     reference: Reference,
-    on_block: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: OnProgress = quiet,
     scratch: Scratch | None = None,
 ) -> tuple[dict[str, float], dict]:
     """(metrics, context) of `eval.num_samples` samples; every rank calls it and gets the same answer.
 
-    With `scratch`, each block drawn is kept there, and those that are there already are not drawn again.
+    on_progress: told of this rank's evaluations of the network. With `scratch`, each block drawn is kept there, and
+    those that are there already are not drawn again.
     """
     e, extractor = config.eval, reference.extractor
     moments = Moments(extractor.dimensions).to(sampler.device)
     kept = KeptFeatures(extractor.dimensions, sampler.device) if needs_features(e) else None
-    drawn = e.num_samples if set(e.metrics) - OF_THE_MODEL else 0
-    starts = range(0, drawn, e.batch_size)
-    mine = range(distributed.rank(), len(starts), distributed.world_size())
+    starts, mine = blocks_of_a_rank(e)
+    a_block = network_evaluations(sampler.process, e.sampler, e.steps, e.spacing)
 
     def draw() -> None:
-        for done, number in enumerate(mine):
+        for before, number in enumerate(mine):
+            evaluations = itertools.count(before * a_block + 1)
             ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
-            images = _images(sampler, ids, lambda ids: labels_of(ids, config, reference), e, scratch)
+            images = _images(
+                sampler,
+                ids,
+                lambda ids: labels_of(ids, config, reference),
+                e,
+                scratch,
+                lambda evaluations=evaluations: on_progress(next(evaluations), len(mine) * a_block),
+            )
             features = extractor(images.to(sampler.device))
             moments.update(features)
             if kept is not None:
                 kept.update(number, features)
-            on_block(done + 1, len(mine))
+            on_progress((before + 1) * a_block, len(mine) * a_block)
 
     distributed.agree(draw)  # a disk may be full on one machine alone
     found = {}
-    if drawn:
+    if starts:
         statistics = moments.compute()
         features = kept.gather() if kept is not None else None
         on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
-        found = distributed.on_rank_0(metrics.compute, e, extractor, statistics, reference.statistics, *on_device)
+
+        def compute() -> dict[str, float]:
+            on_progress(0, 0, f"computing {', '.join(e.metrics)} of {e.num_samples:,} samples")
+            return metrics.compute(e, extractor, statistics, reference.statistics, *on_device)
+
+        found = distributed.on_rank_0(compute)
     if "bpd" in e.metrics:
-        found |= bits_per_dim(sampler, *reference.validation, e.seed)
+        found |= bits_per_dim(sampler, *reference.validation, e.seed, on_progress)
     context = {
         "ema": weights_name(config),
         "n": e.num_samples,
@@ -119,12 +147,17 @@ def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
 
 
 def _images(
-    sampler: Sampler, ids: list[int], labels: Callable[[list[int]], Tensor], how: Eval, scratch: Scratch | None
+    sampler: Sampler,
+    ids: list[int],
+    labels: Callable[[list[int]], Tensor],
+    how: Eval,
+    scratch: Scratch | None,
+    on_evaluation: Callable[[], None],
 ) -> Tensor:
     """uint8 (n, C, H, W) of a block of ids, out of `scratch` where they are there."""
     found = scratch.read(ids[0], len(ids), sampler.shape) if scratch is not None else None
     if found is None:
-        found = sampler.draw(ids, labels(ids), how)
+        found = sampler.draw(ids, labels(ids), how, on_evaluation)
         if scratch is not None:
             try:
                 scratch.write(ids[0], found)

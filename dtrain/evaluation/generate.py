@@ -1,7 +1,9 @@
 """Images from a model, each a pure function of (seed, id): the same on any rank, in any order of blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,16 @@ from dtrain.diffusion.samplers import sample
 from dtrain.randomness import Draws, Purpose
 
 GRID_IDS = 2**40  # ids of samples to look at begin here, apart from those that metrics are computed on
+
+
+class OnProgress(Protocol):
+    """What long work calls: `done` of `of` parts of it, at present `what`."""
+
+    def __call__(self, done: int, of: int, what: str | None = None) -> None: ...
+
+
+def quiet(done: int, of: int, what: str | None = None) -> None:
+    """Nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,12 @@ class Sampler:
         return cls(model, process, shape, config.model.num_classes, device)
 
     @torch.inference_mode()
-    def draw(self, ids: list[int], labels: torch.Tensor, how: Eval) -> torch.Tensor:
+    def draw(
+        self, ids: list[int], labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
         """uint8 (n, C, H, W) for sample ids (n) and int64 labels (n,), as `how` says.
+
+        on_evaluation: called each time that the model has answered.
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
         """
@@ -45,8 +61,14 @@ class Sampler:
 
         self.model.eval()
         model, labels = self._guided(how), labels.to(self.device)
+
+        def denoiser(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            answer = model(x_t, t, labels)
+            on_evaluation()
+            return answer
+
         x_0 = sample(
-            lambda x_t, t: model(x_t, t, labels),
+            denoiser,
             self.process,
             normals(Purpose.SAMPLE_NOISE),
             how.sampler,

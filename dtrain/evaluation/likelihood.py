@@ -1,11 +1,14 @@
 """What the model says of held-out images: bits per dimension, and its loss at fixed noise levels."""
 
+import itertools
+from functools import partial
+
 import torch
 
 from dtrain import distributed
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import OnProgress, Sampler, quiet
 from dtrain.randomness import Draws, Purpose
 
 BLOCK = 128  # held-out images at a time
@@ -26,24 +29,36 @@ def _summed(values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def bits_per_dim(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, float]:
+def bits_per_dim(
+    sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int, on_progress: OnProgress = quiet
+) -> dict[str, float]:
     """The bound on held-out images (M, C, H, W) in [−1, 1] with their labels (M,), every timestep with one noise each.
 
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
     """
     sampler.model.eval()
     process, draws = sampler.process, Draws(seed)
-    total = torch.zeros(3, dtype=torch.float64)
-    for start in _blocks(images):
-        rows = range(start, min(start + BLOCK, len(images)))
-        x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+    total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
+    of = len(_blocks(images)) * process.schedule.timesteps
 
-        def noise(t: int, rows: range = rows) -> torch.Tensor:
-            return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
+    def evaluated(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        answer = sampler.model(x, t, y)
+        on_progress(next(evaluations), of, f"bits per dimension of {len(images):,} images")
+        return answer
 
-        terms = likelihood.curve(lambda x, t, y=y: sampler.model(x, t, y), process, x0, noise).double()  # (T, n)
-        prior = likelihood.prior(process, x0).double().sum()
-        total += torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu()
+    def add_up() -> None:
+        for start in _blocks(images):
+            rows = range(start, min(start + BLOCK, len(images)))
+            x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+
+            def noise(t: int, rows: range = rows) -> torch.Tensor:
+                return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
+
+            terms = likelihood.curve(partial(evaluated, y=y), process, x0, noise).double()  # (T, n)
+            prior = likelihood.prior(process, x0).double().sum()
+            total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
+
+    distributed.agree(add_up)  # one rank may give way to a stop
     prior, chain, decoder = (_summed(total) / len(images)).tolist()
     return {"bpd": prior + chain + decoder, "bpd_prior": prior, "bpd_chain": chain, "bpd_decoder": decoder}
 

@@ -2,12 +2,12 @@
 
 `dtrain reference SHARDS` writes `reference-<features>-<size>px.npz` beside the shards. It names the data, the extractor
 and the preprocessing it was made from; where one of them has changed it is stale and refused, never used or replaced.
+What an evaluation computes is kept too, for the next one (`reference_store`).
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,17 +26,13 @@ from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import normalize
 from dtrain.errors import UserError
 from dtrain.evaluation.features import Extractor, extractor
+from dtrain.evaluation.generate import OnProgress, quiet
 from dtrain.evaluation.kept import KeptFeatures
+from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
 from dtrain.evaluation.statistics import Moments, Statistics, read, save
 
 READ_BLOCK = 512  # images of the split read and embedded at a time
-
-OnBlock = Callable[[int, int], None]
-
-
-def _quiet(done: int, of: int) -> None:
-    pass
 
 
 def preprocessing(image_size: int, channels: int) -> str:
@@ -67,14 +63,15 @@ class Source:
 class Reference:
     """The statistics to compare with, and the labels of the held-out split.
 
-    statistics: of `eval.reference`, else of the file beside the split, else computed from it.
+    statistics: of `eval.reference`, else of the file beside the split, else computed from it, now or before.
     features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
     labels:     int64 (M,) of the split, None without `data.holdout`
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     hash:       of what `statistics` come from, for a metric's context
+    kept:       a line that says where what was computed is kept; None where nothing was
     """
 
-    def __init__(self, config: Config, device: torch.device, on_block: OnBlock = _quiet):
+    def __init__(self, config: Config, device: torch.device, on_block: OnProgress = quiet):
         """A collective. Raises UserError, before anything is computed, where an evaluation could not end well."""
         data, e = config.data, config.eval
         # Every rank finds or fetches its weights: ranks of one machine wait for each other, machines may differ.
@@ -84,7 +81,7 @@ class Reference:
         self.manifest = split_of(config)
         check_metrics(e, self.extractor, None if self.manifest is None else self.manifest.samples)
         keep = needs_reference_features(e)
-        self.labels = self.features = self.validation = None
+        self.labels = self.features = self.validation = self.kept = None
         if self.manifest is not None:
             distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)
@@ -104,12 +101,35 @@ class Reference:
         if stored is not None:
             self.statistics, self.hash = stored
         if stored is None or keep:
-            cache = cache_of(data, self.manifest.place)
-            statistics, self.features = compute(
-                self.manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache
-            )
+            statistics, self.features = self._computed(config, device, keep, on_block)
             if stored is None:
                 self.statistics, self.hash = statistics, self.manifest.hash
+
+    def _computed(
+        self, config: Config, device: torch.device, keep: bool, on_block: OnProgress
+    ) -> tuple[Statistics, Tensor | None]:
+        """(statistics, features on rank 0 if they are to be kept) of the split, by this evaluation or an earlier one.
+
+        A collective.
+        """
+        data, manifest = config.data, self.manifest
+        store = ReferenceStore(
+            Source.of(manifest, self.extractor, data.image_size, data.channels),
+            manifest.path.parent,
+            stored_path(manifest.path.parent, self.extractor, data.image_size).stem,
+            manifest.samples,
+            self.extractor.dimensions,
+        )
+        found = distributed.on_rank_0(store.find, keep)
+        if found is not None:
+            path, statistics = found
+            return statistics, store.features(path) if keep and distributed.rank() == 0 else None
+        cache = cache_of(data, manifest.place)
+        statistics, features = compute(
+            manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache
+        )
+        self.kept = distributed.on_rank_0(store.keep, statistics, features)
+        return statistics, features
 
     def _stored(self, config: Config) -> tuple[Statistics, str] | None:
         size, channels = config.data.image_size, config.data.channels
@@ -168,7 +188,7 @@ def compute(
     channels: int,
     device: torch.device,
     keep: bool = False,
-    on_block: OnBlock = _quiet,
+    on_block: OnProgress = quiet,
     cache: BlockCache | None = None,
 ) -> tuple[Statistics, Tensor | None]:
     """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share."""
@@ -177,22 +197,24 @@ def compute(
     starts = list(range(0, manifest.samples, READ_BLOCK))
     mine = range(distributed.rank(), len(starts), distributed.world_size())
 
+    sizes = [min(READ_BLOCK, manifest.samples - starts[number]) for number in mine]
+
     def embed() -> None:
         for done, number in enumerate(mine):
-            first, end = starts[number], min(starts[number] + READ_BLOCK, manifest.samples)
+            first, end = starts[number], starts[number] + sizes[done]
             images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache)
             found = features(images.to(device))
             moments.update(found)
             if keep:
                 kept.update(number, found)
-            on_block(done + 1, len(mine))
+            on_block(sum(sizes[: done + 1]), sum(sizes))
 
     distributed.agree(embed)  # an image that cannot be read is one rank's to find
     return moments.compute(), kept.gather() if keep else None
 
 
 def make(
-    shards: str, name: str, weights: str | None, image_size: int | None, out: Path | None, on_block: OnBlock = _quiet
+    shards: str, name: str, weights: str | None, image_size: int | None, out: Path | None, on_block: OnProgress = quiet
 ) -> str:
     """`dtrain reference`: write the statistics of a split; what was done, in one line. A collective.
 

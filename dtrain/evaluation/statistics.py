@@ -141,9 +141,11 @@ def statistics_of(features: Tensor, rows: int = 8192) -> Statistics:
     return Statistics(int(count), mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy())
 
 
-def save(statistics: Statistics, path: str | Path, fingerprint: str, source: str = "") -> None:
+def save(
+    statistics: Statistics, path: str | Path, fingerprint: str, source: str = "", features: np.ndarray | None = None
+) -> None:
     """Write an .npz, whole or not at all: `mu`, `sigma` (clean-fid's, pytorch-fid's, EDM's names), and what is ours:
-    `count`, `fingerprint`, `source`.
+    `count`, `fingerprint`, `source`, and the `features` (N, D) themselves where they are given.
 
     The fingerprint stands for the images and the features that these are the statistics of; source says which those
     were. Raises OSError.
@@ -152,6 +154,8 @@ def save(statistics: Statistics, path: str | Path, fingerprint: str, source: str
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as f:
         arrays = {"mu": statistics.mean, "sigma": statistics.cov, "count": statistics.count}
+        if features is not None:
+            arrays["features"] = features
         np.savez(f, **arrays, fingerprint=fingerprint, source=source)
 
 

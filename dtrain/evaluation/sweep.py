@@ -20,6 +20,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.combinations import Setting, combinations, configured
 from dtrain.evaluation.evaluate import (
     evaluate,
+    evaluations_of_a_rank,
     identity,
     newest_step,
     of_the_split,
@@ -28,6 +29,7 @@ from dtrain.evaluation.evaluate import (
     weights_name,
 )
 from dtrain.evaluation.features import metric_name
+from dtrain.evaluation.generate import OnProgress, quiet
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better
@@ -46,15 +48,22 @@ def sweep(
     run: RunDirectory,
     config: Config,
     axes: dict[str, list],
-    on_block: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: OnProgress = quiet,
+    say: Callable[[str | None], None] = lambda line: None,
 ) -> list[dict]:
-    """The lines of all combinations, in order. A collective; nothing is drawn for a line that is there."""
+    """The lines of all combinations, in order. A collective; nothing is drawn for a line that is there.
+
+    on_progress: told of this rank's evaluations of the network, of all combinations together.
+    """
     settings = combinations(axes)
     configs = [configured(config, setting) for setting in settings]  # all of them, before the first is drawn
     device, path = distributed.device(), run.path / "sweep.jsonl"
-    reference = Reference(config, device)
+    on_progress(0, 0, "reading the reference")
+    reference = Reference(config, device, on_progress)
+    say(reference.kept)
     lines = distributed.on_rank_0(stored, path)
     newest = None if axes.get("checkpoint") else newest_step(run)  # once: a training that goes on makes others
+    evaluations = [evaluations_of_a_rank(at) for at in configs]
     found, taken, opened = [], None, None
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
         wanted = setting.get("checkpoint", newest), weights_name(at)
@@ -63,9 +72,14 @@ def sweep(
         key = _key(opened.checkpoint, at, reference)
         scratch = scratch_of(run, at, opened.checkpoint, reference)
         if key not in lines:
+            about = f"combination {number + 1} of {len(settings)}: {shown(setting)}"
+            before = sum(evaluations[:number])
 
-            def of_all(done: int, of: int, number: int = number) -> None:
-                on_block(number * of + done, len(settings) * of)
+            def of_all(done: int, of: int, what: str | None = None, about: str = about, before: int = before) -> None:
+                if what is None:
+                    on_progress(before + done, sum(evaluations), about)
+                else:
+                    on_progress(done, of, f"{about}, {what}")
 
             metrics, context = evaluate(opened.sampler, at, reference, of_all, scratch)
             line = {
@@ -82,6 +96,15 @@ def sweep(
             scratch.remove()  # also what a job left that was killed after its line was written
         found.append(lines[key] | {"setting": setting})
     return found
+
+
+def number_stored(run: RunDirectory) -> int:
+    """How many results a sweep of this run would not compute again."""
+    return len(stored(run.path / "sweep.jsonl"))
+
+
+def shown(setting: Setting) -> str:
+    return ", ".join(f"{k} {v}" for k, v in setting.items())
 
 
 def stored(path: Path) -> dict[str, dict]:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
-from dtrain.diffusion.samplers import ddim
-from dtrain.diffusion.schedule import linear, subsequence
+from dtrain.diffusion.samplers import ddim, network_evaluations, sample
+from dtrain.diffusion.schedule import linear, named, subsequence
 
 process = GaussianDiffusion(linear(1000))
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -148,3 +149,24 @@ def test_eta_without_noise_or_beyond_what_a_step_holds_is_refused():
         ddim(bent, process, torch.zeros(1, 1, 2, 2), [500, 0], 0.5)
     with pytest.raises(ValueError, match="at most 1"):
         ddim(bent, process, torch.zeros(1, 1, 2, 2), [500, 0], 5.0, lambda i: torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "ancestral", "dpmpp_2m", "heun", "euler", "heun of zero SNR", "heun of flow"]
+)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_how_often_a_sampler_asks_the_network_is_known_before(sampler, steps):
+    sampler, _, of = sampler.partition(" of ")
+    walked = process
+    if of == "zero SNR":
+        walked = GaussianDiffusion(named("linear", 1000, zero_terminal_snr=True), prediction="velocity")
+    elif of == "flow" or sampler == "euler":
+        walked = RectifiedFlow()
+    asked = []
+
+    def denoiser(x, t):
+        asked.append(t)
+        return x
+
+    sample(denoiser, walked, normals(1, 1, 2, 2), sampler, steps, step_noise=lambda i: normals(1, 1, 2, 2))
+    assert network_evaluations(walked, sampler, steps) == len(asked)

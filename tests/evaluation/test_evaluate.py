@@ -45,10 +45,10 @@ def _evaluate(config, pause=0.0, keep=False):
     drawn = []
     draw = Sampler.draw
 
-    def slowly(self, ids, labels, how):
+    def slowly(self, ids, labels, how, *more):
         drawn.append(ids[0])
         time.sleep(pause)
-        return draw(self, ids, labels, how)
+        return draw(self, ids, labels, how, *more)
 
     Sampler.draw = slowly
     reference = Reference(config, device)

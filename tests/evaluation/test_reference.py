@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def data(digits, tmp_path):
     """The digits' own copy for a test."""
-    return Path(shutil.copytree(digits, tmp_path / "digits"))
+    without_kept = shutil.ignore_patterns("reference-*")
+    return Path(shutil.copytree(digits, tmp_path / "digits", ignore=without_kept))
 
 
 @pytest.fixture
@@ -59,6 +60,68 @@ def test_a_reference_is_computed_once_and_equals_the_one_computed_on_the_spot(da
     kernel = Reference(tiny(data, tmp_path, "eval.metrics=[fd,kid]"), CPU)
     assert kernel.features.shape == (360, 64)
     np.testing.assert_allclose(np.cov(kernel.features.double().numpy(), rowvar=False), from_file.statistics.cov)
+
+
+KERNEL = "eval.metrics=[fd,kid]"
+
+
+def test_what_an_evaluation_computed_is_kept_beside_the_split_and_used_again(data, tmp_path, read_again):
+    config, kernel = tiny(data, tmp_path), tiny(data, tmp_path, KERNEL)
+    first = Reference(config, CPU)
+    (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
+    assert first.kept == f"the reference of 360 images is kept in {path}"
+    again = Reference(config, CPU)
+    assert (read_again, again.kept) == (["holdout"], None)
+    for part in ("mean", "cov"):
+        assert np.array_equal(getattr(again.statistics, part), getattr(first.statistics, part))
+    assert (again.hash, again.statistics.count) == (first.hash, 360)
+    features = Reference(kernel, CPU).features  # the moments are not enough: read once more, and kept whole
+    assert torch.equal(Reference(kernel, CPU).features, features)
+    Reference(config, CPU)
+    assert read_again == ["holdout", "holdout"]
+    assert features.shape == (360, 64)
+
+
+def test_a_kept_reference_of_anything_else_is_never_used(data, tmp_path, read_again):
+    config = tiny(data, tmp_path)
+    right = Reference(config, CPU).statistics
+    (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
+    whole = path.read_bytes()
+    with np.load(path) as f:
+        own = dict(f)
+    other = Reference(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
+    (others,) = (data / "train").glob("reference-pixels-8px-*.npz")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    source = json.loads(str(own["source"]))
+    forgeries = [others.read_bytes(), bytes(flipped), whole[:-100], b""]
+    for part in ("data", "extractor", "preprocessing"):
+        np.savez(tmp_path / "forged.npz", **own | {"source": json.dumps(source | {part: "0" * 64})})
+        forgeries.append((tmp_path / "forged.npz").read_bytes())
+    for number, forged in enumerate(forgeries):
+        path.write_bytes(forged)
+        found = Reference(config, CPU)
+        assert read_again[2:] == ["holdout"] * (number + 1)
+        assert found.kept is not None
+        assert np.array_equal(found.statistics.cov, right.cov)
+    # The data themselves changed in their place.
+    for file in (data / "train").glob("*"):
+        if file != others:
+            shutil.copy(file, data / "holdout")
+    assert np.array_equal(Reference(config, CPU).statistics.cov, other.statistics.cov)
+
+
+def test_where_the_split_cannot_be_written_its_reference_is_kept_in_the_cache(data, tmp_path, read_again, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = tiny(data, tmp_path)
+    Reference(config, CPU)
+    (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
+    path.unlink()
+    path.mkdir()  # root may write anywhere, but not a file over a folder
+    kept = tmp_path / "cache" / "dtrain" / "references" / path.name
+    assert Reference(config, CPU).kept == f"the reference of 360 images is kept in {kept}"
+    assert Reference(config, CPU).kept is None
+    assert read_again == ["holdout", "holdout"]
 
 
 def test_a_stale_reference_is_refused_before_anything_is_computed(data, tmp_path, read_again):

@@ -36,10 +36,10 @@ def _sweep(config, axes, pause=0.0):
     """(lines, blocks drawn)."""
     drawn, draw = [], Sampler.draw
 
-    def counted(self, ids, labels, how):
+    def counted(self, ids, labels, how, *more):
         drawn.append(ids[0])
         time.sleep(pause)
-        return draw(self, ids, labels, how)
+        return draw(self, ids, labels, how, *more)
 
     Sampler.draw = counted
     return sweep(RunDirectory(config.run.path), config, axes), len(drawn)
