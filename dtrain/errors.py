@@ -5,6 +5,7 @@ DAMAGED = 1  # a check found damage
 USER_ERROR = 2
 STOPPED = 75  # stopped on request with a checkpoint: run me again
 HANG = 76
+INTERRUPTED = 130  # by Ctrl-C, at once
 
 
 class UserError(ValueError):

@@ -53,7 +53,8 @@ class RunLock:
     def release(self) -> None:
         if not self._released.is_set():
             self._released.set()
-            if _read(self.path) == self._mine:  # else another took it, after this process was frozen for long
+            # Another may have taken it, after this process was frozen for long.
+            if self._mine is not None and _read(self.path) == self._mine:
                 self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:

@@ -1,5 +1,9 @@
 """deepspeed [options] launch/sample.py RUN -n 64 --out grid.png"""
 
+from dtrain.interrupt import die_quietly
+
+die_quietly()
+
 from dtrain.cli import main
 
 main("sample")

@@ -1,7 +1,14 @@
 """The `dtrain` command. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Annotated
+
+from dtrain.interrupt import ctrl_c, die_quietly
+
+if Path(sys.argv[0]).name == "dtrain":  # the command itself, and not somebody who imports this
+    die_quietly()
 
 import typer
 
@@ -86,7 +93,11 @@ app.add_typer(checkpoints.checkpoints, name="checkpoints")
 
 
 def main(command: str | None = None) -> None:
-    """Entry point. A mistake of the user's ends in one line and exit code 2, on rank 0 only where all ranks make it."""
+    """Entry point. A mistake of the user's ends in one line and exit code 2, on rank 0 only where all ranks make it.
+
+    Ctrl-C ends in exit code 130, or in what the command makes of it.
+    """
+    ctrl_c.watch(partial(say_error, shared=True))
     local_ranks = [a for a in sys.argv[1:] if a.startswith(LOCAL_RANK)]  # as launchers of torch and DeepSpeed give it
     arguments = [a for a in sys.argv[1:] if not a.startswith(LOCAL_RANK)]
     if command is not None:  # launch/train.py is `dtrain train`
@@ -105,10 +116,14 @@ def main(command: str | None = None) -> None:
         hint = "; settings are given as key.sub=value" if arguments[:1] in (["train"], ["submit"]) else ""
         code = _mistake(f"{e.format_message().rstrip('.')}{hint}")
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except Exception as e:  # whatever it is, the other ranks must not wait for this one
-        distributed.cannot_come(f"{type(e).__name__}: {e}")
-        raise
+        code = ctrl_c.end()
+    except Exception as e:
+        if not ctrl_c.is_ending:
+            # Whatever it is, the other ranks must not wait for this one.
+            distributed.cannot_come(f"{type(e).__name__}: {e}")
+            raise
+        code = ctrl_c.end()  # a connection to a rank that has left first, say
+    ctrl_c.rest()
     sys.stdout.flush()
     sys.exit(code or 0)
 

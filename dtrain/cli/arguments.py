@@ -1,5 +1,7 @@
 """What several commands take: a run, settings of an evaluation."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +53,13 @@ def with_eval(config, chosen: dict, raw: bool):
     config = configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])
     check_guidance(config)
     return config
+
+
+def this_command() -> str:
+    """`dtrain …` as it was typed; a launcher's options are known to the launcher alone."""
+    if Path(sys.argv[0]).name != "dtrain":
+        return "the same command"
+    return shlex.join(["dtrain", *sys.argv[1:]])
 
 
 def values(text: str) -> list:

@@ -1,6 +1,7 @@
 """`dtrain evaluate | sweep | reference | sample | report`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,24 @@ from dtrain.cli.arguments import (
     Step,
     Steps,
     Weights,
+    this_command,
     values,
     with_eval,
 )
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
+from dtrain.interrupt import ctrl_c
+
+
+def nothing_kept() -> str:
+    return f"nothing was drawn yet; start again with: {this_command()}"
+
+
+def say_on_rank_0(line: str | None) -> None:
+    from dtrain import distributed
+
+    if line and distributed.rank() == 0:
+        print(f"dtrain: {line}", file=sys.stderr, flush=True)
 
 
 def evaluate(
@@ -60,6 +74,7 @@ def evaluate(
     chosen |= {"bootstrap": bootstrap, "metrics": metrics}
     own = directory.config()
     settings = with_eval(own, chosen, raw)
+    ctrl_c.at_once(nothing_kept)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.evaluate import differences, open_sampler, scratch_of, weights_name
@@ -71,9 +86,13 @@ def evaluate(
     opened = open_sampler(directory, settings, weights_name(settings), device, step)
     with progress("reading the reference") as on_block:
         compared = Reference(settings, device, on_block)
+    say_on_rank_0(compared.kept)
     scratch = scratch_of(directory, settings, opened.checkpoint, compared)
-    with progress("sampling") as on_block:
-        found, context = run_evaluation(opened.sampler, settings, compared, on_block, scratch)
+    ctrl_c.kept(
+        lambda: f"{scratch.count():,} of {settings.eval.num_samples:,} samples are kept; go on with: {this_command()}"
+    )
+    with progress("sampling, evaluations of the network") as on_progress:
+        found, context = run_evaluation(opened.sampler, settings, compared, on_progress, scratch)
     if distributed.rank() == 0:
         changed = differences(directory, own, settings, context)
         context |= {"differs": changed} if changed else {}
@@ -114,6 +133,7 @@ def sweep(
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
     settings = with_eval(directory.config(), chosen, raw=False)
+    ctrl_c.at_once(nothing_kept)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
@@ -127,8 +147,14 @@ def sweep(
         raise UserError("give the sweep something to vary, such as: --steps 10,50 --eta 0,1")
     if checkpoints:
         axes["checkpoint"] = distributed.on_rank_0(checkpoints_of, directory, checkpoints)
-    with progress("sampling") as on_block:
-        lines = sweeps.sweep(directory, settings, axes, on_block)
+    ctrl_c.kept(
+        lambda: (
+            f"{sweeps.number_stored(directory)} results are kept in {directory.path}/sweep.jsonl, and samples of "
+            f"the combination it was at; go on with: {this_command()}"
+        )
+    )
+    with progress("sweeping") as on_progress:
+        lines = sweeps.sweep(directory, settings, axes, on_progress, say_on_rank_0)
     if distributed.rank() == 0:
         rows, metric, name = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]["features"]
         print(sweeps.table(rows))
@@ -154,6 +180,7 @@ def reference(
     """Compute once what evaluations compare with, and keep it beside the shards, where they look for it."""
     from dtrain import distributed
 
+    ctrl_c.at_once("nothing of the reference is kept: it is written when it is whole")
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.reference import make

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RunName
+from dtrain.cli.arguments import Overrides, RunName, this_command
 from dtrain.errors import STOPPED
+from dtrain.interrupt import ctrl_c
 
 
 def train(
@@ -17,7 +18,8 @@ def train(
 ) -> None:
     """Start a run, or go on with it where its directory exists; alone or on every rank a launcher started.
 
-    Exit codes: 0 finished, 2 a mistake, 75 stopped on request with a checkpoint (run it again).
+    Ctrl-C stops it after the step it is at, with a checkpoint; a second one ends it at once, without. Exit codes: 0
+    finished, 2 a mistake, 75 stopped on request with a checkpoint (run it again), 130 ended by Ctrl-C at once.
     """
     from dtrain import config as configuration
 
@@ -28,6 +30,7 @@ def train(
         print(check_start(settings, ranks))
         return
 
+    ctrl_c.at_once("ended before its first step; nothing is lost")
     from dtrain import distributed
     from dtrain.training.summary import summary
 
@@ -35,8 +38,12 @@ def train(
     from dtrain.training.loop import train as run_training
 
     outcome = run_training(settings)
-    if distributed.rank() == 0 and (said := summary(settings.run.path)):
-        print(said)
+    ctrl_c.at_once()
+    if distributed.rank() == 0:
+        if said := summary(settings.run.path):
+            print(said)
+        if outcome == "stopped":
+            print(f"go on with: {this_command()}")
     distributed.finalize()
     if outcome == "stopped":
         raise typer.Exit(STOPPED)

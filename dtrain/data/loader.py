@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dtrain.data.stream import Report, StepDataset
 from dtrain.errors import UserError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batches(Iterator[dict[str, torch.Tensor]]):

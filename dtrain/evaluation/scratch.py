@@ -47,6 +47,10 @@ class Scratch:
                 if not left:
                     raise
 
+    def count(self) -> int:
+        """How many images are here."""
+        return sum(int(path.stem.rpartition("-")[2]) for path in self.path.glob("block-*.npy"))
+
     def remove(self) -> None:
         """Once, when the numbers are out."""
         shutil.rmtree(self.path, ignore_errors=True)

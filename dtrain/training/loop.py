@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 
 from dtrain import distributed, faults
 from dtrain.config import Config
@@ -10,6 +11,7 @@ from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
+from dtrain.interrupt import ctrl_c
 from dtrain.lock import RunLock
 from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.journal import events, highest_attempt
@@ -21,7 +23,7 @@ from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
 from dtrain.training.goodput import Goodput
-from dtrain.training.output import redirect_to_log
+from dtrain.training.output import leave_terminal, redirect_to_log
 from dtrain.training.start import prepare, resume
 from dtrain.training.steps import Steps
 from dtrain.training.stopping import StopRequest, deadline
@@ -47,13 +49,14 @@ def train(config: Config) -> Outcome:
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
         faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))
     lock = RunLock(run.lock_file)
+    ctrl_c.on_leaving(lock.release)  # which does nothing where it was not acquired
     changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
     if rank != 0:
         redirect_to_log(run.logs)
     else:
         print("".join(f"{line}\n" for line in warnings(config)), end="", flush=True)
 
-    stop = StopRequest(run.stop_file if rank == 0 else None, ends)
+    stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()
     tracker = Tracker(run, rank)
     feed = Feed(config, manifest)

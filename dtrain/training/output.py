@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def redirect_to_log(folder: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+
+
+def leave_terminal(folder: Path) -> None:
+    """Send what goes to the terminal, which has been closed, to this rank's log file. In a signal handler: no flush."""
+    with contextlib.suppress(OSError):
+        log = os.open(folder / f"rank-{distributed.rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for fd in (1, 2):
+            found = os.fstat(fd)
+            if stat.S_ISCHR(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
+                os.dup2(log, fd)
+        os.close(log)
 
 
 def say_error(message: str, shared: bool = False) -> None:

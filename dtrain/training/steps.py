@@ -65,6 +65,7 @@ class Steps:
         self._evaluation = None
         self._owes_evaluation = False  # of where the run is: it was cut off, or gave way to a stop
         self._stopping = False
+        self._listens = False  # to Ctrl-C: what comes before the first step, and its compilation, is lost with nobody
 
     def take(self, changes: dict[str, tuple]) -> Outcome:
         """Up to config.train.steps, or to where the ranks agree to stop; a checkpoint is there in either case.
@@ -115,6 +116,9 @@ class Steps:
         faults.at("step", self.position.step + 1)
         started = time.perf_counter()
         step_losses, grad_norm, taken = self._update()
+        if not self._listens:
+            self._listens = True
+            self.stop.listen_to_ctrl_c(distributed.barrier, self._progress.say)
         if self._evaluation is None and config.eval.every:
             opening = time.perf_counter()
             self._open_evaluation()
@@ -134,7 +138,7 @@ class Steps:
             grad_norm,
             step_losses.by_level(),
             taken=taken,
-            stop=self.stop.wanted(self._meter.seconds_per_step, self._saving.seconds),
+            stop=self._stop_wanted(),
             written=self._saving.written,
             failed=self._saving.failed,
             no_room=save_due and self._is_rank_0 and self._saving.lacks_room(self.engine),
@@ -150,10 +154,8 @@ class Steps:
         elif save_due:
             self._saving.skip(self.position) if no_room else self._save()
         if evaluation_due:
-            self._owes_evaluation = self._stopping
-            if not self._stopping:
-                self._settle()  # a kill during a long evaluation must not cost the checkpoint
-                self._evaluate()
+            self._settle()  # a kill during a long evaluation must not cost the checkpoint
+            self._evaluate()
         self.watchdog.beat(self.position.step, step_seconds)
 
     def _update(self) -> tuple[StepLosses, float, bool]:
@@ -227,12 +229,19 @@ class Steps:
         could not be evaluated is told at once.
         """
         with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
-            self._evaluation = evaluation_of(self.run, self.config, self.process, self.tracker, self._progress)
+            if self._evaluation is None:
+                self._evaluation = evaluation_of(
+                    self.run, self.config, self.process, self.tracker, self._progress, self._stop_wanted
+                )
+            self._stopping = not self._evaluation.open() or self._stopping
         self._meter.restart()
 
     def _evaluation_due(self) -> bool:
         every, step, steps = self.config.eval.every, self.position.step, self.config.train.steps
         return bool(every and step) and (step == steps or step % every == 0)
+
+    def _stop_wanted(self) -> bool:
+        return self.stop.wanted(self._meter.seconds_per_step, self._saving.seconds)
 
     def _is_evaluated(self) -> bool:
         return self.position.step in evaluated(self.run.journal_file)
@@ -240,8 +249,10 @@ class Steps:
     def _evaluate(self) -> None:
         if self._evaluation is None:
             self._open_evaluation()
-        with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
-            self._evaluation.run(self.engine, self.position)
+        self._owes_evaluation = self._stopping
+        if not self._stopping:
+            with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
+                self._owes_evaluation = self._stopping = not self._evaluation.run(self.engine, self.position)
         self._meter.restart()
 
     def _go_back(self) -> None:

@@ -1,6 +1,9 @@
 """Why a run should stop: a signal, a `stop` file, the job's deadline. All set a flag; the step boundary acts.
 
 A handler does nothing but set the flag, because saving inside one can hang (design, decision 5).
+
+Before the first step there is nothing to save, so Ctrl-C ends the process at once there; from then on it is one of
+these signals, and a second one ends at once.
 """
 
 import os
@@ -9,13 +12,17 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from dtrain.errors import UserError
+from dtrain.interrupt import SAME_PRESS_SECONDS, ctrl_c, is_ignored
 from dtrain.launcher import slurm_job
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
+FIRST_CTRL_C = "stopping after this step, with a checkpoint; Ctrl-C again ends at once, without one"
+SECOND_CTRL_C = "ended at once; the run goes on from its newest checkpoint"
 POLL_SECONDS = 1.0  # between looks at the stop file, which may lie on a slow file system
 LEAST_MARGIN_SECONDS = 10.0
 
@@ -23,12 +30,15 @@ LEAST_MARGIN_SECONDS = 10.0
 class StopRequest:
     """This rank's wish to stop; ranks agree through the step's reduction. One rank's wish is enough for all.
 
-    deadline: unix seconds by which this process must have saved and ended, or None.
+    deadline: unix seconds by which this process must have saved and ended, or None. on_hangup: called where the
+    terminal is gone, which what is printed from then on must not go to.
     """
 
-    def __init__(self, stop_file: Path | None, deadline: float | None):
+    def __init__(self, stop_file: Path | None, deadline: float | None, on_hangup: Callable[[], None] = lambda: None):
         self.stop_file, self.deadline = stop_file, deadline
         self.reason: str | None = None
+        self._on_hangup = on_hangup
+        self._pressed = 0.0
         self._next_look = 0.0
         self._before: dict = {}
 
@@ -37,16 +47,30 @@ class StopRequest:
         return self.reason or "another rank was asked to"
 
     def listen(self) -> None:
-        """Take over the signals until `restore`."""
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+        """Take over the signals until `restore`; SIGHUP, a closed terminal's, unless nohup has it ignored."""
+        for number in (*SIGNALS, signal.SIGHUP):
+            if number != signal.SIGHUP or not is_ignored(number):
+                self._before[number] = signal.signal(number, self._on_signal)
+
+    def listen_to_ctrl_c(self, agree: Callable[[], None], say: Callable[[str], None]) -> None:
+        """From the first step on, until `restore`. A collective: agree() returns once every rank has come so far."""
+        if not is_ignored(signal.SIGINT):
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
+        ctrl_c.by_request(agree, lambda: say(FIRST_CTRL_C), SECOND_CTRL_C)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self.reason = self.reason or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        if number == signal.SIGHUP:
+            self._on_hangup()
+        # SIGTERM is never a second Ctrl-C: DeepSpeed's launcher sends it after the terminal's SIGINT.
+        if number == signal.SIGINT:
+            now, self._pressed = time.monotonic(), self._pressed or time.monotonic()
+            if now - self._pressed >= SAME_PRESS_SECONDS:
+                raise KeyboardInterrupt  # in a program of one's own; in a command, `ctrl_c` has ended it
 
     def wanted(self, seconds_per_step: float, seconds_per_save: float) -> bool:
         """Whether to stop now; the two durations, as measured, are the deadline's margin."""
