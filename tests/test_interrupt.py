@@ -1,6 +1,7 @@
 """Ctrl-C on a real terminal: what is kept is said, the exit code tells how it ended, and there is no traceback."""
 
 import json
+import re
 import time
 
 import pytest
@@ -153,3 +154,14 @@ def test_ctrl_c_in_other_commands_is_quiet(digits, work):
     terminal.press_ctrl_c()
     assert terminal.exit_code(timeout=20) in (0, 130)
     assert "Traceback" not in terminal.said
+
+
+def test_ctrl_c_while_sampling_leaves_no_file(digits, work):
+    trained(tiny(digits, work / "runs", "train.steps=1"), 1)
+    terminal = Terminal("sample", "tiny", "--n", "12000", "--steps", "50", "--out", "many.npz")
+    terminal.wait_for(lambda: re.search(r"[1-9]\d*/50000", terminal.said))
+    terminal.press_ctrl_c()
+    assert terminal.exit_code(timeout=5) == 130
+    again = "dtrain sample tiny --n 12000 --steps 50 --out many.npz"
+    assert f"no image was written; start again with: {again}" in terminal.said
+    assert not (work / "many.npz").exists()

@@ -225,8 +225,9 @@ def sample(
     from dtrain.evaluation.sample import draw_to_file, format_of
 
     kind = format_of(out, format)
-    with progress("sampling") as on_block:
-        draw_to_file(directory, settings, n, label, step, out, kind, on_block)
+    ctrl_c.at_once(lambda: f"no image was written; start again with: {this_command()}")
+    with progress("sampling, evaluations of the network") as on_progress:
+        draw_to_file(directory, settings, n, label, step, out, kind, on_progress)
     if distributed.rank() == 0:
         print(f"{n} images in {out}")
     distributed.finalize()

@@ -1,8 +1,8 @@
 """`dtrain sample`: images of a run into a grid, a folder or an .npz file; `dtrain.load` draws in the same way."""
 
 import csv
+import itertools
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,11 @@ from torch import Tensor
 from dtrain import distributed
 from dtrain.checkpoint.export import class_names_of
 from dtrain.config import Config, Eval
+from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
-from dtrain.evaluation.generate import Sampler, grid
+from dtrain.evaluation.generate import OnProgress, Sampler, grid, quiet
+from dtrain.files import replacing
+from dtrain.interrupt import ctrl_c
 from dtrain.run import RunDirectory
 
 FORMATS = {"png": ".png", "npz": ".npz", "adm": ".npz", "folder": ""}  # and how --out ends
@@ -31,16 +34,20 @@ def draw(
     how: Eval,
     rank: int = 0,
     world_size: int = 1,
-    on_block: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: OnProgress = quiet,
 ) -> dict[int, np.ndarray]:
-    """This rank's blocks of sample ids 0 … n − 1, by their first id: uint8 (b, H, W, C) each. labels: int64 (n,)."""
+    """This rank's blocks of sample ids 0 … n − 1, by their first id: uint8 (b, H, W, C) each. labels: int64 (n,).
+
+    on_progress: told of this rank's evaluations of the network.
+    """
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]
-    blocks = {}
-    for done, start in enumerate(starts):
+    blocks, evaluations = {}, itertools.count(1)
+    of = len(starts) * network_evaluations(sampler.process, how.sampler, how.steps, how.spacing)
+    for start in starts:
         ids = list(range(start, min(start + size, n)))
-        blocks[start] = sampler.draw(ids, labels[ids], how).permute(0, 2, 3, 1).numpy()
-        on_block(done + 1, len(starts))
+        images = sampler.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of))
+        blocks[start] = images.permute(0, 2, 3, 1).numpy()
     return blocks
 
 
@@ -73,7 +80,7 @@ def draw_to_file(
     step: int | None,
     out: Path,
     format: str,
-    on_block: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> None:
     """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out` in a FORMATS.
 
@@ -91,23 +98,27 @@ def draw_to_file(
     sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
     classes = config.model.num_classes
     labels = labels_in_turn(n, classes) if label is None else torch.full((n,), label)
-    mine = draw(sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_block)
+    mine = draw(sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_progress)
     parts = distributed.gather_objects(mine)
     if distributed.rank() != 0:
         return
     images = together({start: block for part in parts for start, block in part.items()})
     try:
         if format == "npz":
-            np.savez(out, images=images, labels=labels.numpy())
+            with replacing(out) as f:
+                np.savez(f, images=images, labels=labels.numpy())
         elif format == "adm":
             rgb = images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
-            np.savez(out, **{"arr_0": rgb} | ({"arr_1": labels.numpy()} if classes else {}))
+            with replacing(out) as f:
+                np.savez(f, **{"arr_0": rgb} | ({"arr_1": labels.numpy()} if classes else {}))
         elif format == "folder":
+            ctrl_c.kept(f"{out} does not hold all images; remove it")
             _write_folder(out, images, labels.tolist(), classes, class_names_of(config) or [])
         else:
             columns = classes if label is None and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-            grid(tensor, columns, scale=max(1, 32 // config.data.image_size)).save(out)
+            with replacing(out) as f:
+                grid(tensor, columns, scale=max(1, 32 // config.data.image_size)).save(f, "png")
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
 
