@@ -1,5 +1,7 @@
 """What a process tells its caller: the error a user can mend, and the exit codes."""
 
+import os
+
 DONE = 0
 DAMAGED = 1  # a check found damage
 USER_ERROR = 2
@@ -17,6 +19,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def from_where(path: str | os.PathLike) -> str:
+    """What a message says behind a relative path that is not there: the folder that it was looked for from."""
+    return "" if os.path.isabs(path) else f" (looked for from {os.getcwd()})"
 
 
 def told(error: UserError | PermissionError) -> str:

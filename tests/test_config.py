@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.config import flat, identity, load
+from dtrain.data.manifest import load_all
 from dtrain.errors import UserError
+from dtrain.training.check import check_source
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 DIGITS = CONFIGS[0].parent / "digits-dit.yaml"
@@ -132,3 +134,39 @@ def test_flat_gives_one_line_a_key():
     values = flat(load(DIGITS).model_dump(mode="json"))
     assert values["data.batch_size"] == 128
     assert values["ema"] == "[{decay: 0.995}]"
+
+
+CONFIG = CONFIGS[0].with_name("digits-dit.yaml")
+PLACES = ["run.dir", "run.init_from", "data.shards", "data.manifest", "data.holdout", "data.holdout_shards"]
+PLACES += ["data.cache_dir", "eval.weights", "eval.reference", "eval.features"]
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_a_tilde_is_the_home_of_whoever_starts_and_no_folder(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    overrides = [f"{key}=~/there.pt"] + (["data.holdout=x"] if key == "data.holdout_shards" else [])
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load(CONFIG, overrides), section), name) == "/home/somebody/there.pt"
+    assert getattr(getattr(load(CONFIG, [*overrides, f"{key}=a~b.pt"]), section), name) == "a~b.pt"
+
+
+def test_a_mixed_in_source_may_lie_at_home_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load(CONFIG, ["data.mix=[{name: a, shards: ~/a, manifest: ~/a.json, weight: 1}]"])
+    assert (config.data.mix[0].shards, config.data.mix[0].manifest) == ("/home/somebody/a", "/home/somebody/a.json")
+
+
+def test_a_name_that_no_file_system_takes_is_refused():
+    with pytest.raises(UserError, match=r"`run.name` .* at most 255 characters"):
+        load(CONFIG, ["run.name=" + "a" * 300])
+
+
+def test_a_relative_path_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, overrides in (("manifest here/train", []), ("such file", ["run.init_from=weights.pt"])):
+        config = load(CONFIG, ["data.shards=here/train", *overrides])
+        with pytest.raises(UserError, match=rf"there is no {key}.* \(looked for from {tmp_path}\)"):
+            check_source(config) if overrides else load_all(config.data)
+    with pytest.raises(UserError) as error:
+        load_all(load(CONFIG, [f"data.shards={tmp_path}/train"]).data)
+    assert "looked for from" not in str(error.value)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from dtrain.credentials import without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# A file, a folder or a URL. `~` is the home of whoever starts: no shell expands it in a file, or after `key=`.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -35,11 +37,11 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    init_from: str | None = None
+    init_from: Place | None = None
     """begin with the weights of another run: its directory, name, one checkpoint, or a published .pt or .safetensors"""
-    name: str | None = Field(None, pattern=r"^[\w.\-]+$")
+    name: str | None = Field(None, pattern=r"^[\w.\-]+$", max_length=255)
     """the run lies in runs/NAME; null: the config file's name without .yaml"""
-    dir: str = "runs"
+    dir: Place = "runs"
     """the folder that holds the runs"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the order of the samples and all random draws"""
@@ -54,9 +56,9 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[\w.\-]+$")
     """as the journal counts it"""
-    shards: str
+    shards: Place
     """the folder that holds its shards, or its URL"""
-    manifest: str | None = None
+    manifest: Place | None = None
     """null: manifest.json beside its shards"""
     weight: Annotated[float, Field(gt=0)]
     """how often its images come, against data.weight and the other sources"""
@@ -78,9 +80,9 @@ class ArrayField(Section):
 
 
 class Data(Section):
-    shards: str
+    shards: Place
     """the folder that holds the shards, or its URL: s3://, gs://, http(s)://"""
-    manifest: str | None = None
+    manifest: Place | None = None
     """null: manifest.json beside the shards"""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """of these shards, where others are mixed in"""
@@ -88,9 +90,9 @@ class Data(Section):
     """data sets to mix in, by weight: a list of name, shards, manifest, weight"""
     arrays: dict[str, ArrayField] = {}
     """name in the batch → .npy field that comes with each image: field, shape, dtype"""
-    holdout: str | None = None
+    holdout: Place | None = None
     """the manifest of the split that samples are compared with, a local file; not trained on"""
-    holdout_shards: str | None = None
+    holdout_shards: Place | None = None
     """the folder or URL of its shards; null: beside its manifest"""
     image_size: Positive
     """side in pixels: shorter sides are scaled to it, longer ones cut to it"""
@@ -114,7 +116,7 @@ class Data(Section):
     """of the images since the start, at least an epoch's; more damaged ones end the run"""
     allow_pipe: bool = False
     """let `pipe:` shards run their command in a shell"""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """blocks of remote shards, shared by the ranks of a node; null: ~/.cache/dtrain"""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
     """the most that cache holds"""
@@ -255,11 +257,11 @@ class Eval(Section):
     """fd: Fréchet distance; bpd: the bound on held-out images in bits/dim; is: Inception score"""
     validation_images: Positive = 256
     """the first held-out images, for bpd and the loss by noise level"""
-    features: str = "auto"
+    features: Place = "auto"
     """inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"""
-    weights: str | None = None
+    weights: Place | None = None
     """Inception's file or its folder; null: DTRAIN_WEIGHTS, then ~/.cache/dtrain"""
-    reference: str | None = None
+    reference: Place | None = None
     """an .npz of mu and sigma to compare with; null: computed from data.holdout"""
     labels: Literal["data", "uniform"] = "data"
     """of the samples: as in the held-out split, or all classes in turn"""

@@ -24,7 +24,7 @@ from dtrain import files
 from dtrain.config import Data
 from dtrain.data.cache import default_directory
 from dtrain.data.remote import is_url
-from dtrain.errors import UserError
+from dtrain.errors import UserError, from_where
 
 if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submission, waits for no numpy
     import numpy as np
@@ -146,7 +146,7 @@ def load(path: str | Path) -> Manifest:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"there is no manifest {path}; `dtrain index SHARDS` makes it") from None
+        raise UserError(f"there is no manifest {path}{from_where(path)}; `dtrain index SHARDS` makes it") from None
     except OSError as e:
         raise UserError(f"cannot read the manifest {path}: {e.strerror}") from None
     try:

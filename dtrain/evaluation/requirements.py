@@ -8,7 +8,7 @@ from dtrain.config import Config, Eval
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import check_classes
 from dtrain.data.manifest import Manifest
-from dtrain.errors import UserError
+from dtrain.errors import UserError, from_where
 from dtrain.evaluation import weights
 
 OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
@@ -58,7 +58,7 @@ def check_evaluation(config: Config) -> None:
     if features is not None:
         check_metrics(config.eval, features, None if split is None else split.samples)
     if config.eval.reference and not Path(config.eval.reference).is_file():
-        raise UserError(f"no statistics at {config.eval.reference}")
+        raise UserError(f"no statistics at {config.eval.reference}{from_where(config.eval.reference)}")
 
 
 def split_of(config: Config) -> Manifest | None:

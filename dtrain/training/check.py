@@ -9,7 +9,7 @@ from dtrain.data import manifest as manifests
 from dtrain.data.fields import LABEL_FIELD, check_fields
 from dtrain.data.streams import with_streams
 from dtrain.data.survey import named, survey
-from dtrain.errors import UserError
+from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import check_evaluation
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
@@ -121,7 +121,7 @@ def check_published(config: Config) -> None:
     """Raises UserError where run.init_from names no file, or a model that no weights are published of."""
     source = config.run.init_from
     if not Path(source).is_file():
-        raise UserError(f"run.init_from={source}: there is no such file")
+        raise UserError(f"run.init_from={source}: there is no such file{from_where(source)}")
     if config.model.name != "dit":
         raise UserError(f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}")
 
