@@ -16,6 +16,7 @@ from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
 from dtrain.training.stopping import deadline
 
+SHORTEST = 100  # steps of a run that is meant to be evaluated
 MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning
 PUBLISHED = (".pt", ".pth", ".safetensors")  # what run.init_from takes besides checkpoints
 
@@ -45,10 +46,10 @@ def warnings(config: Config) -> list[str]:
     """What may be meant but seldom is, a line each."""
     steps, lines = config.train.steps, []
     for number, profile in enumerate(config.ema):
-        if (left := profile.decay**steps) > MOST_OF_THE_START:
+        if steps >= SHORTEST and (left := profile.decay**steps) > MOST_OF_THE_START:
             lines.append(
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
-                f"{max(0.0, round(1 - 10 / steps, 4))} would average the last tenth of the run"
+                f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
             )
     return lines
 

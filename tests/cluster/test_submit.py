@@ -44,6 +44,7 @@ def test_a_submitted_training_is_shown_handed_to_sbatch_and_kept_beside_its_log(
     assert done.stdout.splitlines() == [
         "runs/tiny starts: 5 steps of 24 images from 1,437; each rank has 4 of them in micro-batches of 4, "
         "at ZeRO stage 2 in fp32",
+        "10 classes, called by their numbers",
         "job 12: 2 nodes with 3 ranks on each, 00:10:00 at a time",
         f"script: {folder}/logs/train-12.sbatch",
         f"log: {folder}/logs/train-12.log",
