@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from typing import TypeVar
 
 from dtrain.errors import UserError
@@ -79,10 +80,16 @@ def _end(pool: ProcessPoolExecutor) -> None:
     """Kill the workers: what is still asked of them is wanted no more.
 
     They are not asked to leave, since one that was killed while it waited for work has taken the queue's lock with it,
-    and whoever waits for the others would wait for ever.
+    and whoever waits for the others would wait for ever. One may be killed in the middle of an answer: the pool's
+    thread would wait for the rest of it as long as this process holds the pipe's other end too.
     """
-    for process in list((pool._processes or {}).values()):
+    processes, answers = list((pool._processes or {}).values()), pool._result_queue
+    for process in processes:
         process.kill()
+    for process in processes:
+        connection.wait([process.sentinel])
+    if answers is not None:
+        answers._writer.close()
     pool.shutdown(cancel_futures=True)
 
 

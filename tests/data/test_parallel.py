@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dtrain.data.parallel import WorkerKilled, each, in_order
+from tests.ranks import run_ranks
 
 
 def itself(item):
@@ -40,3 +41,20 @@ def test_workers_killed_when_they_wait_for_work_stop_nobody(way):
             break
         results.close()
         assert set(multiprocessing.active_children()) == others
+
+
+def large(_: int) -> bytes:
+    return bytes(64 << 20)
+
+
+def leave_early(times: int) -> int:
+    """Take one answer and close, while a worker is in the middle of the next."""
+    for _ in range(times):
+        answers = in_order(large, range(6), processes=2)
+        next(answers)
+        answers.close()
+    return times
+
+
+def test_whoever_leaves_while_a_worker_writes_half_an_answer_does_not_wait_for_the_other_half():
+    assert run_ranks(leave_early, 1, 4, timeout=60) == [4]
