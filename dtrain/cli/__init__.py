@@ -13,7 +13,7 @@ if Path(sys.argv[0]).name == "dtrain":  # the command itself, and not somebody w
 import typer
 
 from dtrain import __version__, distributed, launcher
-from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, planning, running
+from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
 from dtrain.errors import USER_ERROR, SharedError, UserError, told
 from dtrain.training.output import forgive_output, say_error
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 # Command → the example that ends its help. All of them run as they stand after `make demo`, in this order.
 EXAMPLES = {
+    init.init: "dtrain init sklearn:digits > digits.yaml",
     running.train: "dtrain train configs/digits-dit.yaml --check",
     data.pack: "dtrain pack sklearn:digits data/digits --holdout 360",
     data.index: "dtrain index data/digits/train",
