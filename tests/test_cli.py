@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +20,7 @@ import dtrain
 from dtrain.chaos import forked
 from dtrain.data.indexing import index
 from tests.digits import tiny
+from tests.printed import commands
 from tests.ranks import run_ranks
 
 
@@ -254,7 +254,8 @@ def test_every_commands_help_ends_in_an_example_that_parses():
             command = command.commands[name]
         last = command.get_help(typer.Context(command)).splitlines()[-1]
         assert f"{last} ".startswith(f"  Example: dtrain {' '.join(names)} "), last
-        command.make_context(names[-1], shlex.split(last)[2 + len(names) :])
+        (example,) = commands(last.removeprefix("  Example: "), "help")
+        command.make_context(names[-1], list(example.words[1 + len(names) :]))
 
 
 def on_a_taken_port(log: str) -> None:
