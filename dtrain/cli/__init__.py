@@ -57,7 +57,7 @@ GROUPS = {
         "list": "dtrain checkpoints list digits",
         "verify": "dtrain checkpoints verify digits",
         "prune": "dtrain checkpoints prune digits --keep-last 3",
-        "export": "dtrain checkpoints export digits --ema 0 --out exported",
+        "export": "dtrain checkpoints export digits --ema 0 --out exported/digits",
     },
 }
 
