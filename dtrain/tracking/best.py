@@ -29,7 +29,7 @@ def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | No
     Compared are evaluations made as the newest with this metric was made: fewer samples are a greater distance.
     """
     lines = [line for line in training_evaluations(journal_file) if metric in line["metrics"]]
-    alike = {line["step"]: line["metrics"][metric] for line in lines if _settings(line) == _settings(lines[-1])}
+    alike = {line["step"]: line["metrics"][metric] for line in made_alike(lines, lines[-1], metric)} if lines else {}
     values = {step: alike[step] for step in steps if step in alike}
     return better(metric)(values, key=values.get) if values else None
 
@@ -37,6 +37,11 @@ def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | No
 def training_evaluations(journal_file: Path) -> list[dict[str, Any]]:
     """The lines of the training's own evaluations, in order; those of jobs lie in files of their own."""
     return [line for line in read(journal_file) if line["event"] == "eval"]
+
+
+def made_alike(lines: list[dict[str, Any]], line: dict[str, Any], metric: str) -> list[dict[str, Any]]:
+    """Those of the evaluations that have the metric and were made as `line` was."""
+    return [other for other in lines if metric in other["metrics"] and _settings(other) == _settings(line)]
 
 
 def _settings(line: dict[str, Any]) -> dict[str, Any]:

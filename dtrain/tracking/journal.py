@@ -170,6 +170,7 @@ class Tails:
     """Reads as they grow a run's journal and the files beside it that hold curves: each `read` gives the new lines.
 
     first, last: when the run's own first and last line were written (unix seconds); None as long as there is none.
+    own: of the last `read` the lines of the run's own journal.
     """
 
     def __init__(self, path: str | Path):
@@ -177,12 +178,13 @@ class Tails:
         self._beside: dict[Path, Tail] = {}
         self.first: float | None = None
         self.last: float | None = None
+        self.own: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
         for pattern in (EVALUATIONS, SYSTEM, SWEEP):
             for path in sorted(self._main.path.parent.glob(pattern)):
                 self._beside.setdefault(path, Tail(path))
-        lines = self._main.read()
+        lines = self.own = self._main.read()
         if lines:
             self.first, self.last = self.first or lines[0]["time"], lines[-1]["time"]
         return lines + [line for tail in self._beside.values() for line in tail.read()]

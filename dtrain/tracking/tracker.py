@@ -3,16 +3,16 @@ for what rank 0 cannot know; on each node how busy it is."""
 
 import json
 import os
-import time
 import uuid
 from typing import Any
 
 from dtrain import distributed
-from dtrain.config import Config, flat
+from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import Tail, evaluation_journal, events, highest_attempt
+from dtrain.tracking.metadata import datasets, params, reference, tags
 from dtrain.tracking.mlflow import Destination, Shipper, tracking_uri
 from dtrain.tracking.mlflow import sync as sync_journal
 from dtrain.tracking.patience import PatientJournal
@@ -166,35 +166,8 @@ def destination(run: RunDirectory, config: Config, lines: list[dict[str, Any]]) 
         experiment=config.tracking.experiment,
         run_name=config.run.name,
         run_key=run_key(lines) or run.path.name,
-        params=flat(config.model_dump(mode="json")),
+        params=params(lines, config),
         tags=tags(lines, config),
+        datasets=datasets(lines, config),
+        reference=reference(config),
     )
-
-
-def tags(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The data set, the code, each attempt, and what the config has been changed to since the params were set."""
-    attempts = [line for line in lines if line["event"] == "attempt"]
-    if not attempts:
-        return {}
-    last = attempts[-1]["context"]
-    found = {
-        "dtrain.data": last["data"],
-        "dtrain.attempts": len(attempts),
-        "mlflow.user": last.get("user"),
-        "mlflow.source.name": last.get("command"),
-        "mlflow.source.type": "JOB" if "job" in last else "LOCAL",
-        "mlflow.source.git.commit": last.get("commit"),
-    }
-    for line in attempts:
-        context = line["context"]
-        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line["time"]))
-        where = f"{context['world_size']} ranks, ZeRO {context['zero_stage']}, {context.get('host')}"
-        job = f", job {context['job']}" if "job" in context else ""
-        code = f", commit {context['commit'][:12]}" if "commit" in context else ""
-        code += " and changes" if context.get("uncommitted") else ""
-        found[f"dtrain.attempt.{line['attempt']}"] = f"from step {line['step']}, {began}, {where}{job}{code}"
-    for line in lines:
-        if line["event"] == "config":
-            for key, (was, now) in line["context"]["changed"].items():
-                found[f"dtrain.changed.{key}"] = f"{was} → {now} at step {line['step']}"
-    return {key: value for key, value in found.items() if value is not None}

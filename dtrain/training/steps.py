@@ -20,6 +20,7 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
 from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.best import evaluated
+from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.bad_steps import BadSteps
 from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
@@ -100,6 +101,7 @@ class Steps:
     def _begin(self, changes: dict[str, tuple], **more) -> None:
         """An attempt begins where the run is: once at the start, and again whenever it goes back."""
         about = {"data": self.manifest.hash, "batch_size": self.config.data.batch_size}
+        about["datasets"] = trained_on(self.manifest, self.config.data)
         about |= {"world_size": distributed.world_size(), "zero_stage": self.config.deepspeed.zero_stage}
         if isinstance(self.process, GaussianDiffusion):
             about["snr"] = self.process.schedule.snr_ends

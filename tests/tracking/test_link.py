@@ -80,7 +80,9 @@ def test_where_nothing_arrived_the_reason_is_said_and_no_link(digits, tmp_path):
 def test_a_server_that_goes_away_leaves_the_link_and_the_reason(run, server, digits, tmp_path, monkeypatch):
     server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    config = tiny(digits, run.path.parent, f"tracking.uri={server.url}", "tracking.enabled=true")
+    config = tiny(
+        digits, run.path.parent, f"tracking.uri={server.url}", "tracking.enabled=true", "tracking.experiment=away"
+    )
     run.save_config(config)
     assert sync(run) == 1
     link = curves_link(run)

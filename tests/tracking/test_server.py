@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from dtrain.config import flat
 from dtrain.data import manifest as manifests
 from dtrain.lock import RunLock
 from dtrain.run import Position, RunDirectory
@@ -85,7 +83,12 @@ def test_every_history_is_the_journals(tracked, there):
         if prefix == "system":
             prefix, step = f"system/{context['node']}", context["sample"]
         for name, value in line["metrics"].items():
-            points = expected.setdefault(f"{prefix}/{name}", [])
+            if prefix in ("goodput", "checkpoint") or name in ("seconds", "bad_samples"):
+                continue  # no curves; no sample was bad
+            section = prefix
+            if prefix == "train" and name not in ("loss", "grad_norm", "lr"):
+                section = "train/levels" if name.startswith("loss_level_") else "train/speed"
+            points = expected.setdefault(f"{section}/{name}", [])
             if prefix.split("/")[0] != "eval" or step not in [s for s, _, _ in points]:
                 points.append((step, round(1000 * line["time"]), value))
     assert tracked.rest.history(there) == {key: sorted(points) for key, points in expected.items()}
@@ -113,14 +116,32 @@ def test_every_node_tells_how_busy_it_is(tracked, there):
     assert {1, 2} <= {line["attempt"] for line in events(tracked.run / "system-rank-1.jsonl")}
 
 
-def test_params_are_the_whole_config_and_tags_tell_what_changed(tracked, there):
+def test_the_headline_comes_first_of_all_sections_and_the_loss_among_the_first_of_the_next(there):
+    """MLflow makes a section of each key's part before the last "/", and sorts sections and charts by name."""
+    keys = sorted(m["key"] for m in there["data"]["metrics"] if not m["key"].startswith("system/"))
+    sections = sorted({key.rpartition("/")[0] for key in keys})
+    assert sections[0] == "eval/ema_0/n24"
+    assert [s for s in sections if not s.startswith("eval/")] == ["train", "train/levels", "train/speed", "validation"]
+    assert [key for key in keys if key.startswith("eval/ema_0/n24/")] == [FD]
+    assert [key for key in keys if key.rpartition("/")[0] == "train"] == ["train/grad_norm", "train/loss", "train/lr"]
+
+
+def test_params_name_the_run_as_it_began_and_the_whole_config_is_an_artifact(tracked, there):
     params, tags = pairs(there["data"]["params"]), pairs(there["data"]["tags"])
-    config = flat(yaml.safe_load((tracked.run / "config.yaml").read_text()))
-    assert params == {key: str(value) for key, value in config.items()} | {
+    assert params == {
+        "data.batch_size": "24",
+        "data.image_size": "8",
+        "ema": "[{decay: 0.995}]",
+        "model.depth": "1",
+        "model.heads": "2",
+        "model.name": "dit",
+        "model.patch": "2",
+        "model.width": "32",
         "optim.lr": "0.0005",
+        "optim.warmup_steps": "5",
         "train.steps": "8",
-        "tracking.uri": params["tracking.uri"],
     }
+    assert tracked.rest.artifact(there, "config.yaml") == (tracked.run / "config.yaml").read_bytes()
     assert tags["dtrain.changed.optim.lr"] == "0.0005 → 0.0004 at step 8"
     assert tags["dtrain.attempts"] == "2"
     assert tags["dtrain.attempt.1"].startswith("from step 0, ")
@@ -133,7 +154,11 @@ def test_params_are_the_whole_config_and_tags_tell_what_changed(tracked, there):
 def test_pictures_report_packages_and_deepspeeds_config_are_artifacts(tracked, there):
     rest, run = tracked.rest, tracked.run
     images = [f for f in rest.artifacts(there, "images") if f.endswith(".png")]
-    assert sorted(int(f.split("+")[2]) for f in images) == [4, 8, 12]
+    series = [int(f.split("+")[2]) for f in images if "~samples+" in f]
+    # A run that finished twice has the last picture of each time once more, in a card that opens on it.
+    lasts = [f.split("~")[-1].split("+")[0] for f in images if "~newest" in f]
+    assert sorted(series) == [4, 8, 12]
+    assert sorted(lasts) == ["newest at step 12", "newest at step 8"]
     assert rest.artifact(there, "report.html") == b"<p>what the run came to"
     for attempt in (1, 2):
         for name in ("packages.txt", "deepspeed.json"):
@@ -143,6 +168,59 @@ def test_pictures_report_packages_and_deepspeeds_config_are_artifacts(tracked, t
     assert f"torch=={torch.__version__.split('+')[0]}" in [line.split("+")[0] for line in packages]
     deepspeed = json.loads((run / "attempts/2/deepspeed.json").read_text())
     assert (deepspeed["zero_optimization"]["stage"], deepspeed["train_batch_size"]) == (2, 24)
+
+
+def test_data_sets_are_mlflows_own_once_over_all_attempts(tracked, there, digits):
+    found = {}
+    for one in there["inputs"]["dataset_inputs"]:
+        dataset, (tag,) = one["dataset"], one["tags"]
+        found[tag["value"]] = (dataset["name"], dataset["digest"], json.loads(dataset["source"])["uri"])
+    config = RunDirectory(tracked.run).config()
+    train, held_out = (m.hash[:12] for m in (manifests.load_all(config.data), manifests.load_holdout(config.data)))
+    assert found == {
+        "training": (f"{digits.name}/train", train, f"{digits}/train"),
+        "evaluation": (f"{digits.name}/holdout", held_out, f"{digits}/holdout/manifest.json"),
+    }
+    assert len(there["inputs"]["dataset_inputs"]) == 2
+
+
+def test_the_first_page_has_the_headline_distance_and_goodput(tracked, there):
+    tags = pairs(there["data"]["tags"])
+    own = [line for line in read(tracked.run / "journal.jsonl") if line["event"] == "eval"]
+    last, best = own[-1], min(own, key=lambda line: line["metrics"]["fd_pixels"])
+    note = tags["mlflow.note.content"]
+    assert note.startswith(f"**fd_pixels {last['metrics']['fd_pixels']:.4g}** at step 12 (288 images seen)")
+    assert ("the best so far." if best is last else f"at step {best['step']}.") in note
+    assert "Measured on 24 samples of ema_0 (ddim, 5 steps)." in note
+    info = there["info"]
+    assert f"#/experiments/{info['experiment_id']}/runs/{info['run_id']}/model-metrics?" in note
+    assert f"/runs/{info['run_id']}/artifacts/report.html" in note
+    totals = [line["metrics"] for line in events(tracked.run / "journal.jsonl") if line["event"] == "goodput"]
+    wall = [
+        b["wall_s"]
+        for b, after in zip(totals, [*totals[1:], {"wall_s": 0}], strict=True)
+        if after["wall_s"] < b["wall_s"]
+    ]
+    assert len(wall) == 2  # attempts
+    assert tags["dtrain.goodput"].startswith(f"{sum(wall) / 60:,.1f} min: steps ")
+    assert tags["dtrain.goodput"].endswith("0 steps lost, 0 images refused")
+
+
+def test_the_experiment_is_of_model_training_with_a_view_of_runs_by_distance(tracked, there):
+    told = tracked.rest.get("experiments/get", experiment_id=there["info"]["experiment_id"])["experiment"]
+    tags = pairs(told["tags"])
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tags["mlflow.experiment.primaryMetric.name"] == FD
+    view = json.loads(tags["mlflow.sharedViewState.dtrain-distances"])
+    assert json.loads(view["state"])["selectedColumns"] == [f"metrics.`{FD}`", "metrics.`train/loss`"]
+
+
+def test_the_printed_link_is_this_runs(tracked, there):
+    info = there["info"]
+    page = f"/#/experiments/{info['experiment_id']}/runs/{info['run_id']}/model-metrics?workflowType=machine_learning"
+    (link,) = {line.split()[-1] for line in tracked.printed.splitlines() if "curves in MLflow" in line}
+    assert link.endswith(page)
+    assert "choose *Model training* at the top left" in tracked.printed
 
 
 def test_each_checkpoint_is_a_model_and_the_best_is_found_by_its_distance(tracked, there):
@@ -206,7 +284,7 @@ def test_passwords_and_tokens_open_doors_and_are_kept_nowhere(tracked, there):
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
         assert secret not in tracked.printed
         assert secret not in json.dumps(there)
-    assert pairs(there["data"]["params"])["tracking.uri"].startswith("http://127.0.0.1:")
+    assert b"uri: http://127.0.0.1:" in tracked.rest.artifact(there, "config.yaml")
 
 
 def test_an_evaluation_during_a_training_is_left_to_the_training(tmp_path, digits):

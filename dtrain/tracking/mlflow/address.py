@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,11 +84,6 @@ def alone_with(directory: Path):
         yield
     finally:
         os.close(descriptor)
-
-
-def allowed(key: str) -> str:
-    """MLflow refuses a whole batch for one key with another character."""
-    return re.sub(r"[^\w\-. /]", "_", key)
 
 
 def milliseconds(seconds: float) -> int:

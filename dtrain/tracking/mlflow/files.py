@@ -2,12 +2,14 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from dtrain.tracking.mlflow.address import milliseconds
+from dtrain.tracking.mlflow.keys import FORMER_IMAGE_KEY, image_key
 
-IMAGE_KEY = "samples"  # under which the pictures of all evaluations make one series
+SMALL = 512  # pixels of an image's longer side, below which it is enlarged
 
 
 def files_of(line: dict[str, Any]) -> list[str]:
@@ -21,6 +23,7 @@ class Files:
 
     def __init__(self, client, run_id: str, directory: Path):
         self._client, self._run_id, self._directory = client, run_id, directory
+        self._compared: set[str] = set()
         self._there: dict[str, dict[str, int | None]] = {}  # folder → path → bytes, of the folders asked for
 
     def send(self, line: dict[str, Any]) -> bool:
@@ -44,11 +47,41 @@ class Files:
         self._there[folder][file] = size
         return True
 
+    def send_changed(self, file: str) -> bool:
+        """Upload a small file that may change, once a connection, unless the artifact has its bytes already."""
+        if file in self._compared:
+            return False
+        path, folder = self._directory / file, os.path.dirname(file)
+        same = self._in(folder).get(file) == path.stat().st_size
+        if same:
+            with tempfile.TemporaryDirectory() as place:
+                there = Path(self._client.download_artifacts(self._run_id, file, place))
+                same = there.read_bytes() == path.read_bytes()
+        if not same:
+            self._client.log_artifact(self._run_id, str(path), folder or None)
+        self._compared.add(file)
+        return not same
+
     def _send_image(self, file: str, line: dict[str, Any]) -> bool:
-        """As an image with a step, which the UI shows beside the curves. Its small copy is what MLflow writes last."""
+        """As an image with a step, which the UI shows beside the curves."""
+        former = any(path.startswith(f"images/{FORMER_IMAGE_KEY}+step+") for path in self._in("images"))
+        return self._log_image(file, FORMER_IMAGE_KEY if former else image_key(line), line)
+
+    def send_last_image(self, line: dict[str, Any]) -> bool:
+        """The picture of a finished run's newest evaluation once more, under a key of its own.
+
+        A card of several steps opens on step 0, where there is no picture; one of a single step shows it.
+        """
+        file = line["context"].get("artifact", "")
+        if not file.endswith(".png") or not (self._directory / file).is_file():
+            return False
+        return self._log_image(file, image_key(line, f"newest at step {line['step']}"), line)
+
+    def _log_image(self, file: str, key: str, line: dict[str, Any]) -> bool:
+        """Unless it is there: MLflow writes the small copy of an image last."""
         from PIL import Image
 
-        name = f"images/{IMAGE_KEY}+step+{line['step']}+"
+        name = f"images/{key.replace('/', '~')}+step+{line['step']}+"
         if any(path.startswith(name) and path.endswith(".webp") for path in self._in("images")):
             return False
         try:
@@ -57,8 +90,11 @@ class Files:
         except (OSError, SyntaxError, ValueError) as e:  # cut off by a crash: nothing that waiting would mend
             logging.getLogger(__name__).warning("%s cannot be read: %s", self._directory / file, e)
             return False
+        # The UI shows an image at its own size at most: one of 8 × 8 digits would be a stamp.
+        scale = max(1, SMALL // max(image.size))
+        image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
         at = {"step": line["step"], "timestamp": milliseconds(line["time"])}
-        self._client.log_image(self._run_id, image, key=IMAGE_KEY, synchronous=True, **at)
+        self._client.log_image(self._run_id, image, key=key, synchronous=True, **at)
         self._there["images"][f"{name}.webp"] = None
         return True
 

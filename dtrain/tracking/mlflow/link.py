@@ -9,6 +9,8 @@ from dtrain.run import RunDirectory, replace
 from dtrain.tracking.mlflow.address import tracking_uri
 
 FILE = "mlflow.json"  # {"uri", "experiment", "run"} of the store that has the run; "problem": why it lacks something
+# MLflow 3.17 opens experiments in its GenAI mode, which hides curves; this parameter chooses the other one.
+MODEL_TRAINING = "workflowType=machine_learning"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow server` listens unless told otherwise
 
 
@@ -38,9 +40,12 @@ def curves_link(run: RunDirectory) -> str | None:
         server = LOCAL_SERVER
     else:
         return None  # such as `databricks`, whose address is not known here
-    # MLflow 3.17 opens experiments in its GenAI mode, which hides curves; this parameter chooses the other one.
-    page = "model-metrics?workflowType=machine_learning"
-    return f"{server}/#/experiments/{ids['experiment']}/runs/{ids['run']}/{page}"
+    return f"{server}/{run_page(ids['experiment'], ids['run'])}"
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """The address, within the server, of a run's curves."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{MODEL_TRAINING}"
 
 
 def server_command(run: RunDirectory) -> str | None:

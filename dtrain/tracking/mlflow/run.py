@@ -4,15 +4,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.mlflow.address import allowed, alone_with, milliseconds, open_client
+from dtrain.tracking.mlflow.address import alone_with, milliseconds, open_client
+from dtrain.tracking.mlflow.curves import Curves
+from dtrain.tracking.mlflow.datasets import Datasets
+from dtrain.tracking.mlflow.description import NOTE, Landmarks, description, goodput, headline, merged
+from dtrain.tracking.mlflow.experiment import preset, runs_page
 from dtrain.tracking.mlflow.files import Files, files_of
-from dtrain.tracking.mlflow.link import keep_ids
+from dtrain.tracking.mlflow.keys import allowed
+from dtrain.tracking.mlflow.link import MODEL_TRAINING, keep_ids, run_page
 from dtrain.tracking.mlflow.models import Models
 from dtrain.tracking.mlflow.sweeps import RUN_KEY, Sweeps
 
 METRICS_PER_BATCH = 1000  # MLflow's limits for one request
 PARAMS_PER_BATCH = 100
 LONGEST_TAG = 5000
+CONFIG, GOODPUT = "config.yaml", "dtrain.goodput"
 AT_THE_END = "report.html"  # uploaded when a run ends, or is synced, where there is one
 
 
@@ -21,7 +27,8 @@ class Destination:
     """A run and where it goes in MLflow.
 
     `run_key` identifies the run for ever (letters, digits, `-_.`); `params` is flat and logged once: a key that MLflow
-    already has keeps its first value; `tags` are set anew.
+    already has keeps its first value; `tags` are set anew. `datasets` are what it trains on: name, hash, source and
+    samples; `reference` is what it is measured against: name and source.
     """
 
     journal_path: Path
@@ -31,18 +38,8 @@ class Destination:
     run_key: str
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
-
-
-def metric_key(line: dict[str, Any], metric: str) -> str:
-    """The MLflow key of one metric of a journal line.
-
-    An evaluation's key holds EMA and N, which no curve may mix, and what it changed of the run's own settings.
-    """
-    event, context = line["event"], line["context"]
-    if event == "eval":
-        differs = "".join(f"{k}-{v}/" for k, v in context.get("differs", {}).items())
-        return allowed(f"eval/{context['ema']}/n{context['n']}/{differs}{metric}")
-    return allowed(f"system/{context['node']}/{metric}" if event == "system" else f"{event}/{metric}")
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    reference: dict[str, Any] | None = None
 
 
 def has_news(line: dict[str, Any]) -> bool:
@@ -60,6 +57,7 @@ class Run:
         self._tags = {allowed(k): str(v)[:LONGEST_TAG] for k, v in to.tags.items()} | {RUN_KEY: to.run_key}
         self.id: str | None = None
         self.lines_shipped = 0
+        self._refused: dict[str, str] = {}
         self._status = "RUNNING"
 
     def connect(self, started: float) -> None:
@@ -72,8 +70,11 @@ class Run:
             self._describe(run)
         self.id, self._status = run.info.run_id, run.info.status
         keep_ids(self._directory, self._to.uri, experiment, self.id)
-        self._highest = {m.key: m.step for m in run.data.to_proto().metrics}  # metric key → highest step there
-        self._histories: dict[str, dict[int, int]] = {}  # of evaluations: metric key → step → milliseconds
+        self._curves = Curves(client, run, self._refused)
+        self._datasets = Datasets(client, run)
+        self._datasets.log(self._to.datasets, "training")
+        self._described: Any = ()  # of which evaluation; () before any description
+        preset(client, experiment, None)
         self._files = Files(client, self.id, self._directory)
         self._models = Models(client, experiment, self.id, self._to.run_name, self._directory / "checkpoints")
         self._sweeps = Sweeps(client, experiment, self.id, self._to.run_name, self._to.run_key, self._directory)
@@ -95,71 +96,103 @@ class Run:
             self._client.update_run(self.id, status="RUNNING")
             self._status = "RUNNING"
 
-    def finish(self, status: str | None, ended: float) -> None:
+    def finish(self, status: str | None, ended: float, landmarks: Landmarks) -> None:
         """What is sent last; then the run's end, where it has one (FINISHED, FAILED, KILLED)."""
         self._models.look()
         self._models.mark_removed()
         self._sweeps.send_picture(self._directory / "sweep.png")
         if (self._directory / AT_THE_END).is_file():
-            self._files.send_file(AT_THE_END)
+            self._files.send_changed(AT_THE_END)
+        self.describe(landmarks, final=True)
+        if status == "FINISHED" and (newest := headline(landmarks.evaluations)):
+            self._files.send_last_image(newest[1])
         if status is not None:
             self._found()
             self._client.set_terminated(self.id, status=status, end_time=milliseconds(ended))
             self._status = status
 
+    def describe(self, landmarks: Landmarks, final: bool = False) -> None:
+        """Bring the run's first page and the experiment's view up to date, where there is a new evaluation or `final`.
+
+        What a user wrote below our part of the description stays.
+        """
+        found = headline(landmarks.evaluations)
+        newest = found and (found[1]["step"], found[1]["time"])
+        if newest == self._described and not final:
+            return
+        tags = {}
+        if landmarks.totals:
+            tags[GOODPUT] = goodput(landmarks.totals.values())
+        there = self._client.get_run(self.id).data.tags
+        tags[NOTE] = merged(description(landmarks, self._links()), there.get(NOTE))
+        for key, value in tags.items():
+            if there.get(key) != value:
+                self._client.set_tag(self.id, key, value, synchronous=True)
+        if found:
+            metric, line = found
+            preset(self._client, self._experiment, self._curves.key(line, metric))
+            if self._to.reference is not None and "reference" in line["context"]:
+                self._datasets.log([self._to.reference | {"hash": line["context"]["reference"]}], "evaluation")
+        self._described = newest
+
+    def _links(self) -> dict[str, str]:
+        """Addresses within the server."""
+        links = {
+            "Curves and samples": run_page(self._experiment, self.id),
+            "All runs by distance": runs_page(self._experiment),
+            "Checkpoints by distance": f"#/experiments/{self._experiment}/models?{MODEL_TRAINING}",
+        }
+        if (self._directory / AT_THE_END).is_file():
+            links["Report"] = f"#/experiments/{self._experiment}/runs/{self.id}/artifacts/{AT_THE_END}?{MODEL_TRAINING}"
+        return links
+
     def send(self, lines: list[dict[str, Any]]) -> int:
         """Ship the first lines, one request's worth; how many are dealt with."""
-        from mlflow.entities import Metric
-
         if lines[0]["event"] == "sweep":
             self.lines_shipped += self._sweeps.send(lines[0])
             return 1
-        highest = dict(self._highest)
-        metrics: dict[tuple[str, int], Metric] = {}
-        taken, news = 0, set()
+        metrics: dict[tuple[str, int], Any] = {}
+        taken, of_line, news = 0, {}, set()  # of_line: key and step → number of the line
         for number, line in enumerate(lines):
             if line["event"] == "sweep":
                 break
             if line["event"] == "checkpoint" and self._models.add(line):
                 news.add(number)
-            step, time_ms = line["context"].get("sample", line["step"]), milliseconds(line["time"])
-            new = {}
-            for name, value in line["metrics"].items():
-                key = metric_key(line, name)
-                wanted = step > highest.get(key, -1) or (line["event"] == "eval" and self._lacks(key, step, time_ms))
-                if wanted and (key, step) not in metrics:
-                    model = self._models.id_of(step) if line["event"] == "eval" else None
-                    new[key, step] = Metric(key, float(value), time_ms, step, model)
+            new = {at: metric for at, metric in self._lacking(line).items() if at not in metrics}
             if metrics and len(metrics) + len(new) > METRICS_PER_BATCH:
                 break
             metrics |= new
-            highest |= {key: max(step, highest.get(key, -1)) for key, step in new}
+            of_line |= dict.fromkeys(new, number)
             taken += 1
-            if new:
-                news.add(number)
-        if metrics:
-            self._client.log_batch(self.id, metrics=list(metrics.values()), synchronous=True)
-        self._highest = highest
-        for (key, step), metric in metrics.items():
-            if key in self._histories:
-                self._histories[key][step] = metric.timestamp
+        for metric in self._curves.log(list(metrics.values())):
+            news.add(of_line[metric.key, metric.step])
             if metric.model_id is not None:
-                self._models.has(step, key)
+                self._models.has(metric.step, metric.key)
         for number, line in enumerate(lines[:taken]):
             if self._files.send(line):
                 news.add(number)
+        if (self._directory / CONFIG).is_file():
+            self._files.send_changed(CONFIG)
         self.lines_shipped += len(news)
         return taken
 
-    def _lacks(self, key: str, step: int, time_ms: int) -> bool:
-        """Whether an evaluation's value is not there: it may be of an older step than the newest that is.
+    def _lacking(self, line: dict[str, Any]) -> dict:
+        """(key, step) → metric, of what the line has and MLflow does not."""
+        from mlflow.entities import Metric
 
-        Also where only the run has it, because the request that should have given it to the model too was cut off.
-        """
-        if key not in self._histories:
-            self._histories[key] = {m.step: m.timestamp for m in self._client.get_metric_history(self.id, key)}
-        there = self._histories[key].get(step)
-        return there is None or (there == time_ms and self._models.lacks(step, key))
+        step, time_ms = line["context"].get("sample", line["step"]), milliseconds(line["time"])
+        found = {}
+        for name, value in line["metrics"].items():
+            key, model = self._curves.key(line, name), None
+            if key is None:
+                continue
+            wanted = step > self._curves.highest.get(key, -1)
+            if line["event"] == "eval":
+                model = self._models.id_of(step)
+                wanted = wanted or self._curves.lacks(key, step, time_ms, self._models.lacks(step, key))
+            if wanted:
+                found[key, step] = Metric(key, float(value), time_ms, step, model)
+        return found
 
     def _found(self):
         """This run in MLflow, or None; an empty one beside it, of a request whose answer was lost, is deleted."""

@@ -9,6 +9,7 @@ from dtrain.credentials import without_credentials
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Tails, valid
 from dtrain.tracking.mlflow.address import reason
+from dtrain.tracking.mlflow.description import Landmarks
 from dtrain.tracking.mlflow.link import keep_problem
 from dtrain.tracking.mlflow.run import METRICS_PER_BATCH, Destination, Run, has_news
 
@@ -23,6 +24,7 @@ class Pending:
         self._tails = Tails(to.journal_path)
         self._begun: list[dict[str, Any]] = []  # the attempts so far, by which lines are void
         self._lock = threading.Lock()
+        self.landmarks = Landmarks()
         self.lines: list[dict[str, Any]] = []
 
     @property
@@ -38,6 +40,7 @@ class Pending:
             if new := self._tails.read():
                 self.lines = [line for line in valid(self.lines + new, self._begun) if has_news(line)]
                 self._begun += [line for line in new if line["event"] == "attempt"]
+                self.landmarks.add(self._tails.own, self._begun)
 
     def drain(self, run: Run, deadline: float = float("inf")) -> None:
         while self.lines and time.monotonic() < deadline:
@@ -95,8 +98,9 @@ class Shipper:
                     self._run.set_running()
                     connected = True
                 self._pending.drain(self._run, self._deadline)
+                self._run.describe(self._pending.landmarks)
                 if closing and not self._pending.lines:
-                    self._run.finish(self._status, self._pending.ended)
+                    self._run.finish(self._status, self._pending.ended, self._pending.landmarks)
                     self.error = None
                     return
                 self.error, back_off, pause = None, 1.0, POLL_SECONDS
@@ -123,7 +127,7 @@ def sync(to: Destination, status: str | None = None) -> int:
     try:
         run.connect(pending.started)
         pending.drain(run)
-        run.finish(status, pending.ended)
+        run.finish(status, pending.ended, pending.landmarks)
     except Exception as e:
         left = len(pending.lines)
         raise UserError(

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.mlflow.address import allowed, alone_with, milliseconds
+from dtrain.tracking.mlflow.address import alone_with, milliseconds
+from dtrain.tracking.mlflow.keys import allowed
 
 PARENT, RUN_KEY, SWEEP_OF = "mlflow.parentRunId", "dtrain.run_key", "dtrain.sweep_of"
 
