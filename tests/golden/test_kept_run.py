@@ -36,7 +36,7 @@ def kept(tmp_path, monkeypatch):
 
 def place(folder: Path, chdir) -> RunDirectory:
     shutil.copytree(HERE / "kept", folder, dirs_exist_ok=True)
-    (folder / "data").symlink_to(HERE / "data")
+    shutil.copytree(HERE / "data", folder / "data")
     chdir(folder)
     return RunDirectory("runs/kept")
 
