@@ -29,7 +29,7 @@ SHORT_RUN = (
 )
 SHORT = {
     "pack": ("--holdout=4",),
-    "init": ("--size=8",),
+    "init": ("--size=8", "--gpus=1"),  # for another machine than this one: no steps are timed
     "evaluate": ("--n=8", "--steps=2", "--features=pixels", "--metrics=fd"),
     "sample": ("--n=8", "--steps=2"),
     "submit": ("--dry-run",),
@@ -217,13 +217,14 @@ def shortened(given: tuple[str, ...], name: str) -> tuple[str, ...]:
     """The same command in a second or two. A training is checked; that of the README's own images takes two steps."""
     if name == "train":
         trains = "configs/mine.yaml" in given and "--check" not in given
-        return given + (SHORT_RUN if trains else ("--check",))
-    more = SHORT.get(name, ()) if "sklearn:digits" not in given else ()  # whose 360 held-out ones are there already
+        return given + ((*SHORT_RUN, "model.width=16", "model.res_blocks=1") if trains else ("--check",))
+    packed = name == "pack" and "sklearn:digits" in given  # with its 360 held-out ones already
+    more = () if packed else SHORT.get(name, ())
     end = given.index("--") if "--" in given else len(given)
     return given[:end] + more + given[end:]
 
 
-def trouble_of(command: Command) -> str | None:
+def trouble_of(command: Command, tried: set[tuple[str, ...]]) -> str | None:
     """Runs what can be run of it here, in the folder where we are. None where it ends well."""
     words = tuple(os.path.expandvars(word) for word in command.words)
     if words[0] == "cp":
@@ -232,11 +233,15 @@ def trouble_of(command: Command) -> str | None:
     name = parse(given) if given else ""
     if not name or name in PARSED_ONLY or "--download" in given:
         return None
-    ((code, text),) = run_ranks(run_command, 1, *shortened(given, name))
+    words = shortened(given, name)
+    if words in tried:  # a training is checked once, however many launchers are printed for it
+        return None
+    tried.add(words)
+    ((code, text),) = run_ranks(run_command, 1, *words)
     if code not in (0, None):
         return f"exit code {code}: {text}"
     if command.into:
-        Path(command.into).write_text(text)
+        Path(command.into).write_text("".join(s for s in text.splitlines(True) if not s.startswith("dtrain: ")))
     for line in SAID.findall(text):
         for said in commands(line, f"what `{command}` prints"):
             check_known(said)
@@ -247,6 +252,7 @@ def test_commands_without_placeholders_run_in_the_order_they_are_printed_in(fold
     """The README's come first, as each builds on those before."""
     found = [c for c in ONCE if not c.is_pattern and c.words[0] in ("cp", "dtrain", "deepspeed")]
     found = [c for c in found if "in prose" not in c.where]
-    troubles = [f"{c.where}: {c}: {trouble}" for c in found if (trouble := trouble_of(c)) is not None]
+    tried = set()
+    troubles = [f"{c.where}: {c}: {trouble}" for c in found if (trouble := trouble_of(c, tried)) is not None]
     assert not troubles, "\n".join(troubles)
-    assert len(found) > 20
+    assert len(tried) > 20
