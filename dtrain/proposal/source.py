@@ -151,6 +151,8 @@ def _pack(source: str, name: str, say: Say, progress: Callable[[int, int], None]
     from dtrain.data.sources import open_source
 
     destination = FOLDER / name
+    if destination.resolve() == Path(source).resolve():  # pictures that lie where packed ones would
+        destination = FOLDER / f"{name}-shards"
     samples = open_source(source).samples
     if destination.exists():
         made_from = None
@@ -164,7 +166,8 @@ def _pack(source: str, name: str, say: Say, progress: Callable[[int, int], None]
     words = ["dtrain", "pack", source, str(destination), "--holdout", str(holdout)]
     say(shlex.join(words))
     packed = pack(source, destination, holdout, progress=progress)
-    say(str(getattr(packed, "report", packed)))
+    for line in packed.report.splitlines():
+        say(line)
     return _packed(destination, name)
 
 

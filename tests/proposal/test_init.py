@@ -160,7 +160,10 @@ def test_photographs_of_mixed_sizes_are_shrunk_and_it_says_so(work):
     small, _ = written("photos", "small.yaml", size=8)
     assert small.data.image_size == 8
     trains("small.yaml", *SHORT)
-    classes, _ = written("classes", "classes.yaml")
+    (work / "classes").rename("data/classes")
+    classes, said = written("data/classes", "classes.yaml")
+    assert said[0] == "dtrain pack data/classes data/classes-shards --holdout 8"
+    assert (classes.run.name, classes.data.shards) == ("classes", "data/classes-shards/train")
     assert classes.model.num_classes == 2
     assert "# 2 classes: 0 a, 1 b" in Path("classes.yaml").read_text()
 
