@@ -102,7 +102,8 @@ def arrived_in_mlflow(config, folder) -> dict[str, dict[int, float]]:
     assert run.info.status == "FINISHED"
     assert run.data.params["model.width"] == "32"
     grids = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".webp")]
-    assert sorted(path.split("+")[:3] for path in grids) == [["images/samples", "step", n] for n in ("20", "40")]
+    series = sorted(path.split("+")[:3] for path in grids if "~samples+" in path)
+    assert series == [["images/eval~ema_0~n48~samples", "step", n] for n in ("20", "40")]
     keys = {}
     for key in ("train/loss", "eval/ema_0/n48/fd_pixels"):
         history = client.get_metric_history(run.info.run_id, key)
