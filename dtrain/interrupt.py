@@ -61,8 +61,8 @@ class CtrlC:
         self._words = words
 
     def at_once(self, words: Words | None = None) -> None:
-        """From now on the first Ctrl-C ends the process where it is, with these words."""
-        self._choice, self._words = "at once", words
+        """From now on a Ctrl-C ends the process where it is, with these words; an earlier one has had its answer."""
+        self._choice, self._words, self._pressed = "at once", words, None
 
     def by_request(self, agree: Callable[[], None], on_press: Callable[[], None], words: Words) -> None:
         """From now on the first Ctrl-C calls `on_press`, in a thread, and a second ends the process with these words.

@@ -3,10 +3,13 @@
 import json
 import re
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dtrain.checkpoint.directory import complete, step_of
+from dtrain.data.pack import pack
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
@@ -149,11 +152,21 @@ def test_ctrl_c_in_a_sweep_says_which_results_are_kept(digits, work):
     assert [line["setting"]["steps"] for line in stored] == [2, 3]
 
 
-def test_ctrl_c_in_other_commands_is_quiet(digits, work):
-    terminal = Terminal("verify", digits / "train")
+def test_ctrl_c_in_packing_keeps_whole_shards_and_no_worker_shows_a_traceback(work):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6000, 32, 32, 3), dtype=np.uint8)
+    np.savez("pictures.npz", images=images, labels=rng.integers(0, 10, 6000))
+    terminal = Terminal("pack", "pictures.npz", "packed")
+    terminal.wait_for(lambda: list(Path(".packed.partial", "train").glob("*.tar")))
     terminal.press_ctrl_c()
-    assert terminal.exit_code(timeout=20) in (0, 130)
+    assert terminal.exit_code(timeout=10) == 130
+    again = "dtrain pack pictures.npz packed"
+    assert f"shards that are whole are kept; go on with: {again}" in terminal.said
     assert "Traceback" not in terminal.said
+    pack("pictures.npz", "packed")
+    pack("pictures.npz", "whole")
+    packed, whole = ({p.name: p.read_bytes() for p in Path(to, "train").iterdir()} for to in ("packed", "whole"))
+    assert packed == whole
 
 
 def test_ctrl_c_while_sampling_leaves_no_file(digits, work):

@@ -111,6 +111,8 @@ def main(command: str | None = None) -> None:
         elif not distributed.has_met():
             launcher.leave()
         code = app(args=arguments, prog_name="dtrain", standalone_mode=False)
+        if ctrl_c.is_ending:  # typer makes an exit code of a KeyboardInterrupt
+            code = ctrl_c.end()
     except (UserError, PermissionError) as e:
         code = _mistake(told(e), shared=isinstance(e, SharedError))
     except UsageError as e:

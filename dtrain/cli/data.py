@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RunName
+from dtrain.cli.arguments import Overrides, RunName, this_command
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED
+from dtrain.interrupt import ctrl_c
 
 
 def pack(
@@ -39,6 +40,7 @@ def pack(
     from dtrain.data.pack import pack as run
     from dtrain.data.sources import Choice
 
+    ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
     choice = Choice(split, label_column, image_column, root, download)
     with progress("packing") as on_sample:
         packed = run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample, choice=choice)

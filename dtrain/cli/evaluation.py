@@ -31,8 +31,8 @@ from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
 
 
-def nothing_kept() -> str:
-    return f"nothing was drawn yet; start again with: {this_command()}"
+def nothing_drawn() -> str:
+    return f"this start has drawn nothing yet; go on with: {this_command()}"
 
 
 def say_on_rank_0(line: str | None) -> None:
@@ -74,7 +74,7 @@ def evaluate(
     chosen |= {"bootstrap": bootstrap, "metrics": metrics}
     own = directory.config()
     settings = with_eval(own, chosen, raw)
-    ctrl_c.at_once(nothing_kept)
+    ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.evaluate import differences, open_sampler, scratch_of, weights_name
@@ -133,7 +133,7 @@ def sweep(
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
     settings = with_eval(directory.config(), chosen, raw=False)
-    ctrl_c.at_once(nothing_kept)
+    ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps

@@ -22,6 +22,10 @@ from dtrain.launcher import slurm_job
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
 FIRST_CTRL_C = "stopping after this step, with a checkpoint; Ctrl-C again ends at once, without one"
+FIRST_UNDER_DEEPSPEED = (
+    "stopping after this step, with a checkpoint; DeepSpeed's launcher gives the ranks 30 s for it and "
+    "passes on neither a second Ctrl-C nor exit code 75"
+)
 SECOND_CTRL_C = "ended at once; the run goes on from its newest checkpoint"
 POLL_SECONDS = 1.0  # between looks at the stop file, which may lie on a slow file system
 LEAST_MARGIN_SECONDS = 10.0
@@ -56,7 +60,8 @@ class StopRequest:
         """From the first step on, until `restore`. A collective: agree() returns once every rank has come so far."""
         if not is_ignored(signal.SIGINT):
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
-        ctrl_c.by_request(agree, lambda: say(FIRST_CTRL_C), SECOND_CTRL_C)
+        first = FIRST_UNDER_DEEPSPEED if "CROSS_SIZE" in os.environ else FIRST_CTRL_C  # set by that launcher alone
+        ctrl_c.by_request(agree, lambda: say(first), SECOND_CTRL_C)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
