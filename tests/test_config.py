@@ -170,3 +170,11 @@ def test_a_relative_path_that_is_not_there_says_where_it_was_looked_for(tmp_path
     with pytest.raises(UserError) as error:
         load_all(load(CONFIG, [f"data.shards={tmp_path}/train"]).data)
     assert "looked for from" not in str(error.value)
+
+
+def test_an_empty_config_says_that_init_may_not_have_finished(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(
+        UserError, match=r"mine.yaml is empty; where `dtrain init` was to write it, that did not finish"
+    ):
+        load(tmp_path / "mine.yaml")

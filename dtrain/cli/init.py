@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.progress import progress
+from dtrain.interrupt import ctrl_c
 
 
 def init(
@@ -29,7 +30,7 @@ def init(
     """Write a commented config that fits the data and the machine to the terminal, or to a file: > configs/mine.yaml
 
     Data that are no shards yet are packed into data/NAME first, with a split held out; shards without a manifest are
-    indexed there. A few steps are taken to say how long a training lasts.
+    indexed there. Steps are taken for some 15 seconds, to say how long a training lasts.
     """
     from dtrain.errors import UserError
     from dtrain.proposal.propose import propose
@@ -41,11 +42,12 @@ def init(
         print(f"dtrain: {line}", file=sys.stderr, flush=True)
 
     file = _file()
+    ctrl_c.kept(f"ended before the config was written; where the shell has made {file}, it is empty: start again")
     with progress("packing") as on_sample:
         found = propose(data, size, name, gpus, say, on_sample)
     say(found.about.splitlines()[0])
     say("taking a few steps, to say how long a training lasts")
-    with progress("timing steps") as on_step:
+    with progress("timing steps, seconds") as on_step:
         minutes = found.minutes(file, on_step)
     print(found.text(minutes, file), end="")
 

@@ -68,6 +68,8 @@ def _read(path: Path) -> dict:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where} is not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    if tree is None:
+        raise UserError(f"{path} is empty; where `dtrain init` was to write it, that did not finish: run it again")
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
     return tree

@@ -17,9 +17,9 @@ from dtrain.config import Config
 from dtrain.errors import USER_ERROR, UserError
 
 STEPS = 25  # timed at most
-SECONDS = 15.0  # of steps at most, once there are three
+SECONDS = 15.0  # of steps at most, once two count
 PATIENCE = 240.0  # for a first step
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 1  # steps that are not counted
 BUSY = 0.7
 LAUNCHED = (
     "RANK",
@@ -99,8 +99,9 @@ def _watch(process: subprocess.Popen, folder: Path, progress: Callable[[int, int
     journal, began = folder / "timed" / "journal.jsonl", time.monotonic()
     while True:
         times = _step_times(journal)
-        progress(len(times), WARM_UP + STEPS + 1)
-        enough = len(times) >= WARM_UP + 4 and times[-1] - times[WARM_UP] > SECONDS
+        if times:  # in seconds: how many steps they are enough for is not known before
+            progress(min(round(time.time() - times[0]), int(SECONDS) - 1), int(SECONDS))
+        enough = len(times) > WARM_UP + 2 and times[-1] - times[0] > SECONDS
         if enough or len(times) > WARM_UP + STEPS:
             return times
         if process.poll() is not None:
