@@ -48,8 +48,8 @@ def submit(*arguments: str) -> "Job":
     command = [sys.executable, "-c", "from dtrain.cli import main; main()", "submit", "--gpus-per-node", "1"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    return Job(said[1].split()[1].rstrip(":"), Path(said[3].removeprefix("log: ")))
+    said = {line.split()[0]: line for line in done.stdout.splitlines()}
+    return Job(said["job"].split()[1].rstrip(":"), Path(said["log:"].removeprefix("log: ")))
 
 
 class Job:
