@@ -1,6 +1,5 @@
 """A trained run to export, and the lines of an exported folder's README, run as they stand."""
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -8,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dtrain.chaos import forked
 from dtrain.config import Config
 from tests.digits import tiny
 from tests.printed import blocks
@@ -39,10 +39,13 @@ def run_readme(folder: Path, scratch: Path) -> Path:
 
 
 def run_readme_in_a_fork(folder: Path, scratch: Path) -> Path:
-    """The same in a fork of this process, which has diffusers imported: seconds less."""
+    """The same in a fork of the process that ranks are forked from: it has torch imported and no threads running.
+
+    Not of this process: what computes with several threads waits for ever in a fork of one that has done so.
+    """
     (block,) = blocks((folder / "README.md").read_text(encoding="utf-8"), "python")
     (scratch / "lines.py").write_text(block)
-    child = multiprocessing.get_context("fork").Process(target=_alone, args=(folder, scratch / "lines.py"))
+    child = forked.context.Process(target=_alone, args=(folder, scratch / "lines.py"))
     child.start()
     child.join()
     assert child.exitcode == 0
