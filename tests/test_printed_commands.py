@@ -177,6 +177,10 @@ def test_the_program_knows_the_command_and_its_options(command):
     check_known(command)
 
 
+# Ranks are forked from a process that may have been started with another value.
+PHOTOGRAPHS = {"DTRAIN_CIFAR10": "cifar/packed/train"}
+
+
 @pytest.fixture(scope="module")
 def folder(digits, tmp_path_factory):
     """As after the README's set-up: the project's files, the digits, photographs, a trained run of each."""
@@ -189,7 +193,7 @@ def folder(digits, tmp_path_factory):
         photographs(folder / "cifar/images" / str(number), 2, (32, 32))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("DTRAIN_CIFAR10", "cifar/packed/train")
+        patch.setenv("DTRAIN_CIFAR10", PHOTOGRAPHS["DTRAIN_CIFAR10"])  # which `os.path.expandvars` looks at
         ran("pack", "cifar/images", "cifar/packed")
         ran("index", "cifar/packed/train", "--out", "data/cifar10.json")
         ran("train", "configs/digits-dit.yaml", *SHORT_RUN)
@@ -208,7 +212,7 @@ def photographs(folder: Path, count: int, size: tuple[int, int] | None = None) -
 
 def ran(*words: str) -> str:
     """What `dtrain …` prints; it must end well."""
-    ((code, text),) = run_ranks(run_command, 1, *words)
+    ((code, text),) = run_ranks(run_command, 1, *words, environment=PHOTOGRAPHS)
     assert code in (0, None), f"dtrain {' '.join(words)}\n{text}"
     return text
 
@@ -237,7 +241,7 @@ def trouble_of(command: Command, tried: set[tuple[str, ...]]) -> str | None:
     if words in tried:  # a training is checked once, however many launchers are printed for it
         return None
     tried.add(words)
-    ((code, text),) = run_ranks(run_command, 1, *words)
+    ((code, text),) = run_ranks(run_command, 1, *words, environment=PHOTOGRAPHS)
     if code not in (0, None):
         return f"exit code {code}: {text}"
     if command.into:

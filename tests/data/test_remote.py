@@ -189,10 +189,12 @@ def test_a_kill_in_the_middle_of_writing_leaves_whole_blocks(tmp_path):
     for _ in range(5):
         process = multiprocessing.get_context("fork").Process(target=_fill, args=(tmp_path,))
         process.start()
-        time.sleep(0.1)
+        cache, end = BlockCache(tmp_path, 4 << 20), time.monotonic() + 30
+        while sum(cache.read("k", n, 200_000, 0, 200_000) is not None for n in range(40)) < 10:
+            assert time.monotonic() < end
+            time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        cache = BlockCache(tmp_path, 4 << 20)
         found = [cache.read("k", n, 200_000, 0, 200_000) for n in range(40)]
         assert sum(block is not None for block in found) >= 10
         assert all(block == bytes([n]) * 200_000 for n, block in enumerate(found) if block is not None)

@@ -114,7 +114,7 @@ def test_shards_without_a_manifest_are_indexed_elsewhere_and_one_is_held_out(wor
     )
     assert config.data.shards == config.data.holdout_shards == str(folder)
     assert (config.model.num_classes, config.data.image_size, config.data.channels) == (4, 12, 3)
-    text = Path("mine.yaml").read_text()
+    text = " ".join(Path("mine.yaml").read_text().replace("\n#", "").split())  # lines break where the path ends
     assert "168 pictures" in text
     assert "24 held out" in text
     trains("mine.yaml", *SHORT)
