@@ -38,7 +38,7 @@ def header(data: bytes) -> Header:
 
 
 def _jpeg(data: bytes) -> Header | None:
-    """Of the first frame. Between segments libjpeg passes over whatever is no marker, and so does this."""
+    """The first frame's size. Like libjpeg, it skips bytes between segments that are no marker."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):
         marker = data[at + 1]
@@ -55,7 +55,7 @@ def _jpeg(data: bytes) -> Header | None:
 
 
 def _png(data: bytes) -> Header | None:
-    """Of the one header, which must be the first chunk: Pillow goes by the last one before the pixels."""
+    """The size in the only header, which must be the first chunk: Pillow uses the last header before the pixels."""
     if data[12:16] != b"IHDR" or len(data) < 24:
         return None
     at = 8

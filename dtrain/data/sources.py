@@ -115,7 +115,7 @@ def open_source(source: str, choice: Choice | None = None) -> Source:
 
 
 def arrays(images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, **more: Any) -> Source:
-    """Of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, and class numbers (N,)."""
+    """A source of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, and class numbers (N,)."""
     content = hashlib.sha256(images.tobytes())
     if labels is not None:
         content.update(labels.astype("<i8").tobytes())

@@ -23,7 +23,7 @@ _SHOWN = 6  # classes that are named
 
 @dataclass(frozen=True)
 class Survey:
-    """Of pictures spread evenly over the data set, those whose headers could be read."""
+    """The pictures whose headers could be read, among some that are spread evenly over the data set."""
 
     headers: list[Header]
 

@@ -70,7 +70,7 @@ def _weights(path: Path) -> str:
 
 @cache
 def code_digest() -> str:
-    """Of every Python file of the package, by its name and text."""
+    """A digest of the names and texts of all Python files of the package."""
     folder = Path(dtrain.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

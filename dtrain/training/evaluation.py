@@ -24,7 +24,7 @@ GRID_ROWS = 8
 
 
 class Evaluation:
-    """Of where a run is, each time that `run` is called. It may take hours, so it gives way to a stop.
+    """Evaluates the run at its present step, each time that `run` is called. As it may take hours, it yields to a stop.
 
     stop_wanted: whether this rank has been asked to; one rank's word is enough for all.
     """
