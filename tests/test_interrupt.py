@@ -154,8 +154,8 @@ def test_ctrl_c_in_a_sweep_says_which_results_are_kept(digits, work):
 
 def test_ctrl_c_in_packing_keeps_whole_shards_and_no_worker_shows_a_traceback(work):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (6000, 32, 32, 3), dtype=np.uint8)
-    np.savez("pictures.npz", images=images, labels=rng.integers(0, 10, 6000))
+    images = rng.integers(0, 256, (3500, 32, 32, 3), dtype=np.uint8)
+    np.savez("pictures.npz", images=images, labels=rng.integers(0, 10, 3500))
     terminal = Terminal("pack", "pictures.npz", "packed")
     terminal.wait_for(lambda: list(Path(".packed.partial", "train").glob("*.tar")))
     terminal.press_ctrl_c()

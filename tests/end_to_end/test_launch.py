@@ -113,6 +113,7 @@ def arrived_in_mlflow(config, folder) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.launcher
+@pytest.mark.campaign  # 13 s; forked ranks show the same in every run of the suite
 def test_a_mistake_under_the_launcher_is_said_once_with_exit_code_2(digits, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path / "runs").dump())
     assert launch(tmp_path, "tiny.yaml", "data.batch_size=25").wait(120) == 2

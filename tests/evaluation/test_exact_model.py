@@ -64,7 +64,7 @@ def null() -> float:
         longer(["eval.eta=sigma_hat"]),
         ["eval.spacing=quad"],
         ["diffusion.prediction=v", "diffusion.schedule=cosine"],
-        ["eval.sampler=ancestral"],
+        longer(["eval.sampler=ancestral"]),
         longer(["eval.sampler=ancestral", "diffusion.variance=fixed_large"]),
         ["eval.sampler=dpmpp_2m"],
         ["eval.sampler=heun"],

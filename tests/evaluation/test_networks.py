@@ -18,6 +18,7 @@ from dtrain.evaluation.features import Pixels, extractor, metric_name
 from dtrain.evaluation.frechet import frechet_distance
 from dtrain.evaluation.networks import EfficientNetLite0, Inception, UserNetwork
 from dtrain.evaluation.statistics import statistics_of
+from tests.longer import longer
 
 CIFAR10 = os.environ.get("DTRAIN_CIFAR10")
 
@@ -166,7 +167,7 @@ def noisy(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not CIFAR10, reason="DTRAIN_CIFAR10 names no folder of CIFAR-10 shards")
-@pytest.mark.parametrize("features", ["pixels", "effnet_lite0"])
+@pytest.mark.parametrize("features", ["pixels", longer("effnet_lite0")])
 def test_blur_and_noise_of_growing_strength_raise_the_distance_on_photographs(photographs, features):
     n = PHOTOGRAPHS[features]
     # Pixels of the centre alone: 768 dimensions, which a thousand photographs fill.

@@ -109,7 +109,7 @@ def test_the_extrapolated_distance_recovers_the_truth_that_the_plain_one_misses(
     dimensions, n = 32, 256
     truth = Statistics(10**9, np.full(dimensions, 0.5), 2.0 * np.eye(dimensions))
     expected = dimensions * (0.25 + (np.sqrt(2) - 1) ** 2)
-    found = [(fd_infinity(x, truth, 0), frechet_distance(statistics_of(x), truth)) for x in samples(n, dimensions)]
+    found = [(fd_infinity(x, truth, 0), frechet_distance(statistics_of(x), truth)) for x in samples(n, dimensions)[:15]]
     extrapolated = np.mean([e.value for e, _ in found])
     plain = np.mean([p for _, p in found])
     assert plain > 1.1 * expected

@@ -2,20 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dtrain.config import validate
-from dtrain.distributed import free_port
 from dtrain.errors import SharedError
 from dtrain.tracking.journal import events
 from tests.data.shard_files import data_set, labelled_pictures
 from tests.data.test_audit import tree
 from tests.ranks import join_ranks, run_ranks, start_ranks
+from tests.test_cli import command
 from tests.training.test_stopping import wait_for_step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,21 +77,9 @@ def test_a_shard_that_goes_while_a_run_reads_it_ends_all_ranks(tmp_path):
 def test_the_line_is_said_once_and_every_rank_leaves_with_code_2(tmp_path, damaged):
     (tmp_path / "data").symlink_to(damaged)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config(tmp_path, 15)))
-    environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), str(tmp_path / "run.yaml")]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = "".join(rank.communicate(timeout=120)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [2, 2]
+    ranks = run_ranks(command, 2, "train", tmp_path / "run.yaml")
+    assert [code for code, _ in ranks] == [2, 2]
+    said = "".join(text for _, text in ranks)
     assert said.count("dtrain: ") == 1
     assert said.count("png is not a JPEG") == 1
     assert "Traceback" not in said
