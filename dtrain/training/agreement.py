@@ -42,6 +42,7 @@ def given(config: Config, manifest: Manifest) -> dict[str, str]:
     keys = configuration.flat(config.model_dump(mode="json"))
     found = {"version of dtrain": dtrain.__version__}
     found |= {f"`{key}`": repr(value) for key, value in keys.items() if not key.startswith(PLACES)}
+    found["`data.mix`"] = repr([[source.name, source.weight] for source in config.data.mix])
     for number, one in enumerate((manifest, *manifest.mixed)):
         name = "manifest" if number == 0 else f"manifest of data.mix.{number - 1}"
         found[name] = f"one of {one.samples} samples with hash {one.hash[:12]}"

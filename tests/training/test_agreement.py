@@ -34,6 +34,10 @@ def test_another_config_manifest_or_weights_on_one_rank_is_named(digits, tmp_pat
     assert "has another `optim.lr` than rank 0" in lines(ours, tiny(digits, tmp_path, "optim.lr=4e-4"))
     assert "has another `train.spike_factor` than" in lines(ours, tiny(digits, tmp_path, "train.spike_factor=0"))
 
+    mixed = [f"{{name: again, shards: {digits}/train, weight: {weight}}}" for weight in (1, 2)]
+    line = lines(*(tiny(digits, tmp_path, f"data.mix=[{source}]") for source in mixed))
+    assert "has another `data.mix` than rank 0" in line
+
     pack("sklearn:digits", tmp_path / "other", holdout=360, seed=1)
     other = tiny(digits, tmp_path, f"data.shards={tmp_path}/other/train")
     line = lines(ours, other)
