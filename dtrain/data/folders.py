@@ -1,5 +1,6 @@
 """Folders of pictures as what can be packed: flat, of class folders, of splits, or with a table of labels."""
 
+import difflib
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from dtrain.errors import UserError
 def folder(path: Path, choice: Choice) -> Source:
     """The pictures below a folder, or its Parquet files. Raises UserError where it has neither."""
     if not path.is_dir():
-        wrong = f"{path} cannot be packed" if path.exists() else f"there is no folder {path} to pack"
+        wrong = f"{path} cannot be packed" if path.exists() else f"there is no folder {path} to pack{_near(path)}"
         raise UserError(f"{wrong}; SOURCE is {FORMS}")
     if tables := [name for name in files_below(path, ".parquet", 2) if Path(name).name != "metadata.parquet"]:
         from dtrain.data.parquet import parquet_files
@@ -39,6 +40,13 @@ def folder(path: Path, choice: Choice) -> Source:
     beside = [name for name in folders if name != split]
     note = f"took the split {split}" + (f"; beside it: {_shown(beside)}" if beside else "")
     return replace(source, notes=(note, *source.notes))
+
+
+def _near(path: Path) -> str:
+    """A question whether the user meant a folder of nearly the same name; nothing where there is none."""
+    names = folders_in(path.parent) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,14 @@ def _packed(path: Path, name: str | None) -> DataSet:
 
 
 def _with_manifest(path: Path, name: str | None) -> DataSet:
-    """A manifest whose shards lie beside it. A split called holdout beside a folder called train belongs to it."""
+    """A manifest whose shards lie beside it. A split called holdout beside a folder called train belongs to it.
+
+    Raises UserError where they lie elsewhere, which a manifest does not say.
+    """
     folder = path.parent
+    first = manifests.load(path).shards[0].name
+    if not (folder / first).exists():
+        raise UserError(f"{path} is an index of shards that are not beside it; give init the folder that holds {first}")
     if folder.resolve().name == "train":
         return _packed(folder.parent if folder.name == "train" else folder.resolve().parent, name)
     name = name or named_after(str(folder))

@@ -170,6 +170,7 @@ def test_sources_that_cannot_be_packed_are_refused(photographs, tmp_path):
     destination = tmp_path / "packed"
     for source, options, message in [
         (str(tmp_path / "nothing"), {}, "there is no folder .*nothing to pack"),
+        (f"{photographs}s", {}, rf"there is no folder .*; did you mean {photographs}\?; SOURCE is"),
         (str(photographs), {"holdout": 4}, "--holdout 4 must leave a sample to train on: .* has 4"),
         (str(photographs), {"holdout": -1}, "--holdout -1 must leave"),
         (str(photographs), {"shard_samples": 0}, "a shard holds at least 1 sample, got 0"),

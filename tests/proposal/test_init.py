@@ -119,6 +119,8 @@ def test_shards_without_a_manifest_are_indexed_elsewhere_and_one_is_held_out(wor
     assert "24 held out" in text
     trains("mine.yaml", *SHORT)
     assert written(folder, "b.yaml", name="read-only")[1] == []  # indexed already
+    with pytest.raises(UserError, match=r"manifest.json is an index of shards that are not beside it; give init the"):
+        written("data/read-only", "c.yaml")
     with pytest.raises(UserError, match=r"is of other shards than .*; give these another name with --name"):
         written(shards(work / "others", 3), "c.yaml", name="read-only")
 
