@@ -174,34 +174,53 @@ def gather_objects(thing) -> list:
 
 
 def on_rank_0(function, *args):
-    """Call on rank 0 only; every rank gets its result, or raises as a SharedError what the user can mend."""
-    from dtrain.errors import SharedError, UserError, told
-
-    result = None
+    """Call on rank 0 only; every rank gets its result, or raises what it met, as of `agree`."""
+    result, met = None, None
     if rank() == 0:
         try:
-            result = (function(*args), None)
-        except (UserError, PermissionError) as e:
-            result = (None, told(e))
-    value, error = gather_objects(result)[0]
-    if error is not None:
-        raise SharedError(error)
+            result = function(*args)
+        except Exception as e:
+            met = e
+    value, said = gather_objects((result, _said(met)))[0]
+    _raise_together([said], met)
     return value
 
 
 def agree(function, *args):
-    """Call on every rank; this rank's result, or on all of them as a SharedError the first that one of them met."""
-    from dtrain.errors import SharedError, UserError, told
+    """Call on every rank; this rank's result, or an exception that all of them raise: the first that one of them met.
 
-    result, error = None, None
+    SharedError, or NotFinite, for what the user can mend; SharedFailure for all else. `function` has no collective in
+    it, so that every rank comes to the end of it.
+    """
+    result, met = None, None
     try:
         result = function(*args)
-    except (UserError, PermissionError) as e:
-        error = told(e)
-    met = [e for e in gather_objects(error) if e is not None]
-    if met:
-        raise SharedError(met[0])
+    except Exception as e:
+        met = e
+    _raise_together(gather_objects(_said(met)), met)
     return result
+
+
+def _said(met: Exception | None) -> tuple[type, str] | None:
+    """What the other ranks are told of it: what they raise, and its message."""
+    from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError, told
+
+    if met is None:
+        return None
+    if isinstance(met, UserError) or (isinstance(met, PermissionError) and met.filename is not None):
+        return NotFinite if isinstance(met, NotFinite) else SharedError, told(met)
+    where = f"rank {rank()} on {socket.gethostname()}: " if world_size() > 1 else ""
+    return SharedFailure, f"{where}{type(met).__name__}: {' '.join(str(met).split())[:500]}"
+
+
+def _raise_together(said: list[tuple[type, str] | None], met: Exception | None) -> None:
+    """Raise the first of what ranks have said; where no user can mend it, with its cause on the rank that met it."""
+    from dtrain.errors import SharedFailure
+
+    for number, one in enumerate(said):
+        if one is not None:
+            kind, message = one
+            raise kind(message) from (met if kind is SharedFailure and number == rank() else None)
 
 
 def finalize() -> None:

@@ -4,6 +4,7 @@ import os
 
 DONE = 0
 DAMAGED = 1  # a check found damage
+FAILED = 1  # what no setting mends, as Python ends
 USER_ERROR = 2
 STOPPED = 75  # stopped on request with a checkpoint: run me again
 HANG = 76
@@ -40,6 +41,17 @@ def told(error: UserError | PermissionError) -> str:
 
 class SharedError(UserError):
     """One that all ranks raise together, wherever it was met, so that rank 0 alone says it."""
+
+
+class NotFinite(SharedError):
+    """What a network gave is no finite number. Nobody's setting need be wrong, so other work goes on without it."""
+
+
+class SharedFailure(RuntimeError):
+    """What one rank met and no setting mends, a bug or a lack of memory; raised by all ranks together.
+
+    On the rank that met it, its cause is the exception itself.
+    """
 
 
 class BadSample(UserError):

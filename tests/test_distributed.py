@@ -1,5 +1,6 @@
 """What a process sets for itself before it computes."""
 
+import socket
 import subprocess
 import sys
 
@@ -52,6 +53,28 @@ def refused():
 def test_what_one_rank_may_not_open_all_ranks_refuse():
     line = "cannot open secret: Permission denied; ask its owner, or name another place"
     assert run_ranks(refused, 2) == [[line, line]] * 2
+
+
+def failed():
+    """(what this rank raises, its cause) of what rank 1 alone, and rank 0 alone, cannot do."""
+    from dtrain import distributed
+    from dtrain.errors import SharedFailure
+
+    met = []
+    for where, ask in ((1, distributed.agree), (0, distributed.on_rank_0)):
+        try:
+            ask(lambda where=where: 1 // int(distributed.rank() != where))
+        except SharedFailure as e:
+            met.append((str(e), type(e.__cause__).__name__))
+    return met
+
+
+def test_what_no_user_can_mend_is_raised_by_all_ranks_and_has_its_cause_where_it_was_met():
+    first, second = run_ranks(failed, 2)
+    host = socket.gethostname()
+    lines = [f"rank {n} on {host}: ZeroDivisionError: integer division or modulo by zero" for n in (1, 0)]
+    assert first == [(lines[0], "NoneType"), (lines[1], "ZeroDivisionError")]
+    assert second == [(lines[0], "ZeroDivisionError"), (lines[1], "NoneType")]
 
 
 def test_a_refusal_that_names_no_file_stays_what_it_is():

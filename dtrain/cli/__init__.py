@@ -14,7 +14,7 @@ import typer
 
 from dtrain import __version__, distributed, launcher
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
-from dtrain.errors import USER_ERROR, SharedError, UserError, told
+from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, told
 from dtrain.training.output import forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
@@ -121,11 +121,15 @@ def main(command: str | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = ctrl_c.end()
     except Exception as e:
-        if not ctrl_c.is_ending:
+        if ctrl_c.is_ending:
+            code = ctrl_c.end()  # a connection to a rank that has left first, say
+        elif isinstance(e, SharedFailure) and e.__cause__ is None:
+            say_error(str(e), shared=True)  # the rank that met it has the traceback
+            code = FAILED
+        else:
             # Whatever it is, the other ranks must not wait for this one.
             distributed.cannot_come(f"{type(e).__name__}: {e}")
             raise
-        code = ctrl_c.end()  # a connection to a rank that has left first, say
     ctrl_c.rest()
     sys.stdout.flush()
     sys.exit(code or 0)
