@@ -117,6 +117,9 @@ def _row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
     if evaluated:
         name, value = next(iter(evaluated[-1]["metrics"].items()))
         evaluation = f"{name} {value:.4g} at {evaluated[-1]['step']:,}"
+    failed = [line["step"] for line in lines if line["event"] == "eval_failed"]
+    if failed and failed[-1] > (evaluated[-1]["step"] if evaluated else 0):
+        evaluation = f"failed at {failed[-1]:,}"
     return (
         str(run.path),
         state(run, job, bool(lines)),

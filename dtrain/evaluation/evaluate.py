@@ -21,7 +21,8 @@ from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation import metrics
-from dtrain.evaluation.generate import OnProgress, Sampler, quiet
+from dtrain.evaluation.features import check_finite
+from dtrain.evaluation.generate import OnProgress, Sampler, quiet, which_not_finite
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.reference import Reference
@@ -85,7 +86,8 @@ def evaluate(
     """(metrics, context) of `eval.num_samples` samples; every rank calls it and gets the same answer.
 
     on_progress: told of this rank's evaluations of the network. With `scratch`, each block drawn is kept there, and
-    those that are there already are not drawn again.
+    those that are there already are not drawn again. What one rank meets, all ranks raise (`distributed.agree`);
+    NotFinite, with their number, where samples have features that are no finite numbers.
     """
     e, extractor = config.eval, reference.extractor
     moments = Moments(extractor.dimensions).to(sampler.device)
@@ -93,7 +95,8 @@ def evaluate(
     starts, mine = blocks_of_a_rank(e)
     a_block = network_evaluations(sampler.process, e.sampler, e.steps, e.spacing)
 
-    def draw() -> None:
+    def draw() -> list[int]:
+        bad: list[int] = []  # ids
         for before, number in enumerate(mine):
             evaluations = itertools.count(before * a_block + 1)
             ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
@@ -106,20 +109,23 @@ def evaluate(
                 lambda evaluations=evaluations: on_progress(next(evaluations), len(mine) * a_block),
             )
             features = extractor(images.to(sampler.device))
+            bad += [ids[row] for row in which_not_finite(features)]
             moments.update(features)
             if kept is not None:
                 kept.update(number, features)
             on_progress((before + 1) * a_block, len(mine) * a_block)
+        return bad
 
-    distributed.agree(draw)  # a disk may be full on one machine alone
+    bad = distributed.agree(draw)  # a disk may be full on one machine alone
+    check_finite(bad, e.num_samples, "samples", extractor.name)
     found = {}
     if starts:
         statistics = moments.compute()
         features = kept.gather() if kept is not None else None
-        on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
 
         def compute() -> dict[str, float]:
             on_progress(0, 0, f"computing {', '.join(e.metrics)} of {e.num_samples:,} samples")
+            on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
             return metrics.compute(e, extractor, statistics, reference.statistics, *on_device)
 
         found = distributed.on_rank_0(compute)

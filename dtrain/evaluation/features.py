@@ -4,13 +4,17 @@ An extractor's name goes into the metric's name and its fingerprint into everyth
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dtrain import distributed
+from dtrain.errors import NotFinite
 from dtrain.evaluation import weights
+from dtrain.evaluation.generate import named
 from dtrain.evaluation.requirements import OF_THE_MODEL, Features
 
 
@@ -76,6 +80,16 @@ def extractor(
     if name == "effnet_lite0":
         return EfficientNetLite0(device)
     return UserNetwork(name, device)
+
+
+def check_finite(bad: list[int], total: int, what: str, features: str) -> None:
+    """Raises NotFinite on every rank where one has `bad` ones, by their numbers, among `total` images. A collective."""
+    if found := sorted(itertools.chain(*distributed.gather_objects(bad))):
+        raise NotFinite(
+            f"the features of {len(found):,} of {total:,} {what} are not finite numbers "
+            f"({named(found)}), so there is no distance: "
+            f"the network {features} overflows on them; take another eval.features"
+        )
 
 
 def metric_name(metric: str, features: str, suffix: str = "") -> str:

@@ -13,8 +13,10 @@ from dtrain.config import Config, Eval
 from dtrain.data.transforms import quantize
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
+from dtrain.errors import NotFinite
 from dtrain.randomness import Draws, Purpose
 
+MOST_NAMED = 8  # ids in a message
 GRID_IDS = 2**40  # ids of samples to look at begin here, apart from those that metrics are computed on
 
 
@@ -22,6 +24,17 @@ class OnProgress(Protocol):
     """What long work calls: `done` of `of` parts of it, at present `what`."""
 
     def __call__(self, done: int, of: int, what: str | None = None) -> None: ...
+
+
+def which_not_finite(rows: torch.Tensor) -> list[int]:
+    """The numbers of rows (n, …) with a value that is not finite."""
+    return (~rows.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+
+
+def named(ids: list[int]) -> str:
+    """The first of these ids, for a message; those of a grid count from its first picture."""
+    shown = [str(i) if i < GRID_IDS else f"{i - GRID_IDS} of the grid" for i in ids[:MOST_NAMED]]
+    return ", ".join([*shown, *(["…"] if len(ids) > MOST_NAMED else [])])
 
 
 def quiet(done: int, of: int, what: str | None = None) -> None:
@@ -52,6 +65,7 @@ class Sampler:
         on_evaluation: called each time that the model has answered.
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
+        Raises NotFinite, with the ids, where x_0 is not.
         """
         faults.at("eval:draw")
         draws = Draws(how.seed)
@@ -78,6 +92,11 @@ class Sampler:
             how.clip,
             lambda step: normals(Purpose.SAMPLE_STEP_NOISE, step),
         )
+        if bad := [ids[row] for row in which_not_finite(x_0)]:
+            raise NotFinite(
+                f"x_0 is not finite in {len(bad)} of {len(ids)} samples drawn together (ids {named(bad)}): the weights "
+                "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
+            )
         return quantize(x_0).cpu()
 
     def _network(self, precision: str, *inputs: torch.Tensor) -> torch.Tensor:

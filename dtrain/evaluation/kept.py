@@ -30,7 +30,8 @@ class KeptFeatures:
             for number, rows in blocks.items()
         }
         me = distributed.rank()
-        out = torch.empty(sum(rows for _, rows in owners.values()), self._dimensions) if me == 0 else None
+        total = sum(rows for _, rows in owners.values())
+        out = distributed.agree(lambda: torch.empty(total, self._dimensions) if me == 0 else None)  # may have no room
         at = 0
         for number, (owner, rows) in sorted(owners.items()):
             if me == 0 and owner == 0:

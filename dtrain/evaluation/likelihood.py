@@ -72,12 +72,16 @@ def losses_by_level(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor
     sampler.model.eval()
     draws, places = Draws(seed), middles()
     total = torch.zeros(len(places), dtype=torch.float64)
-    for start in _blocks(images):
-        rows = range(start, min(start + BLOCK, len(images)))
-        x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
-        for level, place in enumerate(places):
-            noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
-            at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
-            total[level] += sampler.process.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
+
+    def add_up() -> None:
+        for start in _blocks(images):
+            rows = range(start, min(start + BLOCK, len(images)))
+            x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+            for level, place in enumerate(places):
+                noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
+                at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
+                total[level] += sampler.process.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
+
+    distributed.agree(add_up)
     means = (_summed(total) / len(images)).tolist()
     return {f"loss_level_{level}": value for level, value in enumerate(means)}

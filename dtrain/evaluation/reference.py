@@ -25,8 +25,8 @@ from dtrain.data.samples import read_labels, read_split
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import normalize
 from dtrain.errors import UserError
-from dtrain.evaluation.features import Extractor, extractor
-from dtrain.evaluation.generate import OnProgress, quiet
+from dtrain.evaluation.features import Extractor, check_finite, extractor
+from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
@@ -72,14 +72,17 @@ class Reference:
     """
 
     def __init__(self, config: Config, device: torch.device, on_block: OnProgress = quiet):
-        """A collective. Raises UserError, before anything is computed, where an evaluation could not end well."""
+        """A collective; what one rank meets, all raise (`distributed.agree`).
+
+        Raises UserError, before anything is computed, where an evaluation could not end well, and NotFinite.
+        """
         data, e = config.data, config.eval
         # Every rank finds or fetches its weights: ranks of one machine wait for each other, machines may differ.
         self.extractor: Extractor = distributed.agree(
             extractor, e.features, data.image_size, data.channels, e.weights, device
         )
-        self.manifest = split_of(config)
-        check_metrics(e, self.extractor, None if self.manifest is None else self.manifest.samples)
+        self.manifest = distributed.agree(split_of, config)
+        distributed.agree(check_metrics, e, self.extractor, None if self.manifest is None else self.manifest.samples)
         keep = needs_reference_features(e)
         self.labels = self.features = self.validation = self.kept = None
         if self.manifest is not None:
@@ -191,7 +194,10 @@ def compute(
     on_block: OnProgress = quiet,
     cache: BlockCache | None = None,
 ) -> tuple[Statistics, Tensor | None]:
-    """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share."""
+    """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share.
+
+    Raises NotFinite where features are no finite numbers.
+    """
     moments = Moments(features.dimensions).to(device)
     kept = KeptFeatures(features.dimensions, device)
     starts = list(range(0, manifest.samples, READ_BLOCK))
@@ -199,17 +205,21 @@ def compute(
 
     sizes = [min(READ_BLOCK, manifest.samples - starts[number]) for number in mine]
 
-    def embed() -> None:
+    def embed() -> list[int]:
+        bad: list[int] = []
         for done, number in enumerate(mine):
             first, end = starts[number], starts[number] + sizes[done]
             images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache)
             found = features(images.to(device))
+            bad += [first + row for row in which_not_finite(found)]
             moments.update(found)
             if keep:
                 kept.update(number, found)
             on_block(sum(sizes[: done + 1]), sum(sizes))
+        return bad
 
-    distributed.agree(embed)  # an image that cannot be read is one rank's to find
+    bad = distributed.agree(embed)  # an image that cannot be read is one rank's to find
+    check_finite(bad, manifest.samples, f"images of {manifest.path}", features.name)
     return moments.compute(), kept.gather() if keep else None
 
 
@@ -221,9 +231,9 @@ def make(
     shards: a folder with a manifest.json, or the manifest. image_size: default, the shorter side of the first image.
     """
     path = Path(shards) / "manifest.json" if Path(shards).is_dir() else Path(shards)
-    manifest = manifests.load(path)
+    manifest = distributed.agree(manifests.load, path)
     distributed.on_rank_0(manifests.check_shards, manifest, path.parent)
-    size, channels = _first_image(manifest)
+    size, channels = distributed.agree(_first_image, manifest)
     size = image_size or size
     device = distributed.device()
     features = distributed.agree(extractor, name, size, channels, weights, device)

@@ -98,11 +98,19 @@ def draw_to_file(
     sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
     classes = config.model.num_classes
     labels = labels_in_turn(n, classes) if label is None else torch.full((n,), label)
-    mine = draw(sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_progress)
+    mine = distributed.agree(
+        draw, sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_progress
+    )
     parts = distributed.gather_objects(mine)
-    if distributed.rank() != 0:
-        return
-    images = together({start: block for part in parts for start, block in part.items()})
+    blocks = {start: block for part in parts for start, block in part.items()}
+    distributed.on_rank_0(_write, out, format, config, blocks, labels, label is None)
+
+
+def _write(
+    out: Path, format: str, config: Config, blocks: dict[int, np.ndarray], labels: Tensor, in_turn: bool
+) -> None:
+    """blocks as of `draw`, labels int64 (N,); in_turn: they are all classes in turn. Raises UserError."""
+    images, n, classes = together(blocks), len(labels), config.model.num_classes
     try:
         if format == "npz":
             with replacing(out) as f:
@@ -115,7 +123,7 @@ def draw_to_file(
             ctrl_c.kept(f"{out} does not hold all images; remove it")
             _write_folder(out, images, labels.tolist(), classes, class_names_of(config) or [])
         else:
-            columns = classes if label is None and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
+            columns = classes if in_turn and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
             with replacing(out) as f:
                 grid(tensor, columns, scale=max(1, 32 // config.data.image_size)).save(f, "png")

@@ -7,6 +7,7 @@ sweep that is started again, or widened, computes only what is not there.
 import fcntl
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.errors import UserError
+from dtrain.errors import NotFinite, UserError
 from dtrain.evaluation.combinations import Setting, combinations, configured
 from dtrain.evaluation.evaluate import (
     evaluate,
@@ -53,6 +54,8 @@ def sweep(
 ) -> list[dict]:
     """The lines of all combinations, in order. A collective; nothing is drawn for a line that is there.
 
+    A combination whose samples are not finite is left out, and said. Raises NotFinite where all are.
+
     on_progress: told of this rank's evaluations of the network, of all combinations together.
     """
     settings = combinations(axes)
@@ -64,7 +67,7 @@ def sweep(
     lines = distributed.on_rank_0(stored, path)
     newest = None if axes.get("checkpoint") else newest_step(run)  # once: a training that goes on makes others
     evaluations = [evaluations_of_a_rank(at) for at in configs]
-    found, taken, opened = [], None, None
+    found, taken, opened, failed = [], None, None, None
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
         wanted = setting.get("checkpoint", newest), weights_name(at)
         if wanted != taken:
@@ -81,7 +84,14 @@ def sweep(
                 else:
                     on_progress(done, of, f"{about}, {what}")
 
-            metrics, context = evaluate(opened.sampler, at, reference, of_all, scratch)
+            try:
+                metrics, context = evaluate(opened.sampler, at, reference, of_all, scratch)
+            except NotFinite as e:  # of this combination, as of much guidance; others have their numbers
+                say(f"{about} is left out: {e}")
+                failed = e
+                if distributed.rank() == 0:
+                    scratch.remove()
+                continue
             line = {
                 "event": "sweep",
                 "key": key,
@@ -95,6 +105,8 @@ def sweep(
         if distributed.rank() == 0:
             scratch.remove()  # also what a job left that was killed after its line was written
         found.append(lines[key] | {"setting": setting})
+    if failed is not None and not found:
+        raise failed
     return found
 
 
@@ -136,7 +148,8 @@ def summary(lines: list[dict]) -> list[Row]:
 def best(rows: list[Row], metric: str, features: str) -> Row:
     """By the lowest `metric` of these features, or the highest where more is better."""
     name = metric_name(metric, features)
-    return better(name)(rows, key=lambda row: row.metrics[name])
+    finite = [row for row in rows if math.isfinite(row.metrics[name])]
+    return better(name)(finite or rows, key=lambda row: row.metrics[name])
 
 
 def table(rows: list[Row]) -> str:

@@ -20,8 +20,8 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.samples import read_split
 from dtrain.errors import BadSample
 from dtrain.evaluation.evaluate import open_sampler, weights_name
-from dtrain.evaluation.features import Extractor, extractor
-from dtrain.evaluation.generate import GRID_IDS
+from dtrain.evaluation.features import Extractor, check_finite, extractor
+from dtrain.evaluation.generate import GRID_IDS, which_not_finite
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri
@@ -80,6 +80,7 @@ def nearest(
             on_block(len(samples), count)
     held_out = _held_out(config, count)
     wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])
+    check_finite(which_not_finite(wanted), len(wanted), "samples and held-out images", measure.name)
     with progress("searching the training images") as on_block:
         distances, numbers = _search(wanted, measure, config, manifest, on_block)
     pictures = torch.stack([_picture(n, config, manifest) for n in numbers[:count].flatten().tolist()])

@@ -9,7 +9,7 @@ from dtrain.report.numbers import clock, duration, short, time_ticks
 from dtrain.report.runs import Line, Run
 
 MOST_ROWS = 500  # of the table of events, and of marks in a lane
-NOTABLE = ("fault", "config", "bad_sample")  # drawn in the lane of events
+NOTABLE = ("fault", "eval_failed", "config", "bad_sample")  # drawn in the lane of events
 
 
 def html(runs: list[Run]) -> str:
@@ -85,7 +85,7 @@ def _lanes(run: Run, everything: list[Line], at: Clock) -> dict[str, list[str]]:
     for line in run.of("checkpoint"):
         lanes["checkpoints"].append(at.bar("save", line["time"], line["time"], f"checkpoint of step {line['step']:,}"))
     for line in (line for line in everything if line["event"] in NOTABLE):
-        kind = "fault" if line["event"] == "fault" else "notice"
+        kind = "fault" if line["event"] in ("fault", "eval_failed") else "notice"
         lanes["events"].append(at.bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
     return lanes
 

@@ -1,5 +1,7 @@
 """Which evaluation is the best: by the key that the journal, MLflow and reports know a metric by."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line["metrics"] for line in training_evaluations(journal_file)}
 
 
+def failed_evaluations(journal_file: Path) -> Counter[int]:
+    """Step → how often the training's own evaluation has failed there."""
+    return Counter(line["step"] for line in read(journal_file) if line["event"] == "eval_failed")
+
+
 def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
     """Of the given steps the one with the best value of `metric`; None where none has one.
 
@@ -30,7 +37,7 @@ def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | No
     """
     lines = [line for line in training_evaluations(journal_file) if metric in line["metrics"]]
     alike = {line["step"]: line["metrics"][metric] for line in made_alike(lines, lines[-1], metric)} if lines else {}
-    values = {step: alike[step] for step in steps if step in alike}
+    values = {step: alike[step] for step in steps if math.isfinite(alike.get(step, math.nan))}
     return better(metric)(values, key=values.get) if values else None
 
 

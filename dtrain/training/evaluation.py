@@ -1,6 +1,7 @@
 """The evaluation within training: the EMA gathered once into a plain module, samples on all ranks, a grid on rank 0."""
 
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from dtrain import distributed, faults
 from dtrain.config import Config
-from dtrain.errors import SharedError, UserError
+from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
 from dtrain.evaluation.evaluate import differences, evaluate, weights_name
 from dtrain.evaluation.generate import GRID_IDS, OnProgress, Sampler, grid
 from dtrain.evaluation.likelihood import losses_by_level
@@ -21,10 +22,14 @@ from dtrain.training.engine import Engine
 from dtrain.training.progress import TrainingProgress
 
 GRID_ROWS = 8
+LONGEST_TRACEBACK = 4000  # characters of its end, for the journal
 
 
 class Evaluation:
     """Evaluates the run at its present step, each time that `run` is called. As it may take hours, it yields to a stop.
+
+    One that fails costs its numbers and no step: the ranks agree on what one of them met (`distributed.agree`), rank 0
+    writes it into the journal as "eval_failed" and says it, and the training goes on.
 
     stop_wanted: whether this rank has been asked to; one rank's word is enough for all.
     """
@@ -42,18 +47,29 @@ class Evaluation:
         self._tracker, self._progress, self._stop_wanted = tracker, progress, stop_wanted
         self._reference: Reference | None = None
 
-    def open(self) -> bool:
-        """Read what samples are compared with, where that is not done; False where it gave way. A collective."""
-        if self._reference is None:
-            self._unless_stopped("reading the reference", self._read)
-        return self._reference is not None
+    def open(self, position: Position) -> bool:
+        """Read what samples are compared with; False where it gave way. A collective.
+
+        What the user can mend ends a run that has just begun. All else is said, and each evaluation tries it again.
+        """
+        try:
+            return self._unless_stopped("reading the reference", self._read)
+        except (SharedError, SharedFailure) as e:
+            if position.step <= 1 and not isinstance(e, (NotFinite, SharedFailure)):
+                raise
+            self._progress.say(f"what samples are compared with cannot be read, so evaluations will fail: {e}")
+            return True
 
     def run(self, engine: Engine, position: Position) -> bool:
         """False where it gave way, and another start is to make up for it. A collective.
 
         The gathered module is freed when it returns.
         """
-        return self._unless_stopped("evaluating", lambda on_progress: self._evaluate(engine, position, on_progress))
+        try:
+            return self._unless_stopped("evaluating", lambda on_progress: self._evaluate(engine, position, on_progress))
+        except (SharedError, SharedFailure) as e:
+            self._failed(position, e)
+            return True
 
     def _unless_stopped(self, what: str, work: Callable[[OnProgress], None]) -> bool:
         gave_way = False
@@ -69,7 +85,7 @@ class Evaluation:
 
             try:
                 work(on_progress)
-            except SharedError:
+            except (SharedError, SharedFailure):
                 if not any(distributed.gather_objects(gave_way)):
                     raise
                 return False
@@ -80,17 +96,32 @@ class Evaluation:
         if self._reference.kept:
             self._progress.say(self._reference.kept)
 
+    def _failed(self, position: Position, error: SharedError | SharedFailure) -> None:
+        """Write down and say that there are no numbers of this step, and why."""
+        context = {"message": str(error), "ema": weights_name(self._config), "n": self._config.eval.num_samples}
+        if error.__cause__ is not None:
+            lines = "".join(traceback.format_exception(error.__cause__))
+            context["traceback"] = lines[-LONGEST_TRACEBACK:]
+            if distributed.rank() != 0:
+                print(lines, end="", flush=True)  # into this rank's log: rank 0 has but the message
+        self._tracker.write("eval_failed", position, context=context)
+        last = position.step == self._config.train.steps
+        then = f"repeat it with: dtrain evaluate {self._run.path}" if last else "the training goes on"
+        self._progress.say(f"the evaluation of step {position.step} failed: {error}; {then}")
+
     def _evaluate(self, engine: Engine, position: Position, on_progress: OnProgress) -> None:
         faults.at("eval", position.step)
+        if self._reference is None:
+            self._read(on_progress)
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
-        model = engine.gather("fp32" if weights == "raw" else weights, allocate(config).to(device))
+        module = distributed.agree(lambda: allocate(config).to(device))
+        model = engine.gather("fp32" if weights == "raw" else weights, module)
         sampler = Sampler.of(model, self._process, config, device)
         metrics, context = evaluate(sampler, config, self._reference, on_progress)
         levels = losses_by_level(sampler, *self._reference.validation, config.eval.seed)
-        if distributed.rank() == 0:
-            self._conclude(sampler, position, started, metrics, levels, context)
-        distributed.barrier()  # under an evaluation's limit of a hang, not a step's
+        # Others wait for it, under an evaluation's limit of a hang and not a step's.
+        distributed.on_rank_0(self._conclude, sampler, position, started, metrics, levels, context)
 
     def _conclude(self, sampler: Sampler, position: Position, started: float, metrics, levels, context: dict) -> None:
         """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
@@ -101,8 +132,10 @@ class Evaluation:
         try:
             draw_grid(sampler, config, self._run.path / name)
             context = context | {"artifact": name}
-        except OSError as e:  # the numbers count more than the picture
-            self._progress.say(f"{name} cannot be written: {e.strerror}")
+        except Exception as e:  # the numbers count more than the picture
+            message = f"{name} was not drawn: {(e.strerror if isinstance(e, OSError) else None) or e}"
+            self._tracker.write("fault", position, context={"message": message})
+            self._progress.say(message)
         seconds = time.perf_counter() - started
         faults.at("eval:journal")
         self._tracker.write("eval", position, metrics | {"seconds": seconds}, context)

@@ -135,7 +135,10 @@ class Saving:
                 "ema": [f"ema_{i}: decay {profile.decay}" for i, profile in enumerate(self._config.ema)],
             }
             self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context)
-            self._remove_surplus()
+            try:
+                self._remove_surplus()
+            except OSError as e:  # a file system that is slow to answer: the next save tries again
+                self._progress.say(f"old checkpoints stay for now: {e.filename}: {e.strerror}")
 
     def _lost(self, position: Position, problem: str) -> None:
         self.problem = problem

@@ -19,7 +19,7 @@ from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
 from dtrain.run import Outcome, Position, RunDirectory
-from dtrain.tracking.best import evaluated
+from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.bad_steps import BadSteps
@@ -36,6 +36,8 @@ from dtrain.training.start import resume
 from dtrain.training.stopping import StopRequest
 from dtrain.training.throughput import Meter
 from dtrain.training.watchdog import Watchdog
+
+EVALUATION_TRIES = 2  # of a step's, over starts
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Steps:
             self.goodput.train()
             self._meter.restart()
             try:
-                if self._evaluation_due() and not distributed.on_rank_0(self._is_evaluated):
+                if self._evaluation_due() and distributed.on_rank_0(self._lacks_evaluation):
                     self._evaluate()
                 self.watchdog.beat(self.position.step)
                 while self.position.step < steps and not self._stopping:
@@ -228,14 +230,14 @@ class Steps:
 
     def _open_evaluation(self) -> None:
         """After the first step, which its imports and its reference would keep waiting, and no later, so that what
-        could not be evaluated is told at once.
+        could not be evaluated is told at once, and ends a run that has just begun.
         """
         with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
             if self._evaluation is None:
                 self._evaluation = evaluation_of(
                     self.run, self.config, self.process, self.tracker, self._progress, self._stop_wanted
                 )
-            self._stopping = not self._evaluation.open() or self._stopping
+            self._stopping = not self._evaluation.open(self.position) or self._stopping
         self._meter.restart()
 
     def _evaluation_due(self) -> bool:
@@ -245,8 +247,10 @@ class Steps:
     def _stop_wanted(self) -> bool:
         return self.stop.wanted(self._meter.seconds_per_step, self._saving.seconds)
 
-    def _is_evaluated(self) -> bool:
-        return self.position.step in evaluated(self.run.journal_file)
+    def _lacks_evaluation(self) -> bool:
+        """Whether the one of where the run is was cut off, or has failed once: a second failure settles it."""
+        step, journal = self.position.step, self.run.journal_file
+        return step not in evaluated(journal) and failed_evaluations(journal)[step] < EVALUATION_TRIES
 
     def _evaluate(self) -> None:
         if self._evaluation is None:

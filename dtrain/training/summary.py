@@ -14,7 +14,8 @@ BAR = 40  # characters
 def summary(path: Path) -> str:
     """Text for the terminal: the evaluation curve as bars, the newest grid, the page of the curves in MLflow."""
     run = RunDirectory(path)
-    evaluations = [e for e in read_journal(run.journal_file) if e["event"] == "eval"]
+    journal = read_journal(run.journal_file)
+    evaluations = [e for e in journal if e["event"] == "eval"]
     lines = []
     if evaluations:
         metric = next(iter(evaluations[-1]["metrics"]))
@@ -27,6 +28,8 @@ def summary(path: Path) -> str:
         lines += [f"  step {s:>8}  {v:>9.4f}  {_bar(v, top)}".rstrip() for s, v in curve]
         if "artifact" in context:
             lines.append(f"sample grid: {run.path / context['artifact']}")
+    if failed := sorted({e["step"] for e in journal if e["event"] == "eval_failed"} - {e["step"] for e in evaluations}):
+        lines.append(f"evaluations that failed: of step {', '.join(map(str, failed))}; the journal says why")
     config = run.config()
     if not config.tracking.enabled:
         return "\n".join(lines)

@@ -1,5 +1,7 @@
 """`dtrain checkpoints list | verify | prune` on a run that real ranks trained."""
 
+import math
+
 import pytest
 
 from dtrain.checkpoint.directory import complete, step_of
@@ -49,11 +51,12 @@ def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or
 def test_the_best_is_the_lowest_distance_and_the_highest_precision(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.begin_attempt(0, 0, {})
-    for step, distance, precision in ((5, 3.0, 0.2), (10, 2.0, 0.6), (15, 2.5, 0.4)):
+    for step, distance, precision in ((1, math.nan, math.inf), (5, 3.0, 0.2), (10, 2.0, 0.6), (15, 2.5, 0.4)):
         journal.append("eval", step, 64 * step, {"fd_pixels": distance, "precision_pixels": precision})
     journal.close()
-    assert best_step(journal.path, "fd_pixels", [5, 15]) == 15
-    assert best_step(journal.path, "precision_pixels", [5, 10, 15]) == 10
+    assert best_step(journal.path, "fd_pixels", [1, 5, 15]) == 15
+    assert best_step(journal.path, "precision_pixels", [1, 5, 10, 15]) == 10
+    assert best_step(journal.path, "fd_pixels", [1]) is None  # what is no number is not the best
     assert best_step(journal.path, "kid_pixels", [5, 10, 15]) is None
 
 

@@ -54,6 +54,16 @@ def test_it_begins_with_the_newest_distance_its_n_and_step_and_names_the_best(ru
     assert note(run).startswith("**fd_pixels 2.5** at step 600 (76,800 images seen), the best so far 2 at step 300. ")
 
 
+def test_a_newest_evaluation_that_failed_is_told_until_there_is_one_that_did_not(run, journal):
+    evaluate(journal, 300, 2.0)
+    journal.append("eval_failed", 600, 76_800, context={"message": "x_0 is not finite in 8 of 8 samples"})
+    told = note(run)
+    assert told.startswith("**fd_pixels 2** at step 300")
+    assert "The evaluation of step 600 failed: x_0 is not finite in 8 of 8 samples" in told
+    evaluate(journal, 600, 1.5)
+    assert "failed" not in note(run)
+
+
 def test_the_best_is_the_highest_where_higher_is_better_and_only_of_the_same_n(run, journal):
     evaluate(journal, 100, 0.9, "precision_inception", n=50)
     evaluate(journal, 200, 0.5, "precision_inception")

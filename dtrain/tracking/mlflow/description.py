@@ -18,13 +18,21 @@ class Landmarks:
 
     def __init__(self):
         self.evaluations: list[dict[str, Any]] = []
+        self._failed: list[dict[str, Any]] = []
         self.totals: dict[int, dict[str, float]] = {}  # attempt → metrics of its newest "goodput" line
 
     def add(self, lines: list[dict[str, Any]], begun: list[dict[str, Any]]) -> None:
         """begun: the "attempt" lines so far, by which earlier ones may have become void."""
         evaluations = [line for line in lines if line["event"] == "eval"]
         self.evaluations = valid(self.evaluations + evaluations, begun)
+        self._failed = valid(self._failed + [line for line in lines if line["event"] == "eval_failed"], begun)
         self.totals |= {line["attempt"]: line["metrics"] for line in lines if line["event"] == "goodput"}
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """The newest evaluation, where it failed."""
+        newest = max((line["step"] for line in self.evaluations), default=-1)
+        return next((line for line in reversed(self._failed) if line["step"] > newest), None)
 
 
 def headline(evaluations: Iterable[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
@@ -39,6 +47,8 @@ def headline(evaluations: Iterable[dict[str, Any]]) -> tuple[str, dict[str, Any]
 def description(landmarks: Landmarks, links: dict[str, str]) -> str:
     """Markdown. links: text → address."""
     lines = [distance(landmarks.evaluations) or "No evaluation yet."]
+    if failure := landmarks.failure:
+        lines.append(f"The evaluation of step {failure['step']:,} failed: {failure['context'].get('message', '')}")
     lines.append(" · ".join(f"[{text}]({address})" for text, address in links.items()))
     if landmarks.totals:
         lines.append(f"Time: {goodput(landmarks.totals.values())}.")

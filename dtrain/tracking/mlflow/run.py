@@ -117,7 +117,8 @@ class Run:
         What a user wrote below our part of the description stays.
         """
         found = headline(landmarks.evaluations)
-        newest = found and (found[1]["step"], found[1]["time"])
+        failure = landmarks.failure
+        newest = found and (found[1]["step"], found[1]["time"]), failure and failure["time"]
         if newest == self._described and not final:
             return
         tags = {}
