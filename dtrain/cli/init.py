@@ -35,8 +35,8 @@ def init(
     from dtrain.errors import UserError
     from dtrain.proposal.propose import propose
 
-    if name is not None and not re.fullmatch(r"[\w.\-]+", name):
-        raise UserError(f"--name {name!r}: a name has letters, digits, `.`, `_` and `-`")
+    if name is not None and not (re.fullmatch(r"[\w.\-]+", name) and name.strip(".")):
+        raise UserError(f"--name {name!r}: a name has letters, digits, `_` and `-`, and dots among them")
 
     def say(line: str) -> None:
         print(f"dtrain: {line}", file=sys.stderr, flush=True)

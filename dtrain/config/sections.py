@@ -32,6 +32,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _name_of_a_folder(value: str | None) -> str | None:
+    if value is not None and not value.strip("."):
+        raise ValueError(f"{value!r} is a place and no name")
+    return value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
@@ -39,7 +45,7 @@ class Section(BaseModel):
 class Run(Section):
     init_from: Place | None = None
     """begin with the weights of another run: its directory, name, one checkpoint, or a published .pt or .safetensors"""
-    name: str | None = Field(None, pattern=r"^[\w.\-]+$", max_length=255)
+    name: Annotated[str | None, AfterValidator(_name_of_a_folder)] = Field(None, pattern=r"^[\w.\-]+$", max_length=255)
     """the run lies in runs/NAME; null: the config file's name without .yaml"""
     dir: Place = "runs"
     """the folder that holds the runs"""
@@ -307,7 +313,7 @@ class Tracking(Section):
     """false: only the journal is written; `dtrain sync` sends it later, from where MLflow is"""
     uri: str | None = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, repr=False)
     """MLflow's address; default: MLFLOW_TRACKING_URI, else SQLite beside the runs"""
-    experiment: str = "dtrain"
+    experiment: str = Field("dtrain", min_length=1, max_length=500)
     """of MLflow, where the run is listed"""
     system_every: Annotated[float, Field(ge=0)] = 30.0
     """seconds between looks at a node's CPU, memory, GPUs; 0: none"""

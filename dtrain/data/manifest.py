@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain import files
 from dtrain.config import Data
 from dtrain.data.cache import default_directory
-from dtrain.data.remote import is_url
+from dtrain.data.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
 
 if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submission, waits for no numpy
@@ -41,15 +41,29 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _below(name: str) -> str:
+    """Raises ValueError for a name that leads out of the folder it is looked for in."""
+    if not is_pipe(name) and (not name or name.startswith("/") or "\0" in name or ".." in name.split("/")):
+        raise ValueError(f"{name!r} leads out of the folder of the shards")
+    return name
+
+
+def _beside(name: str) -> str:
+    """Raises ValueError for what is not a file's name alone."""
+    if name != os.path.basename(_below(name)) or name in ("", "."):
+        raise ValueError(f"{name!r} does not lie beside the manifest")
+    return name
+
+
 class Shard(_Record):
-    name: str  # relative to the folder of the shards
+    name: Annotated[str, AfterValidator(_below)]  # relative to the folder of the shards
     samples: Positive
     bytes: Positive
     sha256: Sha256
 
 
 class SideFile(_Record):
-    file: str
+    file: Annotated[str, AfterValidator(_beside)]
     sha256: Sha256
 
 

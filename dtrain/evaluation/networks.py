@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtrain.errors import UserError
 from dtrain.evaluation.requirements import check_torchscript
+from dtrain.files import as_file_name
 
 CPU_IMAGES, GPU_IMAGES = 8, 64  # in one forward: activations at 224 to 299 pixels are some 30 to 60 MB an image
 
@@ -124,7 +125,7 @@ class UserNetwork(Network):
     def __init__(self, path: str, device: torch.device | str = "cpu"):
         super().__init__(device)
         self._network = load_torchscript(Path(path), self.device)
-        name = re.sub(r"\W+", "_", Path(path).stem).lower()
+        name = as_file_name(re.sub(r"\W+", "_", Path(path).stem).lower())
         self.name = f"file_{name}" if name in ("inception", "effnet_lite0", "pixels") else name
         self.size = int(getattr(self._network, "size", 299))
         self.fingerprint = _fingerprint(f"torchscript at {self.size}", Path(path))

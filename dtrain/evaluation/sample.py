@@ -16,7 +16,7 @@ from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import OnProgress, Sampler, grid, quiet
-from dtrain.files import replacing
+from dtrain.files import as_file_name, replacing
 from dtrain.interrupt import ctrl_c
 from dtrain.run import RunDirectory
 
@@ -142,7 +142,8 @@ def _write_folder(out: Path, images: np.ndarray, labels: list[int], classes: int
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             parts = [f"{i:0{digits}}"]
             if classes:
-                parts += [str(label), re.sub(r"[^\w.]+", "_", named.get(label, ""))]
+                plain = re.sub(r"[^\w.]+", "_", named.get(label, ""))
+                parts += [str(label), as_file_name(plain) if plain else ""]
             name = "-".join(filter(None, parts)) + ".png"
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / name)
             table.writerow([name, *([label, named.get(label, label)] if classes else [])])

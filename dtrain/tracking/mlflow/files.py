@@ -30,13 +30,23 @@ class Files:
         """Whether one of the line's files was not there."""
         sent = False
         for file in files_of(line):
-            if not (self._directory / file).is_file():
+            if not self._is_own(file):
+                logging.getLogger(__name__).warning("%r is named in the journal and no file of the run: not sent", file)
+            elif not (self._directory / file).is_file():
                 logging.getLogger(__name__).warning("%s is named in the journal but gone", self._directory / file)
             elif line["event"] == "eval" and file.endswith(".png"):
                 sent |= self._send_image(file, line)
             else:
                 sent |= self.send_file(file)
         return sent
+
+    def _is_own(self, file: str) -> bool:
+        """Whether it is a file of the run and no way out of it, as a journal from elsewhere may name.
+
+        Its folders may be links, to a larger disk say; the file itself is none.
+        """
+        leads_out = not isinstance(file, str) or "\0" in file or file.startswith("/") or ".." in file.split("/")
+        return not leads_out and not (self._directory / file).is_symlink()
 
     def send_file(self, file: str) -> bool:
         """Upload a file that is there, unless the artifact has its size already: an upload that was cut off has not."""
@@ -73,7 +83,7 @@ class Files:
         A card of several steps opens on step 0, where there is no picture; one of a single step shows it.
         """
         file = line["context"].get("artifact", "")
-        if not file.endswith(".png") or not (self._directory / file).is_file():
+        if not file.endswith(".png") or not self._is_own(file) or not (self._directory / file).is_file():
             return False
         return self._log_image(file, image_key(line, f"newest at step {line['step']}"), line)
 
