@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtrain.config.addresses import problem_of
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
 from dtrain.errors import UserError
@@ -33,7 +34,18 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
                 "give it one with run.name="
             )
         tree["run"] = run | {"name": path.stem}
-    return validate(tree, str(path), overridden)
+    config = validate(tree, str(path), overridden)
+    _check_address(config, str(path), overridden)
+    return config
+
+
+def _check_address(config: Config, source: str, overridden: list[str]) -> None:
+    """Refuse an address at which MLflow cannot be. A run that has one is still read: it has all but its curves."""
+    tracking = config.tracking
+    given = "uri" in tracking.model_fields_set
+    if tracking.uri and (given or tracking.enabled) and (problem := problem_of(tracking.uri)):
+        where = f"`tracking.uri` {_origin('tracking.uri', source, overridden)}"
+        raise UserError(f"{where if given else 'MLFLOW_TRACKING_URI in the environment'}: {problem}")
 
 
 def load_kept(path: str | Path) -> Config:
@@ -182,14 +194,18 @@ def _walk(location: list[str]) -> tuple[list[str], list[str]]:
     return key, keys
 
 
+def _origin(key: str, source: str, overridden: list[str]) -> str:
+    given = any(o == key or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden)
+    return "on the command line" if given else f"in {source}"
+
+
 def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
     """The first problem as one sentence: the key, where it came from, what is wrong, the nearest fix."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo also makes its key missing
     location, _ = _walk([str(part) for part in first["loc"]])
     _, known = _walk([str(part) for part in first["loc"][:-1]])
     key = ".".join(location)
-    given = any(o == key or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden)
-    origin = "on the command line" if given else f"in {source}"
+    origin = _origin(key, source, overridden)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], known, n=1)
         if near:

@@ -38,6 +38,12 @@ def _name_of_a_folder(value: str | None) -> str | None:
     return value
 
 
+def _at_home(uri: str | None) -> str | None:
+    """A SQLite file below `~` at the home of whoever starts."""
+    place = (uri or "").removeprefix("sqlite:///")
+    return f"sqlite:///{os.path.expanduser(place)}" if place.startswith("~") else uri
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
@@ -311,7 +317,9 @@ class Eval(Section):
 class Tracking(Section):
     enabled: bool = True
     """false: only the journal is written; `dtrain sync` sends it later, from where MLflow is"""
-    uri: str | None = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, repr=False)
+    uri: Annotated[str | None, AfterValidator(_at_home)] = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, validate_default=True, repr=False
+    )
     """MLflow's address; default: MLFLOW_TRACKING_URI, else SQLite beside the runs"""
     experiment: str = Field("dtrain", min_length=1, max_length=500)
     """of MLflow, where the run is listed"""
