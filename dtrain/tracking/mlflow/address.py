@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dtrain.config import Config
 from dtrain.credentials import without_credentials
+from dtrain.errors import UserError
+from dtrain.files import as_file_name
 from dtrain.run import RunDirectory
 
 # Set where the user has not: our own back-off replaces retries inside one call (MLflow's default blocks for minutes),
@@ -36,7 +38,7 @@ def tracking_uri(run: RunDirectory, config: Config) -> str:
 
 
 def open_client(uri: str, experiment: str):
-    """(client, experiment id); the experiment is created where there is none."""
+    """(client, experiment id); the experiment is created where there is none. Raises UserError for a deleted one."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # 2 s
@@ -46,9 +48,10 @@ def open_client(uri: str, experiment: str):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
+            _check_not_deleted(found)
             return client, found.experiment_id
         # Left to itself, MLflow puts the artifacts of a SQLite store below the current directory.
-        place = (database.parent / "mlartifacts" / experiment).as_uri() if database else None
+        place = (database.parent / "mlartifacts" / as_file_name(experiment)).as_uri() if database else None
         try:
             return client, client.create_experiment(experiment, artifact_location=place)
         except MlflowException:
@@ -56,6 +59,14 @@ def open_client(uri: str, experiment: str):
             if found is None:
                 raise
             return client, found.experiment_id
+
+
+def _check_not_deleted(experiment) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"the experiment {experiment.name!r} is deleted in MLflow; restore the experiment or name another: "
+            f"mlflow experiments restore --experiment-id {experiment.experiment_id}, or tracking.experiment"
+        )
 
 
 @contextmanager
@@ -95,6 +106,8 @@ def reason(error: Exception) -> str:
 
     MLflow's messages repeat the address with its password; this one does not.
     """
+    if isinstance(error, UserError):
+        return str(error)
     chain = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)

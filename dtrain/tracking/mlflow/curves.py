@@ -21,7 +21,7 @@ class Curves:
         self._refused = refused
         self.highest = {m.key: m.step for m in run.data.to_proto().metrics}  # key → highest step there
         self._former = set(self.highest)
-        self._histories: dict[str, dict[int, int]] = {}  # of evaluations: key → step → milliseconds
+        self._histories: dict[str, dict[int, int]] = {}  # of the keys asked for: step → milliseconds
 
     def key(self, line: dict[str, Any], metric: str) -> str | None:
         """The key of a journal line's metric: of a curve that began under a former name, that one; None: no curve."""
@@ -34,10 +34,17 @@ class Curves:
 
         Also where only the run has it, because the request that should have given it to the model too was cut off.
         """
+        there = self._history(key).get(step)
+        return there is None or (there == time_ms and model_lacks)
+
+    def has_hole(self, key: str, step: int) -> bool:
+        """Whether a value is not there though later ones are, as in a run that was made anew in mid-training."""
+        return step not in self._history(key)
+
+    def _history(self, key: str) -> dict[int, int]:
         if key not in self._histories:
             self._histories[key] = {m.step: m.timestamp for m in self._client.get_metric_history(self._run_id, key)}
-        there = self._histories[key].get(step)
-        return there is None or (there == time_ms and model_lacks)
+        return self._histories[key]
 
     def log(self, metrics: list) -> list:
         """Send one request's worth; those that are there now.

@@ -182,7 +182,7 @@ class Run:
         from mlflow.entities import Metric
 
         step, time_ms = line["context"].get("sample", line["step"]), milliseconds(line["time"])
-        found = {}
+        found, hole = {}, None
         for name, value in line["metrics"].items():
             key, model = self._curves.key(line, name), None
             if key is None:
@@ -191,6 +191,10 @@ class Run:
             if line["event"] == "eval":
                 model = self._models.id_of(step)
                 wanted = wanted or self._curves.lacks(key, step, time_ms, self._models.lacks(step, key))
+            elif not wanted:
+                # A long curve's history takes a while to ask for: the line's first curve speaks for the others.
+                hole = self._curves.has_hole(key, step) if hole is None else hole
+                wanted = hole and self._curves.has_hole(key, step)
             if wanted:
                 found[key, step] = Metric(key, float(value), time_ms, step, model)
         return found

@@ -1,5 +1,6 @@
 """When the journal is shipped: all the while, by a thread that nobody waits for; or now, by `sync`."""
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -61,6 +62,7 @@ class Shipper:
     def __init__(self, to: Destination):
         self._to, self._run = to, Run(to)
         self._pending = Pending(to)
+        self._sent_to: str | None = None  # the MLflow run that has what is no longer pending
         self._closing = threading.Event()
         self._deadline = float("inf")
         self._status = "FINISHED"
@@ -95,6 +97,9 @@ class Shipper:
                 self._pending.poll()
                 if not connected:
                     self._run.connect(self._pending.started)
+                    if self._sent_to not in (None, self._run.id):
+                        self._begin_again()
+                    self._sent_to = self._run.id
                     self._run.set_running()
                     connected = True
                 self._pending.drain(self._run, self._deadline)
@@ -105,6 +110,8 @@ class Shipper:
                     return
                 self.error, back_off, pause = None, 1.0, POLL_SECONDS
             except Exception as e:  # whatever went wrong out there, the journal has it all: say so, and try again
+                if isinstance(e, UserError) and self.error != str(e):
+                    logging.getLogger(__name__).warning("nothing is sent to MLflow for now: %s", e)
                 self.error = reason(e)
                 connected = False
                 pause, back_off = back_off, min(2 * back_off, LONGEST_BACK_OFF_SECONDS)
@@ -114,6 +121,12 @@ class Shipper:
                 return
             else:
                 time.sleep(min(1.0, pause, max(0.0, self._deadline - time.monotonic())))
+
+    def _begin_again(self) -> None:
+        """All of the journal is to be sent: the run it went to has been deleted."""
+        logging.getLogger(__name__).warning("the run was deleted in MLflow: all of it is sent again, to a new one")
+        self._pending = Pending(self._to)
+        self._pending.poll()
 
 
 def sync(to: Destination, status: str | None = None) -> int:
@@ -130,8 +143,9 @@ def sync(to: Destination, status: str | None = None) -> int:
         run.finish(status, pending.ended, pending.landmarks)
     except Exception as e:
         left = len(pending.lines)
+        do = "" if isinstance(e, UserError) else "; start the server or correct tracking.uri, then run sync again"
         raise UserError(
             f"cannot ship {to.journal_path} to MLflow at {without_credentials(to.uri)} ({left} lines left): "
-            f"{reason(e)}; start the server or correct tracking.uri, then run sync again"
+            f"{reason(e)}{do}"
         ) from e
     return run.lines_shipped

@@ -69,8 +69,16 @@ class Sweeps:
             self._parent = self._create(name, f"{self._key}.sweep", self._training, time)
         else:
             self._parent = parent.info.run_id
+            self._hang_below(self._training, parent)
+        for run in mine.values():
+            self._hang_below(self._parent, run)
         self._done = {key for key, run in mine.items() if run.info.status == "FINISHED"}
         self._begun = {key: run.info.run_id for key, run in mine.items() if key not in self._done}
+
+    def _hang_below(self, parent: str, run) -> None:
+        """The one that it hung below may have been deleted, and made anew."""
+        if run.data.tags.get(PARENT) != parent:
+            self._client.set_tag(run.info.run_id, PARENT, parent, synchronous=True)
 
     def _create(self, name: str, key: str, parent: str, time: float) -> str:
         tags = {PARENT: parent, RUN_KEY: key, SWEEP_OF: self._key}
