@@ -8,7 +8,7 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
 from dtrain.config.models import DiT, UNet
-from dtrain.config.reading import continued, load, load_kept, validate
+from dtrain.config.reading import continued, load, load_kept, read_tree, validate
 from dtrain.config.sections import ArrayField, Data, EMAProfile, Eval, Source, flat
 from dtrain.config.tree import Config, architecture, identity
 
@@ -29,6 +29,7 @@ __all__ = [
     "identity",
     "load",
     "load_kept",
+    "read_tree",
     "validate",
     "with_earlier_values",
 ]

@@ -13,6 +13,11 @@ from dtrain.config.addresses import problem_of
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
 from dtrain.errors import UserError
+from dtrain.files import MOST_DEPTH, read_bytes
+
+MOST_BYTES = 1 << 18  # of a config file
+LONGEST_NUMBER = 400  # digits
+MOST_VALUES = 50_000  # of a config with its aliases written out
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -21,7 +26,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises UserError, one line, for a missing file, bad YAML, an unknown key or a wrong value.
     """
     path = Path(path)
-    tree = _read(path)
+    tree = read_tree(path)
     overridden = [_override(tree, item) for item in overrides]
     tree = _expand(tree, str(path))
     run = tree.get("run") or {}
@@ -51,7 +56,7 @@ def _check_address(config: Config, source: str, overridden: list[str]) -> None:
 def load_kept(path: str | Path) -> Config:
     """The config.yaml of a run; a key that it lacks means what was done before the key existed. Raises as `load`."""
     path = Path(path)
-    return validate(with_earlier_values(_expand(_read(path), str(path))), str(path))
+    return validate(with_earlier_values(_expand(read_tree(path), str(path))), str(path))
 
 
 def continued(config: Config, kept: str | Path) -> Config:
@@ -59,7 +64,7 @@ def continued(config: Config, kept: str | Path) -> Config:
 
     A key that neither names means what was done before the key existed: only a new run takes today's default.
     """
-    for name in missing(_read(Path(kept))):
+    for name in missing(read_tree(Path(kept))):
         section, _, key = name.partition(".")
         ours = getattr(config, section)
         if key in type(ours).model_fields and key not in ours.model_fields_set:
@@ -68,14 +73,14 @@ def continued(config: Config, kept: str | Path) -> Config:
     return config
 
 
-def _read(path: Path) -> dict:
-    """The file as plain data. Raises UserError, one line."""
+def read_tree(path: Path) -> dict:
+    """The file as plain data, not validated. Raises UserError, one line."""
     try:
-        text = path.read_text()
+        text = read_bytes(path, MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the config {path}: {getattr(e, 'strerror', None) or e}") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = _parse(text, str(path))
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -85,6 +90,47 @@ def _read(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping of sections such as `data:` and `model:`")
     return tree
+
+
+def _parse(text: str, source: str) -> Any:
+    """Plain data. Raises yaml.YAMLError, and UserError for what would be too much of it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        values, depth = _extent(node, {})
+        if values > MOST_VALUES or depth > MOST_DEPTH:
+            what = f"more than {MOST_VALUES:,} values" if values > MOST_VALUES else f"more than {MOST_DEPTH} levels"
+            raise UserError(f"{source} has {what} with its aliases written out; a config needs no more: shorten it")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{source} nests too deep, or holds itself by an alias; write its values out") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise yaml.YAMLError(f"a value is not of its tag's form ({e})") from None
+    finally:
+        loader.dispose()
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """(values, levels) of a node with its aliases written out, counted before anything is: ten lines can mean 10^10.
+
+    known: by node; None of one that is being counted. Raises RecursionError for a node within itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 1
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise RecursionError
+        return found
+    known[id(node)] = None
+    inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    extents = [_extent(one, known) for one in inner]
+    found = 1 + sum(values for values, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+    known[id(node)] = found
+    return found
 
 
 def validate(tree: dict, source: str, overridden: list[str] = ()) -> Config:
@@ -104,6 +150,13 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > LONGEST_NUMBER:
+        raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"), list("-+0123456789")
 )
@@ -122,7 +175,7 @@ def _override(tree: dict, item: str) -> str:
         hint = " (options come before the config)" if item.startswith("-") else ""
         raise UserError(f"override {item!r} is not of the form key.sub=value{hint}")
     try:
-        value = yaml.load(value, Loader=_Loader)
+        value = _parse(value, f"override {key}")
     except yaml.YAMLError:
         raise UserError(f"override {item!r}: the value is not valid YAML") from None
     *path, last = key.split(".")
