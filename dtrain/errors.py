@@ -2,6 +2,8 @@
 
 import os
 
+from dtrain.terminal import printable
+
 DONE = 0
 DAMAGED = 1  # a check found damage
 FAILED = 1  # what no setting mends, as Python ends
@@ -19,7 +21,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
 
 
 def from_where(path: str | os.PathLike) -> str:

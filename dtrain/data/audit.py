@@ -42,7 +42,7 @@ def audit(run: RunDirectory) -> Audit:
     if not attempts:
         raise UserError(f"{run.path} has no attempt in its journal; there is nothing to audit")
     problems = [
-        f"attempt {a['attempt']} was trained on another data set ({a['context']['data'][:12]}…)"
+        f"attempt {a['attempt']} was trained on another data set ({a['context'].get('data', '')[:12]}…)"
         for a in attempts
         if a["context"].get("data") != manifest.hash
     ]
@@ -108,7 +108,7 @@ def _refused(lines: list[dict]) -> list[list[int]]:
         limit[begin["attempt"]] = lowest
         lowest = min(lowest, begin["images"])
     refused = [line for line in lines if line["event"] == "fault" and "refused" in line["context"]]
-    return [r for line in refused for r in line["context"]["refused"] if r[1] <= limit[line["attempt"]]]
+    return [r for line in refused for r in line["context"]["refused"] if r[1] <= limit.get(line["attempt"], math.inf)]
 
 
 def _gaps(attempts: list[dict], trained: list[dict], left_out: Skipped) -> list[str]:
@@ -151,10 +151,11 @@ def _replaced(run: RunDirectory, names: list[str], uses: list[np.ndarray]) -> tu
     places = [run.journal_file, *sorted(run.path.glob("journal-rank-*.jsonl"))]
     begins = [line for line in events(run.journal_file) if line["event"] == "attempt"]
     lines = valid([*begins, *(line for p in places for line in events(p) if line["event"] == "bad_sample")])
-    found = {line["context"]["k"]: line["context"] for line in lines if line["event"] == "bad_sample"}
+    contexts = [line["context"] for line in lines if line["event"] == "bad_sample"]
+    found = {one["k"]: one for one in contexts if {"k", "source", "sample"} <= one.keys()}
     wrong = [
         f"image {k:,}: {one['source']}'s sample {one['sample']:,} was replaced, which the order did not ask for"
         for k, one in sorted(found.items())
-        if one["source"] not in names or not uses[names.index(one["source"])][one["sample"]]
+        if one["source"] not in names or not uses[names.index(one["source"])][one["sample"] :][:1].any()
     ]
     return len(found), wrong

@@ -15,6 +15,7 @@ from pathlib import Path
 from dtrain.config import Data
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
+from dtrain.files import open_regular
 
 BLOCK = 256 * 1024  # bytes: small samples are read near-sequentially, large ones cost at most two blocks too many
 _FRESH = 60  # seconds within which a use is not noted again
@@ -52,7 +53,7 @@ class BlockCache:
     def read(self, key: str, block: int | str, size: int, start: int, stop: int) -> bytes | None:
         """Bytes start..stop of a block of `size` bytes; None where it is not there, not whole or cannot be read."""
         try:
-            descriptor = os.open(self.path(key, block), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(self.path(key, block))
         except OSError:
             return None
         try:

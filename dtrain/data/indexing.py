@@ -21,6 +21,7 @@ from dtrain.data.manifest import FORMAT, Document, Manifest, Shard, SideFile, cl
 from dtrain.data.parallel import each
 from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
 from dtrain.errors import UserError
+from dtrain.files import opener, parse_json
 
 _FEW = 16  # shards, or fewer, are scanned by this process: others take a while to start
 
@@ -201,18 +202,18 @@ def _is_whole(part: Path) -> bool:
     """Whether it is there, and not what a power cut left of it."""
     try:
         _load_part(part)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
 
 
 def _head(part: Path) -> dict:
-    with open(part, "rb") as file:
-        return json.loads(file.readline())
+    with open(part, "rb", opener=opener) as file:
+        return parse_json(file.readline())
 
 
 def _load_part(part: Path) -> Scan:
-    head, _, members = part.read_bytes().partition(b"\n")
-    head = json.loads(head)
+    with open(part, "rb", opener=opener) as file:
+        head, members = parse_json(file.readline()), file.read()
     table = np.frombuffer(members, dtype=MEMBER).reshape(head["samples"], len(head["fields"]))
     return Scan(head["fields"], table, head["bytes"], head["sha256"])

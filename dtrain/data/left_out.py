@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.data.manifest import replacing
+from dtrain.files import read_bytes
 
+LARGEST = 1 << 30  # bytes of it
 TABLE = "left-out.tsv"  # in the packed folder: name, kind, reason
 _FIRST, _KINDS = 3, 12  # names of one kind that are shown, and kinds
 
@@ -38,7 +40,7 @@ def write(folder: Path, left_out: Iterable[LeftOut]) -> None:
 
 def read(folder: Path) -> list[LeftOut]:
     try:
-        lines = (folder / TABLE).read_text().splitlines()
+        lines = read_bytes(folder / TABLE, LARGEST).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     return [LeftOut(*parts) for line in lines if len(parts := line.split("\t")) == 3]

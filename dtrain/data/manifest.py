@@ -33,7 +33,9 @@ FORMAT = 1
 RECORD_BYTES = 16  # of dtrain.data.tar.MEMBER
 REMEMBERED = 16 << 20  # bytes of a side file whose check is remembered
 
-Positive = Annotated[int, Field(gt=0)]
+LARGEST = 1 << 30  # bytes of a manifest
+
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -71,7 +73,7 @@ class Document(_Record):
     """manifest.json as it is written."""
 
     format: int
-    fields: Annotated[list[str], Field(min_length=1)]
+    fields: Annotated[list[str], Field(min_length=1, max_length=64)]
     shards: Annotated[list[Shard], Field(min_length=1)]
     classes: list[str] | None
     members: SideFile
@@ -158,26 +160,25 @@ def load(path: str | Path) -> Manifest:
     path = Path(path)
     again = "run `dtrain index` on the shards again"
     try:
-        text = path.read_bytes()
+        tree = files.read_json(path, LARGEST)
     except FileNotFoundError:
         raise UserError(f"there is no manifest {path}{from_where(path)}; `dtrain index SHARDS` makes it") from None
     except OSError as e:
         raise UserError(f"cannot read the manifest {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); {again}") from None
     try:
-        tree = json.loads(text)
         if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
             raise UserError(f"{path} has format {tree['format']!r}, this version reads {FORMAT}; {again}")
         document = Document.model_validate(tree)
     except ValidationError as e:
         where = ".".join(map(str, e.errors()[0]["loc"])) or "the whole file"
         raise UserError(f"{path} is not a manifest ({where}: {e.errors()[0]['msg']}); {again}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); {again}") from None
 
     side = path.parent / document.members.file
     manifest = Manifest(path, document.fields, document.shards, document.classes, side)
     try:
-        with open(side, "rb") as file:
+        with open(side, "rb", opener=files.opener) as file:
             size = os.fstat(file.fileno()).st_size
             expected = manifest.samples * len(manifest.fields) * RECORD_BYTES
             if size != expected:
@@ -237,7 +238,7 @@ def glance(path: str | Path) -> Manifest | None:
     """What a manifest's own file says, even where its side file or shards are damaged or gone; None without one."""
     path = Path(path)
     try:
-        document = Document.model_validate_json(path.read_bytes())
+        document = Document.model_validate_json(files.read_bytes(path, LARGEST))
     except (OSError, ValueError):
         return None
     return Manifest(path, document.fields, document.shards, document.classes, path.parent / document.members.file)

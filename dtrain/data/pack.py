@@ -23,6 +23,7 @@ from dtrain.data.parallel import WorkerKilled
 from dtrain.data.sources import Choice, open_source
 from dtrain.data.writing import Limits, write_shards
 from dtrain.errors import UserError
+from dtrain.files import read_json
 from dtrain.randomness import Draws, Purpose, permutation
 
 REQUEST = "pack.json"
@@ -166,10 +167,10 @@ def _check_request(destination: Path, request: dict) -> None:
     """The folder was packed by the same request, or UserError with the first difference."""
     other = "name another destination, or remove it to pack anew"
     try:
-        before = json.loads((destination / REQUEST).read_text())
+        before = read_json(destination / REQUEST)
         request = dict.fromkeys(before) | request
         differing = [key for key in request if before.get(key) != request[key]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{destination} exists and was not made by `dtrain pack`; {other}") from None
     if differing == ["content"]:
         raise UserError(f"{destination} was packed from {request['source']} when that held other files; {other}")

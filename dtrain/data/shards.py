@@ -15,6 +15,7 @@ from dtrain.data.cache import BLOCK, BlockCache
 from dtrain.data.manifest import Manifest
 from dtrain.data.tar import ABSENT, member_name
 from dtrain.errors import BadSample, UserError
+from dtrain.files import open_regular
 
 OPEN_SHARDS = 256  # descriptors that readers keep, one a stream; a process is commonly allowed 1,024
 CONNECTIONS = 16  # ranges a reader asks for at a time: object stores answer late, but many at once
@@ -43,6 +44,7 @@ class ShardReader:
         )
         self._members = np.asarray(manifest.members)  # a plain view: memmap's own indexing is slow
         self._ends = np.cumsum(manifest.shard_sizes).tolist()
+        self._bytes = [shard.bytes for shard in manifest.shards]
         self._columns = {field: column for column, field in enumerate(manifest.fields)}
 
     @property
@@ -66,6 +68,11 @@ class ShardReader:
             offset, size, crc32 = members[column]
             if size == ABSENT:
                 continue
+            if offset + size > self._bytes[shard]:
+                raise BadSample(
+                    f"{self._files.place(shard)}: the side file of {self._manifest.path} places {field} of sample "
+                    f"{sample:,} behind the shard's end; run `dtrain index` again"
+                )
             data = self._files.pread(shard, size, offset)
             whole = zlib.crc32(data) == crc32
             if len(data) == size and not whole:
@@ -89,7 +96,7 @@ class ShardReader:
         for sample in samples:
             shard = self._shard(sample)
             for offset, size, _ in self._members[sample][columns].tolist():
-                if size != ABSENT:
+                if size != ABSENT and offset + size <= self._bytes[shard]:
                     ranges.append((shard, offset, size))
         self._files.prefetch(ranges)
 
@@ -152,7 +159,7 @@ class _LocalFiles:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
         else:
-            self._descriptors[shard] = os.open(self.place(shard), os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[shard] = open_regular(self.place(shard))
             if len(self._descriptors) > self._most:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[shard]

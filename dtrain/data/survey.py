@@ -13,6 +13,7 @@ from dtrain.data.headers import Header, header
 from dtrain.data.manifest import RECORD_BYTES, Manifest
 from dtrain.data.remote import is_url
 from dtrain.errors import BadSample
+from dtrain.files import opener
 
 LOOKED_AT = 64  # pictures
 _MEMBER = struct.Struct("<QII")  # a record of the side file: offset, size, crc32
@@ -53,7 +54,7 @@ def survey(manifest: Manifest, directory: str | Path, count: int = LOOKED_AT) ->
     """Read the headers of `count` pictures of a local data set; of a remote one, none."""
     headers = []
     if not is_url(directory):
-        with open(manifest.side, "rb") as side:
+        with open(manifest.side, "rb", opener=opener) as side:
             for i in range(min(count, manifest.samples)):
                 found = _header(manifest, Path(directory), side, i * manifest.samples // min(count, manifest.samples))
                 headers += [found] if found else []
@@ -85,8 +86,10 @@ def _header(manifest: Manifest, directory: Path, side, sample: int) -> Header | 
     if field is None:
         return None
     offset, size, _ = members[field]
+    if offset + size > shard.bytes:
+        return None
     try:
-        with open(directory / shard.name, "rb") as file:
+        with open(directory / shard.name, "rb", opener=opener) as file:
             for length in {min(size, _FIRST): None, size: None}:
                 with suppress(BadSample):
                     return header(os.pread(file.fileno(), length, offset))

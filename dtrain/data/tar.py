@@ -20,6 +20,7 @@ import numpy as np
 
 from dtrain.data import remote
 from dtrain.errors import UserError
+from dtrain.files import opener
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
 ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
@@ -59,7 +60,7 @@ class LocalShard:
     """A file open for reading by offset: `size` in bytes, `pread`, and a file object for whoever needs one."""
 
     def __init__(self, path: str | Path):
-        self.file = open(path, "rb")  # noqa: SIM115 (closed by open_shard)
+        self.file = open(path, "rb", opener=opener)  # noqa: SIM115 (closed by open_shard)
         self.size = os.fstat(self.file.fileno()).st_size
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -179,7 +180,7 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
 def member_name(path: Path, offset: int) -> str:
     """The name of the member whose bytes begin at `offset`; where the headers do not tell, its place. For messages."""
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        with open(path, "rb", opener=opener) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             for member in tar:
                 if member.offset_data >= offset:
                     if member.offset_data == offset:

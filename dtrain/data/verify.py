@@ -1,4 +1,7 @@
-"""Compares every byte of every shard with its manifest, and says of each damaged shard what is wrong with it."""
+"""Compares every byte of every shard with its manifest, and says of each damaged shard what is wrong with it.
+
+The members are compared too: a side file may say wrong where they are in a shard that is whole.
+"""
 
 import hashlib
 import os
@@ -12,12 +15,14 @@ import numpy as np
 from dtrain.data import remote
 from dtrain.data.manifest import Manifest, Shard
 from dtrain.data.parallel import each
-from dtrain.data.tar import ABSENT, open_shard, scan
+from dtrain.data.tar import ABSENT, MEMBER, open_shard, scan
 from dtrain.errors import BadSample, UserError
 
 _CHUNK = 1 << 20
 _LISTED = 3  # damaged members named of one shard
 _FEW = 16
+_BLOCK = 512  # bytes of a tar file's header, and what its members are aligned to
+_Span = tuple[int, int, int, str]  # offset, size, crc32, name
 
 
 def verify(
@@ -62,17 +67,18 @@ def _problem(job: tuple[Shard, int, int], directory: str, owners: dict, side: tu
             if file.size != shard.bytes:
                 kind = "empty" if not file.size else "shorter" if file.size < shard.bytes else "longer"
                 return f"has {file.size:,} bytes, not {shard.bytes:,} ({kind}){_contents(place)}"
-            digest, at = hashlib.sha256(), 0
-            while at < shard.bytes and (chunk := file.pread(min(_CHUNK, shard.bytes - at), at)):
-                digest.update(chunk)
-                at += len(chunk)
+            spans, misplaced = _members(shard, first, end, side)
+            digest, at, damaged = _read_through(file, shard.bytes, spans)
             if at < shard.bytes:
                 return f"is cut off at byte {at:,} of {shard.bytes:,}"
-            if digest.hexdigest() == shard.sha256:
-                return None
-            if other := owners.get(digest.hexdigest()):
+            wrong = [*misplaced, *damaged]
+            if digest == shard.sha256:
+                again = "run `dtrain index` again"
+                return f"is whole, but the side file is wrong about {_listed(wrong)}; {again}" if wrong else None
+            if other := owners.get(digest):
                 return f"is another shard: it holds what the manifest says of {other}"
-            return f"differs from its manifest{_damaged_members(file, first, end, side)}{_contents(place)}"
+            where = f"in {_listed(wrong)}" if wrong else "outside its members"
+            return f"differs from its manifest {where}{_contents(place)}"
     except FileNotFoundError:
         return "is missing"
     except BadSample as e:
@@ -81,21 +87,47 @@ def _problem(job: tuple[Shard, int, int], directory: str, owners: dict, side: tu
         raise UserError(f"cannot read the shard {place}: {e.strerror or e}") from None
 
 
-def _damaged_members(file, first: int, end: int, side: tuple[str, list[str]]) -> str:
-    """Which samples' members do not have their crc32; none where only headers or padding differ."""
-    from dtrain.data.tar import MEMBER
+def _members(shard: Shard, first: int, end: int, side: tuple[str, list[str]]) -> tuple[list[_Span], list[str]]:
+    """Where the side file says that the shard's members are, in order; and those that no tar file has there.
 
+    A member begins on a multiple of 512, behind its header and what comes before it.
+    """
     path, fields = side
-    members = np.memmap(path, dtype=MEMBER, mode="r").reshape(-1, len(fields))[first:end]
-    damaged = []
-    for row, sample in enumerate(members):
-        for field, (offset, size, crc32) in zip(fields, sample.tolist(), strict=True):
-            if size != ABSENT and zlib.crc32(file.pread(size, offset)) != crc32:
-                damaged.append(f"{field} of sample {row}")
-    if not damaged:
-        return " outside its members"
-    more = f" and {len(damaged) - _LISTED:,} more" if len(damaged) > _LISTED else ""
-    return f" in {', '.join(damaged[:_LISTED])}{more}"
+    table = np.memmap(path, dtype=MEMBER, mode="r").reshape(-1, len(fields))[first:end]
+    rows, columns = np.nonzero(table["size"] != ABSENT)
+    members = table[rows, columns]
+    order = np.argsort(members["offset"], kind="stable")
+    offsets, sizes = members["offset"][order], members["size"][order].astype(np.uint64)
+    inside = (offsets <= shard.bytes) & (sizes <= shard.bytes - np.minimum(offsets, shard.bytes))
+    ends = np.where(inside, offsets + sizes, 0)
+    wrong = ~inside | (offsets % _BLOCK != 0) | (offsets < _BLOCK)
+    wrong[1:] |= offsets[1:] - np.minimum(offsets[1:], ends[:-1]) < _BLOCK
+    names = [f"{fields[columns[n]]} of sample {rows[n]}" for n in order.tolist()]
+    found = zip(offsets.tolist(), sizes.tolist(), members["crc32"][order].tolist(), names, wrong.tolist(), strict=True)
+    spans = [(offset, size, crc32, name) for offset, size, crc32, name, bad in found if not bad]
+    return spans, [name for name, bad in zip(names, wrong, strict=True) if bad]
+
+
+def _read_through(file, length: int, spans: list[_Span]) -> tuple[str, int, list[str]]:
+    """(sha256, bytes read, members without their crc32) of a shard, read once in pieces."""
+    digest, at, damaged, number, crc = hashlib.sha256(), 0, [], 0, 0
+    while at < length and (chunk := memoryview(file.pread(min(_CHUNK, length - at), at))):
+        digest.update(chunk)
+        while number < len(spans):
+            offset, size, crc32, name = spans[number]
+            crc = zlib.crc32(chunk[max(0, offset - at) : max(0, offset + size - at)], crc)
+            if offset + size > at + len(chunk):
+                break
+            if crc != crc32:
+                damaged.append(name)
+            number, crc = number + 1, 0
+        at += len(chunk)
+    return digest.hexdigest(), at, damaged
+
+
+def _listed(members: list[str]) -> str:
+    more = f" and {len(members) - _LISTED:,} more" if len(members) > _LISTED else ""
+    return f"{', '.join(members[:_LISTED])}{more}"
 
 
 def _contents(place: str) -> str:
