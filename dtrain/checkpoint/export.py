@@ -27,9 +27,12 @@ def open_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
         steps = ", ".join(str(step_of(p)) for p in found)
         raise UserError(f"{run.path} has no checkpoint of step {step}; there are: {steps}")
     try:
-        return Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path)
     except Damaged as e:
         raise UserError(f"the checkpoint is damaged: {e}") from None
+    if not {"step", "images"} <= checkpoint.meta.keys():
+        raise UserError(f"{path} does not tell its step and images; it is no checkpoint of a run")
+    return checkpoint
 
 
 @torch.no_grad()

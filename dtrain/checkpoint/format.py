@@ -13,17 +13,21 @@ Nothing is pickled, so reading runs no code; every byte is checked before it is 
 import hashlib
 import json
 import os
+import re
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dtrain import faults
+from dtrain.checkpoint.directory import LARGEST
+from dtrain.files import open_regular, parse_json, read_bytes, read_json
 
 FORMAT = 1
 BLOCK = 16 * 2**20  # bytes under one checksum
@@ -143,6 +147,72 @@ def _hash(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, of the form that `write_manifest` gives it. Raises OSError and Damaged."""
+    place = path / "manifest.json"
+    try:
+        found = read_json(place, LARGEST, follow=False)
+    except ValueError as e:
+        raise Damaged(f"{place} cannot be read ({e})") from None
+    if not isinstance(found, dict) or found.pop("sha256", None) != _hash(found):
+        raise Damaged(f"{place} is not as it was written")
+    if found.get("format") != FORMAT:
+        raise Damaged(f"{path} has format {found.get('format')}; this version reads format {FORMAT}")
+    indexes, tensors, meta = (found.get(key) for key in ("indexes", "tensors", "meta"))
+    if not (
+        isinstance(indexes, dict)
+        and all(re.fullmatch(r"rank-[0-9]{5,9}\.json", name) and isinstance(d, str) for name, d in indexes.items())
+        and isinstance(tensors, dict)
+        and all(map(_count, tensors.values()))
+        and isinstance(meta, dict)
+        and all(_count(meta.get(key, 0)) for key in ("step", "images", "optimizer_steps"))
+    ):
+        raise Damaged(f"{place} has not the form of a checkpoint's manifest")
+    return found
+
+
+def _index(path: Path, name: str, digest: str) -> dict[str, Any]:
+    """A rank's index, of the form that `write_file` gives it. Raises OSError and Damaged."""
+    place = path / name
+    data = read_bytes(place, LARGEST, follow=False)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise Damaged(f"{place} is not the index that was written with this checkpoint")
+    try:
+        found = parse_json(data)
+        size, block, checksums, pieces = (found[key] for key in ("bytes", "block", "crc32", "pieces"))
+        formed = (
+            found["file"] == f"{Path(name).stem}.safetensors"
+            and _count(size)
+            and _count(block)
+            and block > 0
+            and len(checksums) == -(-size // block)
+            and all(map(_count, checksums))
+            and all(type(piece[0]) is str and len(piece) == 4 and all(map(_count, piece[1:])) for piece in pieces)
+        )
+    except (ValueError, KeyError, TypeError, IndexError):
+        formed = False
+    if not formed:
+        raise Damaged(f"{place} has not the form of a rank's index")
+    end = 0
+    for piece, _, length, offset in sorted(pieces, key=itemgetter(3)):
+        if offset < end or offset + 4 * length > size:
+            raise Damaged(f"{place} places {piece} where it cannot be in a file of {size:,} bytes")
+        end = offset + 4 * length
+    return found
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_sizes(path: Path, tensors: dict[str, int]) -> None:
+    """Raises Damaged where moments or averages of a parameter have not as many elements as its weights."""
+    for name, size in tensors.items():
+        weights = tensors.get(f"{name.rpartition(':')[0]}:fp32", size)
+        if weights != size:
+            raise Damaged(f"{path}: {name} has {size:,} elements, its weights {weights:,}")
+
+
 @dataclass
 class _File:
     """One rank's data file while reading: blocks are verified the first time they are touched."""
@@ -157,7 +227,7 @@ class _File:
         start = number * self.block
         length = min(self.block, self.size - start)
         try:
-            with open(self.path, "rb", buffering=0) as f:
+            with open(open_regular(self.path, follow=False), "rb", buffering=0) as f:
                 data = os.pread(f.fileno(), length, start)
         except OSError as e:
             raise Damaged(f"{self.path}: {e.strerror}") from None
@@ -183,29 +253,22 @@ class Checkpoint:
         Raises Damaged.
         """
         path = Path(path)
+        if path.is_symlink():
+            raise Damaged(f"{path} is a link, and what lies among checkpoints is not followed; move the folder there")
         try:
-            manifest = json.loads((path / "manifest.json").read_bytes())
-            claimed = manifest.pop("sha256")
-            if claimed != _hash(manifest):
-                raise Damaged(f"{path / 'manifest.json'} is not as it was written")
-            if manifest["format"] != FORMAT:
-                raise Damaged(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
+            manifest = _manifest(path)
             files, pieces = {}, defaultdict(list)
             for name, digest in manifest["indexes"].items():
-                data = (path / name).read_bytes()
-                if hashlib.sha256(data).hexdigest() != digest:
-                    raise Damaged(f"{path / name} is not the index that was written with this checkpoint")
-                index = json.loads(data)
+                index = _index(path, name, digest)
                 file = _File(path / index["file"], index["bytes"], index["block"], index["crc32"])
-                if file.path.stat().st_size != file.size:
-                    raise Damaged(f"{file.path} is {file.path.stat().st_size:,} bytes long, not {file.size:,}")
+                if file.path.lstat().st_size != file.size:
+                    raise Damaged(f"{file.path} is {file.path.lstat().st_size:,} bytes long, not {file.size:,}")
                 files[index["file"]] = file
                 for piece, start, length, offset in index["pieces"]:
                     pieces[piece].append((start, length, offset, index["file"]))
         except OSError as e:
             raise Damaged(f"{e.filename}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise Damaged(f"{path / 'manifest.json'} cannot be read ({e})") from None
+        _check_sizes(path, manifest["tensors"])
         for name, numel in manifest["tensors"].items():
             covered = 0
             for start, length, _, _ in sorted(pieces[name]):

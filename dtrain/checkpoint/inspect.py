@@ -24,7 +24,14 @@ def table(run: RunDirectory) -> str:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
         size = f"{checkpoint.bytes / 2**20:,.1f} MiB"
         rows.append(
-            (str(step_of(path)), f"{checkpoint.meta['images']:,}", size, str(checkpoint.files), "complete", shown)
+            (
+                str(step_of(path)),
+                f"{checkpoint.meta.get('images', 0):,}",
+                size,
+                str(checkpoint.files),
+                "complete",
+                shown,
+            )
         )
     for path in sorted(run.checkpoints.glob("step-*.partial")):
         rows.append(

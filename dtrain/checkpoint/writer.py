@@ -92,7 +92,7 @@ class Writer:
             format.write_manifest(partial, self.world_size, self._tensors, self._meta)
             faults.at("save:manifest")
             replaced = final.with_suffix(".replaced.partial")
-            if final.exists():  # of an earlier attempt, and damaged, or it would have been resumed from
+            if os.path.lexists(final):  # of an earlier attempt, and damaged, or it would have been resumed from
                 os.rename(final, replaced)
                 faults.at("save:replace")
             os.rename(partial, final)

@@ -7,6 +7,7 @@ with any number of samples, metrics or ranks. Images and not features are kept: 
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.files import replacing
+from dtrain.data.samples import read_array
+from dtrain.errors import BadSample
+from dtrain.files import read_bytes, replacing
 
 TRIES = 5
 
@@ -29,14 +32,18 @@ class Scratch:
     def read(self, start: int, count: int, shape: tuple[int, int, int]) -> Tensor | None:
         """The images of ids start … start + count, uint8 (count, *shape); None where they are not, or not whole."""
         try:
-            images = np.load(self._block(start, count), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            if self.path.is_symlink():
+                return None
+            data = read_bytes(self._block(start, count), count * math.prod(shape) + 4096, follow=False)
+            return torch.from_numpy(read_array(data, "uint8", [count, *shape]))
+        except (OSError, BadSample):
             return None
-        return torch.from_numpy(images) if (images.dtype, images.shape) == (np.uint8, (count, *shape)) else None
 
     def write(self, start: int, images: Tensor) -> None:
         """Keep a block: it is there whole or not at all. Raises OSError."""
         path = self._block(start, len(images))
+        if self.path.is_symlink():
+            self.path.unlink()  # what lies among evaluations is not followed
         for left in range(TRIES)[::-1]:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +56,8 @@ class Scratch:
 
     def count(self) -> int:
         """How many images are here."""
-        return sum(int(path.stem.rpartition("-")[2]) for path in self.path.glob("block-*.npy"))
+        counts = [path.stem.rpartition("-")[2] for path in self.path.glob("block-*.npy")]
+        return sum(int(count) for count in counts if count.isascii() and count.isdecimal())
 
     def remove(self) -> None:
         """Once, when the numbers are out."""

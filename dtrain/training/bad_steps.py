@@ -110,6 +110,19 @@ class BadSteps:
             "rollbacks": self.rollbacks,
         }
 
+    @staticmethod
+    def check(state: Any) -> None:
+        """Raises ValueError for what `state` cannot have given."""
+        try:
+            ranges = [*state.get("skipped", []), *(one for batch in state.get("refused", []) for one in batch)]
+            sound = all(type(a) is type(b) is int and 0 <= a <= b < 1 << 53 for a, b in ranges)
+            sound &= all(type(norm) in (int, float) for norm in state.get("norms", []))
+            sound &= type(state.get("rollbacks", 0)) is int
+        except (AttributeError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ValueError("which steps were refused")
+
     def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave. What has been left out since stays left out, and how often the run went back counts on."""
         self._norms = deque(state.get("norms", []), maxlen=WINDOW)

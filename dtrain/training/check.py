@@ -1,9 +1,8 @@
 """Would this run start? `dtrain train --check` and job submission ask, without torch, NumPy and ranks."""
 
-import json
 from pathlib import Path
 
-from dtrain.checkpoint.directory import complete
+from dtrain.checkpoint.directory import LARGEST, complete
 from dtrain.config import Config, architecture, with_earlier_values
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import LABEL_FIELD, check_fields
@@ -11,6 +10,7 @@ from dtrain.data.streams import with_streams
 from dtrain.data.survey import named, survey
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import check_evaluation
+from dtrain.files import read_json
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
@@ -91,7 +91,7 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> None:
 def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
     """Raises UserError where the run's last attempt was trained on other data."""
     attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
-    if attempts and attempts[-1]["context"]["data"] != manifest.hash and run.has_trained:
+    if attempts and attempts[-1]["context"].get("data") != manifest.hash and run.has_trained:
         raise UserError(
             f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "
             f"give this run a new run.name, or the old data"
@@ -106,7 +106,7 @@ def check_source(config: Config) -> None:
         return
     path = checkpoint_at(source)
     try:
-        tree = json.loads((path / "manifest.json").read_bytes())["meta"]["config"]
+        tree = read_json(path / "manifest.json", LARGEST)["meta"]["config"]
         theirs = architecture(Config(**with_earlier_values(tree)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # whoever loads it says more than a glance can
@@ -130,7 +130,7 @@ def check_published(config: Config) -> None:
 def checkpoint_at(place: str) -> Path:
     """A checkpoint's own folder, or the newest complete checkpoint of a run. Raises UserError."""
     if (Path(place) / "manifest.json").is_file():
-        return Path(place)
+        return Path(place).resolve() if Path(place).is_symlink() else Path(place)  # a link of the user's own
     run = RunDirectory.find(place)
     found = complete(run.checkpoints)
     if not found:

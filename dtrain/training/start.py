@@ -95,9 +95,20 @@ def _load(
     data: str | None,
     checkpoint: Checkpoint,
 ) -> None:
+    _check_state(checkpoint)
     _check_own(config, data, checkpoint)
     engine.load(checkpoint)
     remember(process, checkpoint)
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that does not tell how far it is, or what it says of bad steps."""
+    try:
+        if not {"step", "images", "optimizer_steps"} <= checkpoint.meta.keys():
+            raise ValueError("how far it is")
+        BadSteps.check(checkpoint.meta.get("bad_steps", {}))
+    except ValueError as e:
+        raise UserError(f"{checkpoint.path} cannot be resumed from: it does not tell {e}") from None
 
 
 def _check_own(config: Config, data: str | None, checkpoint: Checkpoint) -> None:

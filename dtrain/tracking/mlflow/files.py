@@ -6,9 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dtrain.files import read_bytes, within
 from dtrain.tracking.mlflow.address import milliseconds
 from dtrain.tracking.mlflow.keys import FORMER_IMAGE_KEY, image_key
 
+LARGEST = 1 << 30  # bytes of a file that is compared with what is there
 SMALL = 512  # pixels of an image's longer side, below which it is enlarged
 
 
@@ -30,23 +32,15 @@ class Files:
         """Whether one of the line's files was not there."""
         sent = False
         for file in files_of(line):
-            if not self._is_own(file):
-                logging.getLogger(__name__).warning("%r is named in the journal and no file of the run: not sent", file)
-            elif not (self._directory / file).is_file():
-                logging.getLogger(__name__).warning("%s is named in the journal but gone", self._directory / file)
+            if within(self._directory, file) is None:
+                gone = os.path.normpath(f"/{file}") == f"/{file}" and not os.path.lexists(self._directory / file)
+                problem = "is named in the journal " + ("but gone" if gone else "and no file of the run: not sent")
+                logging.getLogger(__name__).warning("%r %s", file, problem)
             elif line["event"] == "eval" and file.endswith(".png"):
                 sent |= self._send_image(file, line)
             else:
                 sent |= self.send_file(file)
         return sent
-
-    def _is_own(self, file: str) -> bool:
-        """Whether it is a file of the run and no way out of it, as a journal from elsewhere may name.
-
-        Its folders may be links, to a larger disk say; the file itself is none.
-        """
-        leads_out = not isinstance(file, str) or "\0" in file or file.startswith("/") or ".." in file.split("/")
-        return not leads_out and not (self._directory / file).is_symlink()
 
     def send_file(self, file: str) -> bool:
         """Upload a file that is there, unless the artifact has its size already: an upload that was cut off has not."""
@@ -66,7 +60,7 @@ class Files:
         if same:
             with tempfile.TemporaryDirectory() as place:
                 there = Path(self._client.download_artifacts(self._run_id, file, place))
-                same = there.read_bytes() == path.read_bytes()
+                same = there.read_bytes() == read_bytes(path, LARGEST, follow=False)
         if not same:
             self._client.log_artifact(self._run_id, str(path), folder or None)
         self._compared.add(file)
@@ -83,7 +77,7 @@ class Files:
         A card of several steps opens on step 0, where there is no picture; one of a single step shows it.
         """
         file = line["context"].get("artifact", "")
-        if not file.endswith(".png") or not self._is_own(file) or not (self._directory / file).is_file():
+        if not file.endswith(".png") or within(self._directory, file) is None:
             return False
         return self._log_image(file, image_key(line, f"newest at step {line['step']}"), line)
 
@@ -97,7 +91,12 @@ class Files:
         try:
             with Image.open(self._directory / file) as image:
                 image.load()
-        except (OSError, SyntaxError, ValueError) as e:  # cut off by a crash: nothing that waiting would mend
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as e:  # cut off by a crash: nothing that waiting would mend
             logging.getLogger(__name__).warning("%s cannot be read: %s", self._directory / file, e)
             return False
         # The UI shows an image at its own size at most: one of 8 × 8 digits would be a stamp.

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain.files import within
 from dtrain.tracking.mlflow.address import alone_with, milliseconds, open_client
 from dtrain.tracking.mlflow.curves import Curves
 from dtrain.tracking.mlflow.datasets import Datasets
@@ -101,7 +102,7 @@ class Run:
         self._models.look()
         self._models.mark_removed()
         self._sweeps.send_picture(self._directory / "sweep.png")
-        if (self._directory / AT_THE_END).is_file():
+        if within(self._directory, AT_THE_END) is not None:
             self._files.send_changed(AT_THE_END)
         self.describe(landmarks, final=True)
         if status == "FINISHED" and (newest := headline(landmarks.evaluations)):
@@ -172,7 +173,7 @@ class Run:
         for number, line in enumerate(lines[:taken]):
             if self._files.send(line):
                 news.add(number)
-        if (self._directory / CONFIG).is_file():
+        if within(self._directory, CONFIG) is not None:
             self._files.send_changed(CONFIG)
         self.lines_shipped += len(news)
         return taken

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dtrain.files import within
 from dtrain.tracking.mlflow.address import alone_with, milliseconds
 from dtrain.tracking.mlflow.keys import allowed
 
@@ -48,7 +49,7 @@ class Sweeps:
         return True
 
     def send_picture(self, picture: Path) -> None:
-        if self._parent is not None and picture.is_file():
+        if self._parent is not None and within(picture.parent, picture.name) is not None:
             self._client.log_artifact(self._parent, str(picture))
 
     def _look(self, time: float) -> None:
