@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import secrets
 import socket
 import threading
 import time
 from pathlib import Path
 
+from dtrain import files
 from dtrain.errors import UserError
 
 HEARTBEAT_SECONDS = 20.0
@@ -109,11 +111,17 @@ def _forget_if_left(claim: Path) -> None:
 
 
 def _read(path: Path) -> dict | None:
+    """What a lock file says; None where there is none, or one that is not of the form that `_identity` gives it."""
     try:
-        found = json.loads(path.read_text())
-        return found if {"host", "pid", "started"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
+        found = files.read_json(path)
+    except (OSError, ValueError):
         return None
+    if not isinstance(found, dict) or not {"host", "pid", "started"} <= found.keys():
+        return None
+    pid, started = found["pid"], found["started"]  # they name a file of /proc, and a claim
+    numbered = type(pid) is int and 0 < pid < 1 << 31 and re.fullmatch(r"[0-9]{1,30}", str(started))
+    texts = all(value is None or isinstance(value, str) for key, value in found.items() if key != "pid")
+    return found if numbered and texts and found["host"] else None
 
 
 def _identity(pid: int) -> dict:

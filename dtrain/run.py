@@ -6,11 +6,13 @@ runs/<name>/  config.yaml  journal.jsonl  outcome.json  checkpoints/step-0000100
 import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dtrain import config as configuration
+from dtrain import files
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
 from dtrain.errors import UserError
@@ -111,11 +113,17 @@ class RunDirectory:
             print(f"{self.outcome_file} cannot be written ({e.strerror}): scripts will take this end for a crash")
 
     def outcome(self) -> dict | None:
-        """How the last attempt ended; None while it runs or after a crash."""
+        """How the last attempt ended: "outcome", "step" and, where there is one, "message".
+
+        None while it runs, after a crash, or where the file does not tell.
+        """
         try:
-            return json.loads(self.outcome_file.read_text())
+            found = files.read_json(self.outcome_file)
         except (OSError, ValueError):
             return None
+        if not isinstance(found, dict) or not all(isinstance(found.get(k, ""), str) for k in ("outcome", "message")):
+            return None
+        return found if re.fullmatch(r"[a-z_]{1,40}", found.get("outcome", "")) else None
 
 
 def replace(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """A trained model in a program of one's own: `dtrain.load("runs/x").sample(labels=[3] * 8, steps=50, guidance=2)`."""
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.requirements import check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
+from dtrain.files import read_json
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
 
@@ -133,13 +134,19 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     from safetensors.torch import load_file
 
     try:
-        tree = json.loads((folder / "config.json").read_text())
+        tree = read_json(folder / "config.json")
         state = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{folder} cannot be read as an exported folder: {e}") from None
     if not isinstance(tree, dict) or "train" not in tree:
         raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
     source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names")}
+    names = source["class_names"]
+    told = all(type(source[key]) is int for key in ("step", "images"))
+    told &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
+    told &= names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    if not told:
+        raise UserError(f"{folder}/config.json does not tell what its weights are; export the checkpoint again")
     if step not in (None, source["step"]) or ema not in (0, _profile(source["weights"])):
         asked = f"ema {ema}" if step is None else f"ema {ema} of step {step}"
         raise UserError(f"{folder} holds {source['weights']} of step {source['step']} alone, not {asked}")

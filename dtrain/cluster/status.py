@@ -1,5 +1,6 @@
 """How runs are doing: what their files say and, where there is a SLURM, its queue. Imports no torch and no NumPy."""
 
+import itertools
 import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,10 +9,12 @@ from pathlib import Path
 from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import read as read_journal
+from dtrain.terminal import printable
+from dtrain.tracking.journal import Tail, valid
 
 HEADINGS = ("run", "state", "attempt", "step", "images/s", "loss", "evaluation", "left", "job", "requeues")
 NONE = "–"
+LONGEST = 1e10  # seconds that are a time a run could still take
 WAITING, STARTED = ("PENDING", "REQUEUED", "REQUEUE_HOLD"), ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
 ACTIVE = WAITING + STARTED
 
@@ -43,7 +46,7 @@ def known_runs(names: list[str]) -> list[RunDirectory]:
 def _is_run(path: Path) -> bool:
     try:
         return (path / "config.yaml").exists() or job_of(path) is not None
-    except PermissionError:  # another user's: its line says so
+    except OSError:  # another user's, or on a disk that is away: its line says so
         return True
 
 
@@ -51,9 +54,9 @@ def job_of(run: Path) -> str | None:
     """The number of the training job submitted last, whose script lies beside its log."""
     try:
         numbers = [path.stem.removeprefix("train-") for path in (run / "logs").glob("train-*.sbatch")]
-    except PermissionError:
+    except OSError:
         return None
-    return max((n for n in numbers if n.isdigit()), key=int, default=None)
+    return max((n for n in numbers if n.isdecimal() and n.isascii()), key=int, default=None)
 
 
 def queue(numbers: list[str]) -> dict[str, QueuedJob]:
@@ -83,38 +86,48 @@ def check_free(run: RunDirectory) -> None:
 
 
 def table(runs: list[RunDirectory]) -> str:
-    """One line a run."""
+    """One line a run, also for one that cannot be read."""
     jobs = {run.path: job_of(run.path) for run in runs}
     queued = queue([number for number in jobs.values() if number])
     rows = [HEADINGS, *(row(run, queued.get(jobs[run.path])) for run in runs)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(HEADINGS))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    rows = [tuple(map(printable, cells)) for cells in rows]
+    # A reason is as long as it is, and makes no column wider.
+    aligned = [cells if len(cells) == len(HEADINGS) else cells[:1] for cells in rows]
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*aligned, fillvalue="")]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
 
 
 def row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
-    """A run's line, as HEADINGS."""
+    """A run's line, as HEADINGS; of one that cannot be read its name and the reason."""
     try:
         return _row(run, job)
     except PermissionError:
         return (str(run.path), "no access", *[NONE] * (len(HEADINGS) - 2))
+    except UserError as e:
+        return (str(run.path), f"not readable: {e}")
+    except OSError as e:
+        return (str(run.path), f"not readable: {e.filename or run.path}: {e.strerror}")
 
 
 def _row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
-    lines = read_journal(run.journal_file)
+    journal = Tail(run.journal_file)
+    lines = valid(journal.read())
     trained = [line for line in lines if line["event"] == "train"]
     evaluated = [line for line in lines if line["event"] == "eval"]
     attempt = max((line["attempt"] for line in lines), default=0)
     try:
         steps = run.config().train.steps
-    except UserError:  # there is none yet, or it is of another version
-        steps = None
+    except UserError:
+        if run.config_file.exists() and not lines:
+            raise
+        steps = None  # there is none yet, or it is of another version
     step = trained[-1]["step"] if trained else 0
     last = trained[-1]["metrics"] if trained else {}
     left = NONE
-    if steps and step < steps and "step_seconds" in last:
-        left = str(timedelta(seconds=round((steps - step) * last["step_seconds"])))
+    if steps and step < steps and 0 <= (seconds := (steps - step) * last.get("step_seconds", -1)) < LONGEST:
+        left = str(timedelta(seconds=round(seconds)))
     evaluation = NONE
-    if evaluated:
+    if evaluated and evaluated[-1]["metrics"]:
         name, value = next(iter(evaluated[-1]["metrics"].items()))
         evaluation = f"{name} {value:.4g} at {evaluated[-1]['step']:,}"
     failed = [line["step"] for line in lines if line["event"] == "eval_failed"]
@@ -122,7 +135,7 @@ def _row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
         evaluation = f"failed at {failed[-1]:,}"
     return (
         str(run.path),
-        state(run, job, bool(lines)),
+        state(run, job, bool(lines)) + (f", {journal.left_out} unusable lines" if journal.left_out else ""),
         str(attempt) if attempt else NONE,
         f"{step:,}/{steps:,}" if steps else NONE,
         f"{last['images_per_second']:,.0f}" if "images_per_second" in last else NONE,

@@ -229,7 +229,7 @@ def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, 
     keys += sorted({"validation_images", "holdout"} & context.keys() & was.keys())
     is_now = json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
-    other = first["reference"] != context["reference"] if first else own.eval.reference != now.eval.reference
+    other = first.get("reference") != context["reference"] if first else own.eval.reference != now.eval.reference
     return found | ({"reference": now.eval.reference or context["reference"][:12]} if other else {})
 
 

@@ -34,6 +34,7 @@ from dtrain.evaluation.generate import OnProgress, quiet
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better
+from dtrain.tracking.journal import combinations as combinations_there
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def sweep(
     on_progress(0, 0, "reading the reference")
     reference = Reference(config, device, on_progress)
     say(reference.kept)
-    lines = distributed.on_rank_0(stored, path)
+    lines = distributed.on_rank_0(combinations_there, path)
     newest = None if axes.get("checkpoint") else newest_step(run)  # once: a training that goes on makes others
     evaluations = [evaluations_of_a_rank(at) for at in configs]
     found, taken, opened, failed = [], None, None, None
@@ -112,23 +113,11 @@ def sweep(
 
 def number_stored(run: RunDirectory) -> int:
     """How many results a sweep of this run would not compute again."""
-    return len(stored(run.path / "sweep.jsonl"))
+    return len(combinations_there(run.path / "sweep.jsonl"))
 
 
 def shown(setting: Setting) -> str:
     return ", ".join(f"{k} {v}" for k, v in setting.items())
-
-
-def stored(path: Path) -> dict[str, dict]:
-    """Key → line of a file; a line that a killed job left in part does not count."""
-    found = {}
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            found[line["key"]] = line
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
 
 
 def summary(lines: list[dict]) -> list[Row]:

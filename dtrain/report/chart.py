@@ -15,6 +15,7 @@ from dtrain.report.numbers import count, duration, log_ticks, short, ticks, time
 
 MOST_POINTS = 400  # of one line; more are averaged
 LOG_FROM = 12.0  # highest over lowest value from which a positive curve is drawn on a logarithmic axis
+SMALLEST = 1e-100  # that has a place on it
 COLOURS, DASHES = 8, 4
 
 
@@ -119,7 +120,7 @@ class Chart:
             left = 0.0
         low, high = min(ys), max(ys)
         means = [p.y for p in points]
-        if not self.zero and min(means) > 0 and max(means) / min(means) >= LOG_FROM:
+        if not self.zero and min(means) > SMALLEST and max(means) / min(means) >= LOG_FROM:
             low = max(low, min(means) / 4)  # an interval that reaches zero has no place on this axis
             return (left, right), (low / 1.15, high * 1.15), True
         if self.zero or (0 <= low < 0.35 * high):

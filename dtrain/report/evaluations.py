@@ -19,6 +19,7 @@ SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the e
 NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
 NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
 MOST_NUMBERS = 8  # of one metric, where no line has several points
+LONGEST = 200  # characters of a setting
 HASHES = ("extractor", "reference")
 BESIDE = ("ema", "n", "features", *HASHES)  # said of every line, or in the metric's name
 DESCRIBED = ("sampler", "steps", "eta", "guidance", "seed")  # by `described`, or as so many seeds
@@ -205,7 +206,7 @@ def _varying(contexts: list[dict]) -> list[str]:
 def _settings(context: dict, keys: list[str]) -> list[str]:
     """`steps 50`, of those keys that the evaluation tells."""
     names = {"eta": "η"}
-    return [f"{names.get(k, k)} {str(context[k])[:8] if k in HASHES else context[k]}" for k in keys if k in context]
+    return [f"{names.get(k, k)} {str(context[k])[: 8 if k in HASHES else LONGEST]}" for k in keys if k in context]
 
 
 def _spread_note(drawn: list[Curve], metric: str) -> str:

@@ -8,7 +8,7 @@ def short(value: float) -> str:
     """At most four significant digits: 0.8123, 12.35, 1.2e-05."""
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def count(value: float) -> str:
@@ -30,6 +30,8 @@ def size(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 5 h 2 min, 3 d 4 h; what is zero is left out."""
+    if not abs(seconds) < 1e12:
+        return f"{seconds:.4g} s"
     if 0 < seconds < 10:
         return f"{seconds:.1f} s"
     seconds = round(seconds)

@@ -18,7 +18,7 @@ def facts(run: Run) -> str:
     context = begun[-1]["context"] if begun else {}
     command = context.get("command_line") or context.get("command")
     origins = {tuple(line["context"].get(k) for k in ("command_line", "commit", "uncommitted")) for line in begun}
-    others = f" <small>attempt {begun[-1]['attempt']}; the others are in the time line</small>"
+    others = f" <small>attempt {begun[-1]['attempt']}; the others are in the time line</small>" if begun else ""
     found = {
         "command": f"<code>{escaped(command)}</code>{others if len(origins) > 1 else ''}" if command else "",
         "commit": f"<code>{escaped(context['commit'])}</code>{_changes(context)}" if "commit" in context else "",

@@ -83,6 +83,8 @@ def _card(run: Run, number: int, several: bool) -> str:
     facts += [("bad samples", f"{bad:,}")] if bad else []
     faults = sum(line["event"] == "fault" for line in run.happened)
     facts += [("faults", f"{faults:,}")] if faults else []
+    unusable = "".join(f"<small>in {escaped(file)}</small>" for file in run.left_out)
+    facts += [("unusable lines, left out", f"{sum(run.left_out.values()):,}{unusable}")] if unusable else []
     shown = "".join(f"<div><dt>{escaped(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     more = len(best) - MOST_BEST
     rest = f'<p class="note">{plural(more, "more setting")}: all evaluations are in the table.</p>' if more > 0 else ""
@@ -106,13 +108,13 @@ def _highlights(run: Run) -> list[str]:
     size, channels, classes = get("data.image_size"), get("data.channels", 3), get("model.num_classes", 0)
     world = next((line["context"].get("world_size") for line in reversed(run.of("attempt"))), None)
     found: list[Any] = [
-        " ".join([{"dit": "DiT", "unet": "UNet"}.get(model.get("name"), "model"), *sizes]),
+        " ".join([{"dit": "DiT", "unet": "UNet"}.get(str(model.get("name")), "model"), *sizes]),
         f"images {size} × {size} × {channels}" + (f", {classes} classes" if classes else ""),
-        ", ".join([process, *filter(None, how)]),
+        ", ".join(map(str, filter(None, [process, *how]))),
         f"batch {get('data.batch_size')}, learning rate {get('optim.lr')}",
         f"ZeRO {get('deepspeed.zero_stage', 2)}, {get('deepspeed.precision', 'fp32')}",
     ]
-    decays = [p.get("decay") for p in get("ema", []) if isinstance(p, dict)]
+    decays = [profile.get("decay") for profile in run.profiles]
     found += [f"EMA {', '.join(map(str, decays))}"] if decays else []
     found += [plural(world, "rank")] if world else []
     return found

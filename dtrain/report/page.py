@@ -36,7 +36,7 @@ def write_report(
     content = page(found, _neighbours(found, neighbours, features, weights, progress) if neighbours else "")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8", errors="replace")  # names may hold bytes that are no UTF-8
         os.replace(temporary, out)
     except OSError as e:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import base64
 import io
 from pathlib import Path
 
+from dtrain.files import read_bytes, within
 from dtrain.report.evaluations import at
 from dtrain.report.markup import escaped
 from dtrain.report.runs import Line, Run
@@ -11,6 +12,7 @@ from dtrain.report.runs import Line, Run
 MOST_GRIDS = 12  # of a run, spread over its training, the last one among them
 MOST_COLUMNS = 10  # of a grid that training draws: the first classes, a column each
 MOST_BYTES = 250_000  # of a picture that is taken as it is
+LARGEST = 1 << 28  # bytes of a picture that is read
 LONGEST = 1400  # pixels, of one that is not
 
 
@@ -24,7 +26,7 @@ def grids(runs: list[Run]) -> str:
     for run in runs:
         lines = _with_grids(run)
         taken = _spread(lines, MOST_GRIDS)
-        shown = [(line, uri) for line in taken if (uri := _read(run.directory.path / line["context"]["artifact"]))]
+        shown = [(line, uri) for line in taken if (uri := _read(within(run.directory.path, _artifact(line))))]
         if not shown:
             continue
         thumbs = "".join(
@@ -70,14 +72,13 @@ def _columns(run: Run) -> str:
 
 
 def _with_grids(run: Run) -> list[Line]:
-    """Evaluations that drew a grid, by step; a path that leaves the run directory is none."""
-    root = run.directory.path.resolve()
-    lines = {
-        line["step"]: line
-        for line in run.of("eval")
-        if isinstance(file := line["context"].get("artifact"), str) and (root / file).resolve().is_relative_to(root)
-    }
+    """Evaluations that drew a grid, by step."""
+    lines = {line["step"]: line for line in run.of("eval") if _artifact(line) is not None}
     return [lines[step] for step in sorted(lines)]
+
+
+def _artifact(line: Line) -> str | None:
+    return line["context"].get("artifact")
 
 
 def _weights(lines: list[Line]) -> str:
@@ -90,12 +91,14 @@ def _spread(lines: list[Line], most: int) -> list[Line]:
     return [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
 
 
-def _read(path: Path) -> str | None:
-    """A picture as a data URI, smaller where it is large; None where it is gone or damaged."""
+def _read(path: Path | None) -> str | None:
+    """A picture as a data URI, smaller where it is large; None where it is gone, damaged or outside of the run."""
     from PIL import Image
 
+    if path is None:
+        return None
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST)
         with Image.open(io.BytesIO(content)) as picture:
             if len(content) <= MOST_BYTES and picture.format in ("PNG", "JPEG", "WEBP"):
                 picture.verify()

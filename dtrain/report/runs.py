@@ -1,22 +1,20 @@
 """What is known of a run: its directory read once, without torch."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dtrain.config import with_earlier_values
+from dtrain.config import read_tree, with_earlier_values
 from dtrain.credentials import masked
 from dtrain.data.manifest import Manifest, glance
 from dtrain.errors import UserError
+from dtrain.files import beside
 from dtrain.lock import holder
+from dtrain.report.markup import plural
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import events, valid
-
-Line = dict[str, Any]
+from dtrain.tracking.journal import EVALUATIONS, SWEEP, Tail, combinations, valid
+from dtrain.tracking.lines import Line
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +23,7 @@ class Run:
 
     config: plain data with secrets masked. lines: those that count, of the journal and of evaluations beside it.
     happened: all of the journal, void ones too, which belong to the time line alone. elsewhere: what other ranks wrote.
+    left_out: file → how many of its lines are torn, or none of a journal's.
     """
 
     directory: RunDirectory
@@ -34,18 +33,28 @@ class Run:
     happened: list[Line]
     elsewhere: list[Line]
     sweeps: list[Line]
+    left_out: dict[str, int]
 
     @classmethod
     def read(cls, place: str | Path) -> "Run":
         """Raises UserError where there is no run, or one that has not written anything yet."""
         directory = RunDirectory.find(place)
-        config = masked(_config(directory.config_file))
-        happened = events(directory.journal_file)
+        # Not validated: a run of another version may still be looked at.
+        config = masked(with_earlier_values(read_tree(directory.config_file)))
+        left_out: dict[str, int] = {}
+
+        def lines_of(*paths: Path) -> list[Line]:
+            tails = [Tail(path) for path in paths]
+            found = [line for tail in tails for line in tail.read()]
+            left_out.update({tail.path.name: tail.left_out for tail in tails if tail.left_out})
+            return found
+
+        happened = lines_of(directory.journal_file)
         if not happened:
-            raise UserError(f"{directory.path} has nothing in its journal.jsonl yet; start the run first")
+            unusable = f", but {plural(*left_out.values(), 'unusable line')}" if left_out else " yet"
+            raise UserError(f"{directory.path} has nothing in its journal.jsonl{unusable}; start the run first")
         evaluated, elsewhere = (
-            [line for path in sorted(directory.path.glob(pattern)) for line in events(path)]
-            for pattern in ("journal-eval-*.jsonl", "journal-rank-*.jsonl")
+            lines_of(*beside(directory.journal_file, pattern)) for pattern in (EVALUATIONS, "journal-rank-*.jsonl")
         )
         return cls(
             directory,
@@ -54,7 +63,8 @@ class Run:
             valid(happened + evaluated),
             happened,
             elsewhere,
-            _sweep_lines(directory.path / "sweep.jsonl"),
+            list(combinations(directory.path / SWEEP).values()),
+            left_out,
         )
 
     def of(self, event: str) -> list[Line]:
@@ -124,13 +134,18 @@ class Run:
         known = not under.is_absolute() and here.parent.parts[-depth:] == under.parts
         return [*([here.parents[depth]] if known else []), Path.cwd()]
 
+    @property
+    def profiles(self) -> list[dict[str, Any]]:
+        """The config's `ema`, a mapping each."""
+        found = self.setting("ema", [])
+        return [one if isinstance(one, dict) else {} for one in found] if isinstance(found, list) else []
+
     def ema(self, weights: str) -> str:
         """`ema_0` with the decay that its profile has in the config."""
         if not weights.startswith("ema_"):
             return f"{weights} weights"
-        profiles, number = self.setting("ema", []), weights.removeprefix("ema_")
-        known = isinstance(profiles, list) and number.isdigit() and int(number) < len(profiles)
-        return f"EMA {profiles[int(number)].get('decay')}" if known else weights
+        known = {f"ema_{number}": profile.get("decay") for number, profile in enumerate(self.profiles)}
+        return f"EMA {known[weights]}" if weights in known else weights
 
 
 def read_runs(places: list[str | Path]) -> list[Run]:
@@ -142,27 +157,3 @@ def read_runs(places: list[str | Path]) -> list[Run]:
         if names.count(run.name) > 1:
             object.__setattr__(run, "name", str(run.directory.path))
     return runs
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Plain data, not validated: a run of another version may still be looked at."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is no config of a run: it must be a mapping of sections")
-    return with_earlier_values(tree)
-
-
-def _sweep_lines(path: Path) -> list[Line]:
-    """Of each combination its last line; torn ones, of a sweep that was killed, do not count."""
-    found = {}
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            if isinstance(line["metrics"], dict) and isinstance(line["context"], dict):
-                found[line["key"]] = line
-        except (ValueError, KeyError, TypeError):
-            continue
-    return list(found.values())

@@ -1,6 +1,5 @@
 """What a sweep found: a table of the last two axes that vary, one for each choice of the others."""
 
-import itertools
 import json
 import math
 import statistics
@@ -11,6 +10,7 @@ from dtrain.report.numbers import short
 from dtrain.report.runs import Line, Run
 from dtrain.tracking.best import better, higher_is_better
 
+MOST_CELLS = 20_000  # of a sweep's tables
 AXES = {"step": "checkpoint", "ema": "weights", "guidance": "guidance", "eta": "η", "steps": "steps S"}
 
 
@@ -44,7 +44,10 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
     low, high = min(values.values()), max(values.values())
     labels = list(AXES.values())
     tables = []
-    for panel in itertools.product(*(choices[i] for i in panels)):
+    there = {tuple(setting[i] for i in panels) for setting in values}
+    shown = sorted(there, key=lambda panel: [_order(value) for value in panel])
+    across = [len(choices[i]) if i is not None else 1 for i in (row, column)]
+    for panel in shown if len(shown) * math.prod(across) <= MOST_CELLS else []:
 
         def cell(row_value, column_value, panel=panel) -> str:
             at = dict(zip(panels, panel, strict=True)) | {row: row_value, column: column_value}
@@ -80,6 +83,7 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
     facts = [f"N {n:,}" if isinstance(n, int) else "N unknown", str(context.get("sampler", "")), *fixed]
     facts += [f"mean ± standard deviation over {seeds} seeds"] if seeds > 1 else []
     setting = ", ".join(f"{labels[i]} {_shown(i, best[i], run)}" for i in varying) or "the only setting"
+    facts += [] if tables else [f"{len(values):,} combinations, too many for a table"]
     title = f"{metric}{f' · {run.name}' if several_runs else ''}"
     return (
         f'<div class="sweep"><h3>{escaped(title)}</h3><p class="note">{escaped(" · ".join(filter(None, facts)))}</p>'

@@ -1,6 +1,7 @@
 """What happened to a run by the clock: attempts, evaluations, checkpoints, faults."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from dtrain.credentials import MASK, is_secret
@@ -9,6 +10,7 @@ from dtrain.report.numbers import clock, duration, short, time_ticks
 from dtrain.report.runs import Line, Run
 
 MOST_ROWS = 500  # of the table of events, and of marks in a lane
+LONGEST = 2000  # characters of what is said of an event
 NOTABLE = ("fault", "eval_failed", "config", "bad_sample")  # drawn in the lane of events
 
 
@@ -80,6 +82,7 @@ def _lanes(run: Run, everything: list[Line], at: Clock) -> dict[str, list[str]]:
     happened = {id(line) for line in run.happened}
     for line in (line for line in run.of("eval") if id(line) in happened):
         seconds = line["metrics"].get("seconds", 0.0)
+        seconds = seconds if math.isfinite(seconds) else 0.0
         title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
         lanes["evaluations"].append(at.bar("eval", line["time"] - seconds, line["time"], title))
     for line in run.of("checkpoint"):
@@ -120,13 +123,14 @@ def _lane(name: str, marks: list[str]) -> str:
 def _events(run: Run, everything: list[Line]) -> str:
     """The time line as a table, for those who cannot see it and those who want to know."""
     wanted = [line for line in everything if line["event"] in ("attempt", "eval", "checkpoint", *NOTABLE)]
+    counted = _counted(run, wanted)
     rows = [
         [clock(line["time"]), str(line["attempt"]), f"{line['step']:,}", escaped(line["event"]), escaped(_said(line))]
-        for line in _counted(run, wanted)
+        for line in counted[-MOST_ROWS:]
     ]
-    last = f" (the last {MOST_ROWS})" if len(rows) > MOST_ROWS else ""
-    listed = table(["time", "attempt", "step", "event", "what"], rows[-MOST_ROWS:], "left")
-    return details(plural(len(rows), "event") + last, listed)
+    last = f" (the last {MOST_ROWS})" if len(counted) > MOST_ROWS else ""
+    listed = table(["time", "attempt", "step", "event", "what"], rows, "left")
+    return details(plural(len(counted), "event") + last, listed)
 
 
 def _counted(run: Run, lines: list[Line]) -> list[Line]:
@@ -136,7 +140,12 @@ def _counted(run: Run, lines: list[Line]) -> list[Line]:
 
 
 def _said(line: Line) -> str:
-    """A line's context in words."""
+    """A line's context in words, cut where there are very many."""
+    said = _context(line)
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
+
+
+def _context(line: Line) -> str:
     context = line["context"]
     if line["event"] == "config":
         changed = context.get("changed", {})

@@ -8,7 +8,7 @@ import statistics
 from dtrain.report.chart import Chart, Point, Series, averaged, line_of
 from dtrain.report.runs import Line, Run
 
-LEVEL = re.compile(r"loss_level_(\d+)$")
+LEVEL = re.compile(r"loss_level_([0-9]{1,4})$")
 FEWER = 120  # points of one of many lines
 
 

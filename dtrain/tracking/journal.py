@@ -6,6 +6,7 @@ It is the truth that curves, reports and MLflow are made from, so it needs nothi
 A line counts when its newline is there. An `attempt` line says where a resume went on: what earlier attempts wrote past
 that step is void, because the run goes through those steps again. Strict JSON has no NaN: in `metrics`, where every
 value is a number, non-finite ones are the strings "NaN", "Infinity" and "-Infinity", and readers give floats back.
+What readers take for a line is in `lines`.
 
 A file has one writer, because two machines on one file system would overwrite each other's lines. So what others know
 of a run lies beside rank 0's journal.jsonl, in the same form:
@@ -22,23 +23,18 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+from dtrain.errors import UserError
+from dtrain.files import beside, open_regular
+from dtrain.tracking.lines import MOST_COUNT, MOST_LINE, parse, parse_combination
+
 SYNCED = {"attempt", "checkpoint", "eval", "eval_failed"}  # worth an fsync: rare, and decisions are taken by them
 EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
 NEVER_VOID = {"system", "sweep"}  # true of the machines, or of a checkpoint, whatever steps are gone through again
-_FIELDS = {
-    "event": str,
-    "step": int,
-    "images": int,
-    "attempt": int,
-    "time": (int, float),
-    "metrics": dict,
-    "context": dict,
-}
+_CHUNK = 1 << 24  # bytes read at a time
 
 
 class Journal:
@@ -104,7 +100,8 @@ class Journal:
         synced: wait until it is durable too.
         """
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a FIFO that is full would stop the run
+            self._descriptor = os.open(self.path, flags, 0o644)
             end = os.fstat(self._descriptor).st_size
             self._torn = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
         data = b"\n" + line if self._torn else line
@@ -119,7 +116,10 @@ class Journal:
 
 
 def events(path: str | Path) -> list[dict[str, Any]]:
-    """Every whole line in the order of the file, those of void attempts too; [] where there is no file."""
+    """Every whole line in the order of the file, those of void attempts too; [] where there is no file.
+
+    Raises UserError for what is not a file, and OSError.
+    """
     return Tail(path).read()
 
 
@@ -130,8 +130,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 def evaluations(path: str | Path) -> list[dict[str, Any]]:
     """The "eval" lines that count, in order of time: of the training at `path`, and of evaluations beside it."""
-    beside = [line for other in Path(path).parent.glob(EVALUATIONS) for line in events(other)]
-    found = [line for line in valid(events(path) + beside) if line["event"] == "eval"]
+    others = [line for other in beside(Path(path), EVALUATIONS) for line in events(other)]
+    found = [line for line in valid(events(path) + others) if line["event"] == "eval"]
     return sorted(found, key=lambda line: line["time"])
 
 
@@ -144,8 +144,14 @@ def evaluation_journal(path: str | Path) -> Journal:
     return journal
 
 
+def combinations(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Key → last line of each combination of a sweep; {} where there is no file. Raises as `events` does."""
+    return {line["key"]: line for line in Tail(path, parse_combination).read()}
+
+
 def highest_attempt(lines: Iterable[dict[str, Any]]) -> int:
-    return max((line["attempt"] for line in lines), default=0)
+    """The number of the newest attempt, 0 without one; always one that another may follow."""
+    return min(max((line["attempt"] for line in lines), default=0), MOST_COUNT - 1)
 
 
 def valid(lines: Iterable[dict[str, Any]], begun: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
@@ -182,7 +188,7 @@ class Tails:
 
     def read(self) -> list[dict[str, Any]]:
         for pattern in (EVALUATIONS, SYSTEM, SWEEP):
-            for path in sorted(self._main.path.parent.glob(pattern)):
+            for path in beside(self._main.path, pattern):
                 self._beside.setdefault(path, Tail(path))
         lines = self.own = self._main.read()
         if lines:
@@ -191,38 +197,51 @@ class Tails:
 
 
 class Tail:
-    """Reads a journal as it grows: each `read` gives the whole lines that came since the one before."""
+    """Reads a journal as it grows: each `read` gives the whole lines that came since the one before.
 
-    def __init__(self, path: str | Path):
+    left_out: how many lines so far were torn or none of a journal's.
+    """
+
+    def __init__(self, path: str | Path, parse: Callable[[bytes], dict[str, Any] | None] = parse):
         self.path = Path(path)
+        self.left_out = 0
+        self._parse = parse
         self._offset = 0
+        self._overlong = False  # what was read last is a piece of a line that is too long
 
     def read(self) -> list[dict[str, Any]]:
-        """New whole lines, parsed; torn and foreign ones are passed over. A line without its newline waits."""
+        """New whole lines, parsed; others are passed over and counted. A line without its newline waits.
+
+        Raises UserError for what is not a file, and OSError.
+        """
+        found: list[dict[str, Any]] = []
         try:
-            with open(self.path, "rb") as f:
-                f.seek(self._offset)
-                data = f.read()
+            descriptor = open_regular(self.path)
         except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [line for line in map(_parse, whole.split(b"\n")) if line is not None]
-
-
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    """The event of one line, or None when it is not one."""
-    try:
-        line = json.loads(raw)
-        if not isinstance(line, dict) or not all(isinstance(line.get(k), t) for k, t in _FIELDS.items()):
-            return None
-        line["metrics"] = {
-            name: value if isinstance(value, (int, float)) else NON_FINITE[value]
-            for name, value in line["metrics"].items()
-        }
-    except (ValueError, KeyError, TypeError):
-        return None
-    return line
+            return found
+        except OSError as e:
+            if e.errno in (errno.EINVAL, errno.EISDIR):
+                raise UserError(f"{self.path} is not a regular file; move it away") from None
+            raise
+        with open(descriptor, "rb", buffering=0) as f:
+            f.seek(self._offset)
+            rest = b""
+            while chunk := f.read(_CHUNK):
+                *lines, rest = (rest + chunk).split(b"\n")
+                self._offset += sum(map(len, lines)) + len(lines)
+                if lines and self._overlong:
+                    del lines[0]
+                    self._overlong = False
+                for raw in filter(None, lines):
+                    if (line := self._parse(raw)) is None:
+                        self.left_out += 1
+                    else:
+                        found.append(line)
+                if len(rest) > MOST_LINE:
+                    self._offset += len(rest)
+                    self.left_out += not self._overlong
+                    self._overlong, rest = True, b""
+        return found
 
 
 def _number(value: Any) -> int | float | str:

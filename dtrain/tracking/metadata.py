@@ -31,7 +31,7 @@ def params(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     first: dict[str, Any] = {}
     for line in lines:
         if line["event"] == "config":
-            for key, (was, _) in line["context"]["changed"].items():
+            for key, (was, _) in line["context"].get("changed", {}).items():
                 first.setdefault(key, was)
     values = whole | first
     return {k: values[k] for k in sorted(chosen | first.keys()) if k in values and not k.startswith(CARRIED_OUT)}
@@ -53,7 +53,7 @@ def datasets(lines: list[dict[str, Any]], config: Config) -> list[dict[str, Any]
     if last is None or "datasets" in last or config.data.mix:
         return (last or {}).get("datasets", [])
     place = without_credentials(config.data.shards)  # a journal of an earlier version has one hash for all together
-    return [{"name": dataset_name(place), "hash": last["data"], "source": place}]
+    return [{"name": dataset_name(place), "hash": last.get("data", ""), "source": place}]
 
 
 def reference(config: Config) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ def tags(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         return {}
     last = attempts[-1]["context"]
     found = {
-        "dtrain.data": last["data"],
+        "dtrain.data": last.get("data"),
         "dtrain.attempts": len(attempts),
         "mlflow.user": last.get("user"),
         "mlflow.source.name": last.get("command"),
@@ -87,13 +87,13 @@ def tags(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     for line in attempts:
         context = line["context"]
         began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line["time"]))
-        where = f"{context['world_size']} ranks, ZeRO {context['zero_stage']}, {context.get('host')}"
+        where = f"{context.get('world_size')} ranks, ZeRO {context.get('zero_stage')}, {context.get('host')}"
         job = f", job {context['job']}" if "job" in context else ""
         code = f", commit {context['commit'][:12]}" if "commit" in context else ""
         code += " and changes" if context.get("uncommitted") else ""
         found[f"dtrain.attempt.{line['attempt']}"] = f"from step {line['step']}, {began}, {where}{job}{code}"
     for line in lines:
         if line["event"] == "config":
-            for key, (was, now) in line["context"]["changed"].items():
+            for key, (was, now) in line["context"].get("changed", {}).items():
                 found[f"dtrain.changed.{key}"] = f"{was} → {now} at step {line['step']}"
     return {key: value for key, value in found.items() if value is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from dtrain.errors import UserError
 from dtrain.run import Position
 from dtrain.tracking.journal import SYSTEM, Journal, Tail, events, highest_attempt
 
@@ -39,7 +40,10 @@ class SystemSampler:
 
     def _work(self) -> None:
         before = psutil.cpu_percent(), psutil.net_io_counters()  # from here on
-        journal, number = Journal(self._path), len(events(self._path))
+        try:
+            journal, number = Journal(self._path), len(events(self._path))
+        except (OSError, UserError):  # a folder or a FIFO is there: nobody waits for what a node does
+            return
         main, journal.attempt = Tail(self._main), 0
         last = False
         while not last:

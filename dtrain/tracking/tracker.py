@@ -155,7 +155,7 @@ def sync(run: RunDirectory) -> int:
 
 def run_key(lines: list[dict[str, Any]]) -> str | None:
     """What the run's MLflow run is found by: drawn at its first start, in the journal ever since."""
-    return next((line["context"]["run_key"] for line in lines if line["event"] == "attempt"), None)
+    return next((line["context"].get("run_key") for line in lines if line["event"] == "attempt"), None)
 
 
 def destination(run: RunDirectory, config: Config, lines: list[dict[str, Any]]) -> Destination:

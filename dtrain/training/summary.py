@@ -18,12 +18,13 @@ def summary(path: Path) -> str:
     evaluations = [e for e in journal if e["event"] == "eval"]
     lines = []
     if evaluations:
-        metric = next(iter(evaluations[-1]["metrics"]))
+        metric = next(iter(evaluations[-1]["metrics"]), "seconds")
         context = evaluations[-1]["context"]
         curve = [(e["step"], e["metrics"][metric]) for e in evaluations if metric in e["metrics"]]
         top = max([value for _, value in curve if math.isfinite(value)], default=0.0)
         lines.append(
-            f"{metric} of {context['ema']}, {context['n']} samples, {context['steps']} {context['sampler']} steps"
+            f"{metric} of {context.get('ema')}, {context.get('n')} samples, {context.get('steps')} "
+            f"{context.get('sampler')} steps"
         )
         lines += [f"  step {s:>8}  {v:>9.4f}  {_bar(v, top)}".rstrip() for s, v in curve]
         if "artifact" in context:

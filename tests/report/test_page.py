@@ -356,7 +356,7 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capfd):
     (run / "journal.jsonl").write_text("")
     assert failing("report", run) == f"{run} has nothing in its journal.jsonl yet; start the run first"
     (run / "config.yaml").write_text("[")
-    assert failing("report", run).startswith(f"cannot read the config {run}/config.yaml")
+    assert failing("report", run).startswith(f"{run}/config.yaml:1 is not valid YAML")
     assert not (run / "report.html").exists()
 
 

@@ -71,10 +71,11 @@ def distance(evaluations: list[dict[str, Any]]) -> str | None:
         said += f", the best so far {best['metrics'][metric]:.4g} at step {best['step']:,}"
     how = []
     if "sampler" in context:
-        how += [context["sampler"], f"{context['steps']} steps"]
+        how += [str(context["sampler"]), f"{context.get('steps')} steps"]
     if context.get("guidance", 1.0) != 1.0:
         how.append(f"guidance {context['guidance']:g}")
-    said += f". Measured on {context['n']:,} samples of {context['ema']}"
+    n = context.get("n")
+    said += f". Measured on {f'{n:,}' if isinstance(n, int) else n} samples of {context.get('ema')}"
     return f"{said} ({', '.join(how)})." if how else f"{said}."
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.files import read_bytes, within
+from dtrain.terminal import printable
 from dtrain.tracking.mlflow.address import milliseconds
 from dtrain.tracking.mlflow.keys import FORMER_IMAGE_KEY, image_key
 
@@ -35,7 +36,7 @@ class Files:
             if within(self._directory, file) is None:
                 gone = os.path.normpath(f"/{file}") == f"/{file}" and not os.path.lexists(self._directory / file)
                 problem = "is named in the journal " + ("but gone" if gone else "and no file of the run: not sent")
-                logging.getLogger(__name__).warning("%r %s", file, problem)
+                logging.getLogger(__name__).warning("%s %s", printable(file), problem)
             elif line["event"] == "eval" and file.endswith(".png"):
                 sent |= self._send_image(file, line)
             else:

@@ -38,7 +38,7 @@ def metric_key(line: dict[str, Any], metric: str) -> str | None:
     if event == "eval":
         return None if metric == "seconds" else allowed(_section(context) + metric)
     if event == "system":
-        return allowed(f"system/{context['node']}/{metric}")
+        return allowed(f"system/{context.get('node')}/{metric}")
     if event in NO_CURVES or (metric in COUNTS and not line["metrics"][metric]):
         return None
     if event == "train" and metric in SPEED:
@@ -53,8 +53,8 @@ def former_key(line: dict[str, Any], metric: str) -> str:
     event, context = line["event"], line["context"]
     if event == "eval":
         differs = "".join(f"{k}-{v}/" for k, v in context.get("differs", {}).items())
-        return _characters(f"eval/{context['ema']}/n{context['n']}/{differs}{metric}")
-    return _characters(f"system/{context['node']}/{metric}" if event == "system" else f"{event}/{metric}")
+        return _characters(f"eval/{context.get('ema')}/n{context.get('n')}/{differs}{metric}")
+    return _characters(f"system/{context.get('node')}/{metric}" if event == "system" else f"{event}/{metric}")
 
 
 def image_key(line: dict[str, Any], name: str = "samples") -> str:
@@ -70,7 +70,7 @@ def allowed(key: str) -> str:
 
 def _section(context: dict[str, Any]) -> str:
     differs = "".join(f"{k}-{_value(v)}/" for k, v in context.get("differs", {}).items())
-    return f"eval/{context['ema']}/n{context['n']}/{differs}"
+    return f"eval/{context.get('ema')}/n{context.get('n')}/{differs}"
 
 
 def _value(value: Any) -> str:

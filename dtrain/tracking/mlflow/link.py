@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dtrain.credentials import without_credentials
+from dtrain.files import read_bytes, read_json
 from dtrain.run import RunDirectory, replace
 from dtrain.tracking.mlflow.address import tracking_uri
 
@@ -32,7 +33,7 @@ def curves_link(run: RunDirectory) -> str | None:
     """
     uri = without_credentials(tracking_uri(run, run.config()))
     ids = _known(run.path, uri)
-    if "run" not in ids:
+    if not {"run", "experiment"} <= ids.keys():
         return None
     if uri.startswith(("http://", "https://")):
         server = uri.rstrip("/")
@@ -62,14 +63,15 @@ def problem(run: RunDirectory) -> str | None:
 def _known(directory: Path, uri: str) -> dict[str, str]:
     """What is kept of this store; nothing of another, as of a run that was copied or has got another server."""
     try:
-        kept = json.loads((directory / FILE).read_text())
+        kept = read_json(directory / FILE)
     except (OSError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) and kept.get("uri") == uri else {}
+    texts = isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values())
+    return kept if texts and kept.get("uri") == uri else {}
 
 
 def _keep(directory: Path, kept: dict[str, str]) -> None:
     text, file = json.dumps(kept) + "\n", directory / FILE
     with suppress(OSError):  # a full disk: curves are worth more than the link to them, and the next sync writes it
-        if not file.is_file() or file.read_text() != text:
+        if not file.is_file() or read_bytes(file) != text.encode():
             replace(file, text)

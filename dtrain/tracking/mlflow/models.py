@@ -44,7 +44,7 @@ class Models:
         tags = {
             STEP: str(step),
             HASH: context.get("hash", ""),
-            PATH: str((self._checkpoints / context["path"]).absolute()),
+            PATH: str((self._checkpoints / context.get("path", "")).absolute()),
             KEPT: "yes",
             MLFLOW_MODEL_IS_EXTERNAL: "true",  # its files stay where they are
         }
