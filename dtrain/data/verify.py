@@ -73,8 +73,9 @@ def _problem(job: tuple[Shard, int, int], directory: str, owners: dict, side: tu
                 return f"is cut off at byte {at:,} of {shard.bytes:,}"
             wrong = [*misplaced, *damaged]
             if digest == shard.sha256:
-                again = "run `dtrain index` again"
-                return f"is whole, but the side file is wrong about {_listed(wrong)}; {again}" if wrong else None
+                if not wrong:
+                    return None
+                return f"is whole, but the side file is wrong about {_listed(wrong)}; run `dtrain index` again"
             if other := owners.get(digest):
                 return f"is another shard: it holds what the manifest says of {other}"
             where = f"in {_listed(wrong)}" if wrong else "outside its members"

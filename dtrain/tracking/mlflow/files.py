@@ -12,6 +12,7 @@ from dtrain.tracking.mlflow.address import milliseconds
 from dtrain.tracking.mlflow.keys import FORMER_IMAGE_KEY, image_key
 
 LARGEST = 1 << 30  # bytes of a file that is compared with what is there
+_FOREIGN = "is named in the journal and no file of the run: not sent"
 SMALL = 512  # pixels of an image's longer side, below which it is enlarged
 
 
@@ -35,7 +36,7 @@ class Files:
         for file in files_of(line):
             if within(self._directory, file) is None:
                 gone = os.path.normpath(f"/{file}") == f"/{file}" and not os.path.lexists(self._directory / file)
-                problem = "is named in the journal " + ("but gone" if gone else "and no file of the run: not sent")
+                problem = "is named in the journal but gone" if gone else _FOREIGN
                 logging.getLogger(__name__).warning("%s %s", printable(file), problem)
             elif line["event"] == "eval" and file.endswith(".png"):
                 sent |= self._send_image(file, line)
