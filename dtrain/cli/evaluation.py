@@ -93,18 +93,21 @@ def evaluate(
     )
     with progress("sampling, evaluations of the network") as on_progress:
         found, context = run_evaluation(opened.sampler, settings, compared, on_progress, scratch)
-    if distributed.rank() == 0:
+
+    def conclude() -> None:
         changed = differences(directory, own, settings, context)
-        context |= {"differs": changed} if changed else {}
-        unsent = record_evaluation(directory, Position(opened.step, opened.images), found, context)
+        how = context | ({"differs": changed} if changed else {})
+        unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
         scratch.remove()
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
-        print(f"{directory.path} step {opened.step}: {shown}  ({context['n']} samples of {context['ema']})")
+        print(f"{directory.path} step {opened.step}: {shown}  ({how['n']} samples of {how['ema']})")
         if unsent:
             print(unsent)
         if as_json:
             about = {"step": opened.step, "images": opened.images}
-            print(json.dumps(about | {"metrics": found, "context": context}))
+            print(json.dumps(about | {"metrics": found, "context": how}))
+
+    distributed.on_rank_0(conclude)
     distributed.finalize()
 
 
@@ -155,7 +158,8 @@ def sweep(
     )
     with progress("sweeping") as on_progress:
         lines = sweeps.sweep(directory, settings, axes, on_progress, say_on_rank_0)
-    if distributed.rank() == 0:
+
+    def conclude() -> None:
         rows, metric, name = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]["features"]
         print(sweeps.table(rows))
         winner = sweeps.best(rows, metric, name)
@@ -163,10 +167,16 @@ def sweep(
         shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
         print(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
         picture = out or directory.path / "sweep.png"
-        if sweeps.heat_map(rows, key, picture):
-            print(f"heat map: {picture}")
+        try:
+            if sweeps.heat_map(rows, key, picture):
+                print(f"heat map: {picture}")
+        except (OSError, ValueError) as e:  # a ValueError: matplotlib writes no such format
+            problem = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot write {picture}: {problem}; name a .png in a writable place with --out") from None
         if unsent := ship(directory):
             print(unsent)
+
+    distributed.on_rank_0(conclude)
     distributed.finalize()
 
 

@@ -173,3 +173,13 @@ def test_the_summary_takes_seeds_together_and_nothing_else():
     assert [(r.setting, r.metrics["fd_pixels"]) for r in rows] == [({"steps": 5}, 6.0), ({"steps": 10}, 11.0)]
     assert rows[0].std["fd_pixels"] == pytest.approx(np.sqrt(2))
     assert table(rows).splitlines()[1].split() == ["5", "6.0000", "±", "1.4142"]
+
+
+@pytest.mark.parametrize("out", ["nowhere/heat.png", "heat.odd"])
+def test_a_picture_that_cannot_be_written_ends_all_ranks_in_one_line_behind_the_table(trained, tmp_path, out):
+    arguments = ("sweep", trained.run.path, "--steps", "2,3", "--n", 24, "--out", tmp_path / out)
+    told = run_ranks(command, 2, *arguments)
+    assert [code for code, _ in told] == [2, 2]
+    assert told[1][1] == ""
+    assert f"dtrain: cannot write {tmp_path / out}: " in told[0][1].splitlines()[-1]
+    assert "best fd_pixels: " in told[0][1]
