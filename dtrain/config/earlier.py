@@ -24,6 +24,7 @@ EARLIER: dict[str, Earlier] = {
     "data.mix": Earlier([]),
     "data.arrays": Earlier({}),
     "data.crop": Earlier("centre"),
+    "data.exif": Earlier("ignore"),
     "data.on_error": Earlier("raise"),
     "data.allow_pipe": Earlier(False),
     "data.holdout_shards": Earlier(None),

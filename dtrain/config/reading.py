@@ -64,12 +64,16 @@ def continued(config: Config, kept: str | Path) -> Config:
 
     A key that neither names means what was done before the key existed: only a new run takes today's default.
     """
+    earlier: dict[str, dict[str, Any]] = {}
     for name in missing(read_tree(Path(kept))):
         section, _, key = name.partition(".")
         ours = getattr(config, section)
         if key in type(ours).model_fields and key not in ours.model_fields_set:
-            given = ours.model_dump() | {key: EARLIER[name].value}
-            config = config.model_copy(update={section: type(ours).model_validate(given)})
+            earlier.setdefault(section, {})[key] = EARLIER[name].value
+    for section, values in earlier.items():
+        ours = getattr(config, section)
+        given = ours.model_dump(include=ours.model_fields_set) | values
+        config = config.model_copy(update={section: type(ours).model_validate(given)})
     return config
 
 

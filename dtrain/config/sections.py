@@ -122,6 +122,8 @@ class Data(Section):
     """random: scaled by up to 5/4 and cut anywhere, as ADM does"""
     flip: bool = False
     """mirror each image with probability 1/2"""
+    exif: Literal["apply", "ignore"] = "apply"
+    """apply: turn each picture as its EXIF orientation says, as viewers do; ignore: its pixels as they are stored"""
     on_error: Literal["raise", "replace"] = "raise"
     """replace: a damaged sample gives way to another of its stream; raise: it ends the run"""
     max_bad_fraction: Probability = 0.001
@@ -159,6 +161,11 @@ class Data(Section):
     @property
     def manifest_path(self) -> Path:
         return Path(self.manifest) if self.manifest else Path(self.shards) / "manifest.json"
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says."""
+        return self.exif == "apply"
 
 
 class Optim(Section):

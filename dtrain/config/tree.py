@@ -129,7 +129,7 @@ class Config(Section):
 
 # What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
 IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.crop")
-IDENTITY += ("data.flip", "data.weight", "data.arrays")
+IDENTITY += ("data.flip", "data.exif", "data.weight", "data.arrays")
 IDENTITY_SECTIONS = ("model", "diffusion")
 
 

@@ -50,7 +50,7 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
     files = [next((found[f] for f in IMAGE_FIELDS if f in found), None) for found in read()]
     if None in files:
         raise UserError(f"{data.shards} has samples without an image; `dtrain verify` and pack it again")
-    images = [decode(file, data.channels) for file in files]
+    images = [decode(file, data.channels, data.upright) for file in files]
     cropped = [centre_crop(image, data.image_size) for image in images]
     draws = Draws(config.run.seed)
 
@@ -64,7 +64,7 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
     each = len(k)
     return {
         "read": _rate(read, each, seconds),
-        "decode": _rate(lambda: [decode(file, data.channels) for file in files], each, seconds),
+        "decode": _rate(lambda: [decode(file, data.channels, data.upright) for file in files], each, seconds),
         "transform": _rate(lambda: [centre_crop(i, data.image_size).flip(-1) for i in images], each, seconds),
         "randomness": _rate(randomness, each, seconds),
         "collate": _rate(lambda: normalize(torch.stack(cropped)), each, seconds),

@@ -4,11 +4,13 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
 
 from dtrain.data.fields import IMAGE_FIELDS
+from dtrain.data.headers import header
 from dtrain.data.left_out import Unfit
 from dtrain.errors import BadSample
 
@@ -18,6 +20,11 @@ CANNOT_ENCODE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.
 FORMATS = {"png": ("png",), "jpeg": ("jpg", "jpeg"), "webp": ("webp",)}
 
 Files = dict[str, bytes]  # of one sample by field; `cls` too where it has a label
+
+# EXIF orientation → what undoes it.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
+_TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
+_TURNS |= {8: Image.Transpose.ROTATE_90}
 
 _JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"  # what files of the three formats begin with
 
@@ -60,6 +67,7 @@ def image_field(sample: Files) -> str | None:
 def encoded(data: bytes, form: str, max_pixels: int | None = None) -> bytes:
     """A still picture of 8 bits a channel as png, jpeg or webp; the latter two with quality 95.
 
+    Its pixels are turned as its EXIF orientation says, because what is written has no EXIF data any more.
     Raises one of CANNOT_ENCODE.
     """
     file = io.BytesIO()
@@ -72,6 +80,9 @@ def encoded(data: bytes, form: str, max_pixels: int | None = None) -> bytes:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ValueError(f"it has {image.width} × {image.height} pixels")
         pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        with suppress(BadSample):  # Pillow may read what has a header of another kind
+            if (turn := _TURNS.get(header(data).orientation)) is not None:  # one of them is 0
+                pixels = pixels.transpose(turn)
         pixels.save(file, form.upper(), **({} if form == "png" else {"quality": 95}))
     return file.getvalue()
 

@@ -28,6 +28,10 @@ from dtrain.randomness import Draws, Purpose, permutation
 
 REQUEST = "pack.json"
 _LOCK, _SPOOL = ".lock", "spool"
+_SIDEWAYS = (
+    "packed when pictures lost their EXIF orientation on the way: photographs taken upright may lie on their side; "
+    "remove it to pack anew"
+)
 
 
 def pack(
@@ -78,9 +82,11 @@ def pack(
         "shard_bytes": shard_bytes,
         "format": format,
     } | choice.request
+    if format is not None:
+        request["exif"] = "apply"
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        _check_request(destination, request)
-        found = packed(destination, data.notes, kept=True)
+        notes = data.notes + _check_request(destination, request)
+        found = packed(destination, notes, kept=True)
         for split in ("train", "holdout") if found.holdout else ("train",):
             check_shards(load(destination / split / "manifest.json"), destination / split)
         return found
@@ -163,13 +169,15 @@ def _report(progress: Callable[[int, int], None] | None, before: int, of: int) -
     return lambda done: progress(before + done, of) if progress else None
 
 
-def _check_request(destination: Path, request: dict) -> None:
-    """The folder was packed by the same request, or UserError with the first difference."""
+def _check_request(destination: Path, request: dict) -> tuple[str, ...]:
+    """The folder was packed by the same request, or UserError with the first difference; lines to show about it."""
     other = "name another destination, or remove it to pack anew"
     try:
         before = read_json(destination / REQUEST)
         request = dict.fromkeys(before) | request
         differing = [key for key in request if before.get(key) != request[key]]
+        sideways = "exif" in differing and "exif" not in before
+        differing = [key for key in differing if key != "exif"] if sideways else differing
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{destination} exists and was not made by `dtrain pack`; {other}") from None
     if differing == ["content"]:
@@ -177,3 +185,4 @@ def _check_request(destination: Path, request: dict) -> None:
     if differing:
         key = next(key for key in differing if key != "content")
         raise UserError(f"{destination} was packed with {key} {before.get(key)!r}, not {request[key]!r}; {other}")
+    return (_SIDEWAYS,) if sideways else ()

@@ -26,11 +26,19 @@ _BAD_HEADER += (tokenize.TokenError,)
 class SampleReader:
     """Samples as they are trained on. Only these fields are ever read; fields that run code (.pkl, .pyd, .pt) never.
 
-    num_classes: labels are checked against it; 0: labels are not read.
+    num_classes: labels are checked against it; 0: labels are not read. upright: turned as their EXIF data say.
     """
 
-    def __init__(self, reader: ShardReader, channels: int, num_classes: int, arrays: dict[str, ArrayField]):
+    def __init__(
+        self,
+        reader: ShardReader,
+        channels: int,
+        num_classes: int,
+        arrays: dict[str, ArrayField],
+        upright: bool = True,
+    ):
         self._reader, self._channels, self._num_classes, self._arrays = reader, channels, num_classes, arrays
+        self._upright = upright
         labels = (LABEL_FIELD,) if num_classes else ()
         self.fields = (*IMAGE_FIELDS, *labels, *(a.field for a in arrays.values()))
 
@@ -41,7 +49,7 @@ class SampleReader:
         data = self._reader.read(sample, self.fields)
         arrays = {name: self._array(sample, data, wanted) for name, wanted in self._arrays.items()}
         label = self._label(sample, data) if self._num_classes else 0
-        return picture(self._reader, sample, data, self._channels, crop), label, arrays
+        return picture(self._reader, sample, data, self._channels, crop, self._upright), label, arrays
 
     def _label(self, sample: int, data: dict[str, bytes]) -> int:
         label = label_of(self._reader, sample, data)
@@ -93,6 +101,7 @@ def picture(
     data: dict[str, bytes],
     channels: int,
     crop: Callable[[torch.Tensor], torch.Tensor],
+    upright: bool,
 ) -> torch.Tensor:
     """The first image among the fields read, uint8 (channels, H, W)."""
     field = next((f for f in IMAGE_FIELDS if f in data), None)
@@ -101,7 +110,7 @@ def picture(
             f"{reader.name(sample)} is of a sample without a jpg, jpeg, png or webp; pack the shard without it"
         )
     try:
-        return crop(decode(data[field], channels))
+        return crop(decode(data[field], channels, upright))
     except BadSample as e:
         raise BadSample(f"{reader.name(sample, field)} {e}; restore it, or pack the shard without it") from None
 
@@ -124,8 +133,12 @@ def read_split(
     start: int,
     stop: int,
     cache: BlockCache | None = None,
+    upright: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples start..stop of a split in the manifest's order: uint8 (n, C, H, W), and labels int64 (n,), 0 without."""
+    """Samples start..stop of a split in the manifest's order: uint8 (n, C, H, W), and labels int64 (n,), 0 without.
+
+    upright: turned as their EXIF data say.
+    """
     reader = ShardReader(manifest, directory, cache)
     samples = range(start, stop)
     reader.prefetch(samples, (*IMAGE_FIELDS, LABEL_FIELD))
@@ -133,7 +146,7 @@ def read_split(
     labels = torch.zeros(len(samples), dtype=torch.int64)
     for row, sample in enumerate(samples):
         data = reader.read(sample, (*IMAGE_FIELDS, LABEL_FIELD))
-        images[row] = picture(reader, sample, data, channels, lambda image: centre_crop(image, image_size))
+        images[row] = picture(reader, sample, data, channels, lambda image: centre_crop(image, image_size), upright)
         if LABEL_FIELD in manifest.fields:
             labels[row] = label_of(reader, sample, data)
     return images, labels

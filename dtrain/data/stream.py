@@ -80,7 +80,9 @@ class StepDataset(Dataset):
         for one, source in sources:
             cache = cache_of(data, source.shards)
             self._readers.append(ShardReader(one, source.shards, cache, max(1, OPEN_SHARDS // len(sources))))
-            self._samples.append(SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays))
+            self._samples.append(
+                SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays, data.upright)
+            )
         self._draws = Draws(config.run.seed)
         self._rank, self._world_size = rank, world_size
         self._first, self._batch_size = int(skipped.ordinal(images)), data.batch_size

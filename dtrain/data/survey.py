@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from dtrain.data.exif import AS_STORED
 from dtrain.data.fields import IMAGE_FIELDS
 from dtrain.data.headers import Header, header
 from dtrain.data.manifest import RECORD_BYTES, Manifest
@@ -37,6 +38,11 @@ class Survey:
     def grey(self) -> bool:
         """Whether none has colours."""
         return bool(self.headers) and all(one.grey for one in self.headers)
+
+    @property
+    def turned(self) -> int:
+        """How many say by their EXIF data that they are stored turned or mirrored."""
+        return sum(one.orientation != AS_STORED for one in self.headers)
 
     def scaling(self, image_size: int) -> str | None:
         """A line about what is not of this size already; None where all are."""

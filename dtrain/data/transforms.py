@@ -1,7 +1,8 @@
 """From a file's bytes to pixels of the model's size and range, and back to bytes.
 
 One policy for images: a still picture of 8 bits a channel becomes what Pillow's `convert("RGB")`, or `convert("L")`,
-makes of it: palettes are looked up, CMYK is converted, transparency is dropped. All else is refused by name.
+makes of it: palettes are looked up, CMYK is converted, transparency is dropped. It is turned and mirrored as its EXIF
+orientation says, unless a run has data.exif "ignore". All else is refused by name.
 """
 
 import io
@@ -21,17 +22,31 @@ from dtrain.errors import BadSample
 MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB: a header may promise more than memory holds
 
 _MODES = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+# EXIF orientation → whether rows and columns change places, and which dimensions of (C, H, W) are flipped then.
+_TURNS = {2: (False, (2,)), 3: (False, (1, 2)), 4: (False, (1,))}
+_TURNS |= {5: (True, ()), 6: (True, (2,)), 7: (True, (1, 2)), 8: (True, (1,))}
 
 
-def decode(data: bytes, channels: int) -> torch.Tensor:
+def decode(data: bytes, channels: int, upright: bool = True) -> torch.Tensor:
     """Decode a JPEG, PNG or WebP to uint8 (channels, H, W); 1 channel is grey, 3 are RGB.
 
+    upright: turned and mirrored as its EXIF orientation says; else the pixels as they are stored.
     Raises BadSample that says what is wrong with the image; which image it was is known to the caller. The size is
     read from the header first, so that no image takes more memory than MAX_PIXELS.
     """
-    width, height, _ = header(data)
+    width, height, _, orientation = header(data)
     if not 0 < width * height <= MAX_PIXELS:
         raise BadSample(f"has {width} × {height} pixels; between 1 and {MAX_PIXELS:,} can be used")
+    image = _as_stored(data, channels)
+    return _turned(image, orientation) if upright and orientation in _TURNS else image
+
+
+def _turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    transposed, flipped = _TURNS[orientation]
+    return (image.transpose(1, 2) if transposed else image).flip(flipped).contiguous()
+
+
+def _as_stored(data: bytes, channels: int) -> torch.Tensor:
     if data.startswith(PNG):
         return _decode_png(data, channels)
     # WebP has no grey of its own.

@@ -147,6 +147,8 @@ def evaluate(
 def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
     """What else a number depends on where it comes from the held-out images themselves; part of its context."""
     found: dict[str, Any] = {"validation_images": e.validation_images} if "bpd" in e.metrics else {}
+    if reference.upright:
+        found["exif"] = "apply"
     if needs_split(e) and reference.manifest.hash != reference.hash:
         found["holdout"] = reference.manifest.hash
     return found

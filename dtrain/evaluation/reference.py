@@ -24,6 +24,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.samples import read_labels, read_split
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import normalize
+from dtrain.data.upright import any_turned
 from dtrain.errors import UserError
 from dtrain.evaluation.features import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
@@ -35,8 +36,12 @@ from dtrain.evaluation.statistics import Moments, Statistics, read, save
 READ_BLOCK = 512  # images of the split read and embedded at a time
 
 
-def preprocessing(image_size: int, channels: int) -> str:
-    return f"centre crop to {image_size} pixels, {channels} channels"
+UPRIGHT = "turned upright, "  # before what else was done to pictures of which some have an EXIF orientation
+
+
+def preprocessing(image_size: int, channels: int, upright: bool = False) -> str:
+    """upright: some picture of the split was turned by its EXIF data; others are the same either way."""
+    return f"{UPRIGHT if upright else ''}centre crop to {image_size} pixels, {channels} channels"
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,9 @@ class Source:
     preprocessing: str  # what happened to the images before the extractor
 
     @classmethod
-    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int) -> "Source":
+    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int, upright: bool) -> "Source":
         path = str(manifest.path.resolve())
-        return cls(path, manifest.hash, features.fingerprint, preprocessing(image_size, channels))
+        return cls(path, manifest.hash, features.fingerprint, preprocessing(image_size, channels, upright))
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +73,7 @@ class Reference:
     labels:     int64 (M,) of the split, None without `data.holdout`
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     hash:       of what `statistics` come from, for a metric's context
+    upright:    whether a picture of the split was turned by its EXIF data; false where data.exif makes no difference
     kept:       a line that says where what was computed is kept; None where nothing was
     """
 
@@ -85,9 +91,11 @@ class Reference:
         distributed.agree(check_metrics, e, self.extractor, None if self.manifest is None else self.manifest.samples)
         keep = needs_reference_features(e)
         self.labels = self.features = self.validation = self.kept = None
+        self.upright = False
         if self.manifest is not None:
             distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
             place, cache = self.manifest.place, cache_of(data, self.manifest.place)
+            self.upright = data.upright and distributed.on_rank_0(any_turned, self.manifest, place, cache)
             self.labels = distributed.agree(read_labels, self.manifest, place, cache)
             classes, most = config.model.num_classes, int(self.labels.max())
             if classes and most >= classes:  # the next one after the last would be drawn without a class
@@ -97,7 +105,7 @@ class Reference:
                 )
             first = min(e.validation_images, self.manifest.samples)
             images, labels = distributed.agree(
-                read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache
+                read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache, data.upright
             )
             self.validation = normalize(images), labels
         stored = distributed.on_rank_0(self._stored, config)
@@ -117,7 +125,7 @@ class Reference:
         """
         data, manifest = config.data, self.manifest
         store = ReferenceStore(
-            Source.of(manifest, self.extractor, data.image_size, data.channels),
+            Source.of(manifest, self.extractor, data.image_size, data.channels, self.upright),
             manifest.path.parent,
             stored_path(manifest.path.parent, self.extractor, data.image_size).stem,
             manifest.samples,
@@ -129,19 +137,19 @@ class Reference:
             return statistics, store.features(path) if keep and distributed.rank() == 0 else None
         cache = cache_of(data, manifest.place)
         statistics, features = compute(
-            manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache
+            manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache, data.upright
         )
         self.kept = distributed.on_rank_0(store.keep, statistics, features)
         return statistics, features
 
     def _stored(self, config: Config) -> tuple[Statistics, str] | None:
-        size, channels = config.data.image_size, config.data.channels
+        size, channels, upright = config.data.image_size, config.data.channels, config.data.upright
         if config.eval.reference:
-            return read_reference(Path(config.eval.reference), self.extractor, size, channels)
+            return read_reference(Path(config.eval.reference), self.extractor, size, channels, upright=upright)
         path = stored_path(self.manifest.path.parent, self.extractor, size)
         if not path.exists():
             return None
-        return read_reference(path, self.extractor, size, channels, self.manifest)
+        return read_reference(path, self.extractor, size, channels, self.manifest, upright)
 
 
 def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:
@@ -149,12 +157,18 @@ def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:
 
 
 def read_reference(
-    path: Path, features: Extractor, image_size: int, channels: int, manifest: Manifest | None = None
+    path: Path,
+    features: Extractor,
+    image_size: int,
+    channels: int,
+    manifest: Manifest | None = None,
+    upright: bool = True,
 ) -> tuple[Statistics, str]:
     """(statistics, hash) of a file of ours or another tool's (which can only be held to its dimensions).
 
-    `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. Raises
-    UserError for a stale or damaged file.
+    `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. upright:
+    whether the run turns pictures by their EXIF data, which matters where the data have some. Raises UserError for a
+    stale or damaged file.
     """
     stored = read(path)
     if stored.source:
@@ -164,14 +178,17 @@ def read_reference(
             raise UserError(f"{path} is damaged (its source cannot be read); run `dtrain reference` again") from None
         if manifest is None and Path(source.manifest).exists():
             manifest = manifests.load(source.manifest)
-        data = source.data if manifest is None else manifest.hash
-        now = Source(source.manifest, data, features.fingerprint, preprocessing(image_size, channels))
+        data, turned = source.data, upright and source.preprocessing.startswith(UPRIGHT)
+        if manifest is not None:
+            data, turned = manifest.hash, upright and any_turned(manifest, manifest.place)
+        now = Source(source.manifest, data, features.fingerprint, preprocessing(image_size, channels, turned))
         for part in ("data", "extractor", "preprocessing"):
             was, is_now = getattr(source, part), getattr(now, part)
             if was != is_now:
+                ignored = "" if upright else " --exif ignore"
                 raise UserError(
                     f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
-                    f"run `dtrain reference {Path(source.manifest).parent} --features {features.name}` again"
+                    f"run `dtrain reference {Path(source.manifest).parent} --features {features.name}{ignored}` again"
                 )
     if stored.statistics.dimensions != features.dimensions:
         raise UserError(
@@ -193,6 +210,7 @@ def compute(
     keep: bool = False,
     on_block: OnProgress = quiet,
     cache: BlockCache | None = None,
+    upright: bool = True,
 ) -> tuple[Statistics, Tensor | None]:
     """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share.
 
@@ -209,7 +227,7 @@ def compute(
         bad: list[int] = []
         for done, number in enumerate(mine):
             first, end = starts[number], starts[number] + sizes[done]
-            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache)
+            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache, upright)
             found = features(images.to(device))
             bad += [first + row for row in which_not_finite(found)]
             moments.update(found)
@@ -224,11 +242,18 @@ def compute(
 
 
 def make(
-    shards: str, name: str, weights: str | None, image_size: int | None, out: Path | None, on_block: OnProgress = quiet
+    shards: str,
+    name: str,
+    weights: str | None,
+    image_size: int | None,
+    out: Path | None,
+    on_block: OnProgress = quiet,
+    upright: bool = True,
 ) -> str:
     """`dtrain reference`: write the statistics of a split; what was done, in one line. A collective.
 
     shards: a folder with a manifest.json, or the manifest. image_size: default, the shorter side of the first image.
+    upright: pictures are turned as their EXIF data say.
     """
     path = Path(shards) / "manifest.json" if Path(shards).is_dir() else Path(shards)
     manifest = distributed.agree(manifests.load, path)
@@ -237,9 +262,10 @@ def make(
     size = image_size or size
     device = distributed.device()
     features = distributed.agree(extractor, name, size, channels, weights, device)
-    source = Source.of(manifest, features, size, channels)
+    turned = upright and distributed.on_rank_0(any_turned, manifest, manifest.place)
+    source = Source.of(manifest, features, size, channels, turned)
     target = out or stored_path(path.parent, features, size)
-    statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block)
+    statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block, upright=upright)
 
     def write() -> None:
         try:

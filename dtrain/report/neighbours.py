@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -129,7 +130,7 @@ def _held_out(config: Config, count: int) -> Tensor:
     manifest = manifests.load_holdout(data)
     many = min(count, manifest.samples)
     cache = cache_of(data, manifest.place)
-    return read_split(manifest, manifest.place, data.image_size, data.channels, 0, many, cache)[0]
+    return read_split(manifest, manifest.place, data.image_size, data.channels, 0, many, cache, data.upright)[0]
 
 
 def _sources(config: Config, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
@@ -173,15 +174,16 @@ def _search(
 def _read(manifest: Manifest, place: str, config: Config, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """(images, their numbers) from start to stop; without damaged ones where the run goes on without them."""
     data = config.data
+    read = partial(read_split, manifest, place, data.image_size, data.channels, upright=data.upright)
     try:
-        return read_split(manifest, place, data.image_size, data.channels, start, stop)[0], torch.arange(start, stop)
+        return read(start, stop)[0], torch.arange(start, stop)
     except BadSample:
         if data.on_error != "replace":
             raise
     images, rows = [], []
     for number in range(start, stop):
         try:
-            images.append(read_split(manifest, place, data.image_size, data.channels, number, number + 1)[0])
+            images.append(read(number, number + 1)[0])
             rows.append(number)
         except BadSample:
             continue
@@ -193,7 +195,8 @@ def _picture(number: int, config: Config, manifest: Manifest) -> Tensor:
     image, mirrored = divmod(number, 2)
     source = next(s for s in reversed(list(_sources(config, manifest))) if s[2] <= image)
     at = image - source[2]
-    picture = read_split(source[0], source[1], config.data.image_size, config.data.channels, at, at + 1)[0][0]
+    size, channels, upright = config.data.image_size, config.data.channels, config.data.upright
+    picture = read_split(source[0], source[1], size, channels, at, at + 1, upright=upright)[0][0]
     return picture.flip(-1) if mirrored else picture
 
 

@@ -59,6 +59,13 @@ def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
     lines, found = [], survey(manifest, config.data.shards)
     if scaling := found.scaling(config.data.image_size):
         lines.append(scaling)
+    if turned := found.turned:
+        which = f"{turned} of {len(found.headers)} images looked at"
+        lines.append(
+            f"{which}: turned as their EXIF orientation says"
+            if config.data.upright
+            else f"{which}: not turned as their EXIF orientation says, because data.exif is ignore"
+        )
     if found.headers and found.grey != (config.data.channels == 1):
         lines.append("they have no colours, and data.channels is 3" if found.grey else "their colours become grey")
     if config.model.num_classes and manifest.classes:
