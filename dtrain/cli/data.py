@@ -61,6 +61,8 @@ def index(
     print(
         f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({', '.join(manifest.fields)})"
     )
+    for remark in manifest.remarks:
+        print(remark)
 
 
 def verify(

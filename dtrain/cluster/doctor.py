@@ -25,6 +25,7 @@ def examine(config: Config | None, full: bool, on_check: Callable[[float, int], 
             "disk space": lambda: surroundings.disk_space(config),
             "MLflow": lambda: surroundings.mlflow(config),
             "walltime": lambda: surroundings.walltime(config),
+            "samples": lambda: surroundings.samples(config, full),
             "shards": lambda: surroundings.shards(
                 config, full, lambda part: on_check(round(done + part, 2), len(todo))
             ),

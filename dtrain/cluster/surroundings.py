@@ -17,6 +17,8 @@ from dtrain.cluster.finding import Finding, bad, ok, warning
 from dtrain.config import Config
 from dtrain.credentials import without_credentials
 from dtrain.data import manifest as manifests
+from dtrain.data.fields import check_fields
+from dtrain.data.lacking import check_split, check_training
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
 from dtrain.evaluation import weights
@@ -123,6 +125,24 @@ def shards(config: Config, full: bool, progress: Callable[[float], None]) -> Fin
     if elsewhere:
         return warning(name, f"{found}; {elsewhere:,} are remote and were not looked at", "`--full` reads them")
     return ok(name, found)
+
+
+def samples(config: Config, full: bool) -> Finding:
+    """Whether every sample has what the run reads; all labels with `full`, else some."""
+    name = "samples"
+    try:
+        manifest = manifests.load_all(config.data)
+        check_fields(config, manifest)
+        lines = check_training(config, manifest, full)
+        if config.data.holdout:
+            check_split(manifests.load_holdout(config.data))
+    except UserError as e:
+        return bad(name, str(e), "see that every sample has a picture, and a label where the model has classes")
+    if lines:
+        more = f" and {len(lines) - 1:,} more of the kind" if len(lines) > 1 else ""
+        return warning(name, f"{lines[0]}{more}", "pack the shards without them")
+    with_label = " and a class number" if config.model.num_classes else ""
+    return ok(name, f"each has a picture{with_label}" + ("" if full else ", as far as an index and some labels tell"))
 
 
 def disk_space(config: Config) -> Finding:

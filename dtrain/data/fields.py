@@ -1,28 +1,54 @@
 """Which fields of a sample a training reads, and whether a data set has them. Imports no torch and no NumPy."""
 
+from collections.abc import Iterable
+
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
 from dtrain.errors import UserError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
+DOT_RULE = "all that follows the first dot of a file's name is its extension, so rename files with dots in their names"
+
+
+def wanted_fields(config: Config) -> list[tuple[str, ...]]:
+    """What a training reads of each sample: one field of each."""
+    labels = [(LABEL_FIELD,)] if config.model.num_classes else []
+    return [IMAGE_FIELDS, *labels, *((array.field,) for array in config.data.arrays.values())]
+
+
+def class_number(label: bytes) -> int | None:
+    """What a label's file holds; None for what is none."""
+    return int(label) if label.strip().isdigit() and len(label) <= 18 else None
+
+
+def dotted(fields: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """A field such as `0.jpg`, of `photo v2.0.jpg`, which ends in a wanted one: its name has a dot before that."""
+    ends = tuple(f".{field}" for field in wanted)
+    return next((field for field in fields if field.endswith(ends)), None)
 
 
 def check_fields(config: Config, manifest: Manifest) -> None:
     """Raises UserError where a data set, or one that is mixed into it, lacks a field that the run reads."""
     for one in (manifest, *manifest.mixed):
         if not set(IMAGE_FIELDS) & set(one.fields):
-            fields = ", ".join(one.fields)
-            raise UserError(f"{one.path} has fields {fields}, none of them jpg, jpeg, png or webp")
+            fields, hint = ", ".join(one.fields), _hint(one.fields, IMAGE_FIELDS)
+            raise UserError(f"{one.path} has fields {fields}, none of them jpg, jpeg, png or webp{hint}")
         if config.model.num_classes and LABEL_FIELD not in one.fields:
             raise UserError(
                 f"model.num_classes is {config.model.num_classes}, but {one.path} has no `cls` field with labels; "
-                "set it to 0 to train without"
+                f"set it to 0 to train without{_hint(one.fields, (LABEL_FIELD,))}"
             )
         for name, array in config.data.arrays.items():
             if array.field not in one.fields:
-                raise UserError(f"data.arrays.{name}: {one.path} has no field {array.field}")
+                hint = _hint(one.fields, (array.field,))
+                raise UserError(f"data.arrays.{name}: {one.path} has no field {array.field}{hint}")
         check_classes(config, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
+
+
+def _hint(fields: Iterable[str], wanted: Iterable[str]) -> str:
+    other = dotted(fields, wanted)
+    return f"; it has `{other}`: {DOT_RULE}" if other else ""
 
 
 def check_classes(config: Config, manifest: Manifest, advice: str) -> None:

@@ -11,12 +11,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dtrain.data import remote
+from dtrain.data.fields import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
+from dtrain.data.lacking import lacking, of_labels
 from dtrain.data.manifest import FORMAT, Document, Manifest, Shard, SideFile, class_names, load, replacing
 from dtrain.data.parallel import each
 from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
@@ -35,8 +38,9 @@ def index_shards(
 ) -> Manifest:
     """Scan tar shards, paths or URLs, and write their manifest to `destination`, its side file beside it.
 
-    Shards keep the given order and are named relative to the folder they share. `progress` is called with the bytes of
-    each shard done. Both files appear whole or not at all. processes: default one a core, one for a few shards.
+    Shards keep the given order and are named relative to the folder they share. `remarks` of the manifest that is given
+    back say what a training would stumble over. `progress` is called with the bytes of each shard done. Both files
+    appear whole or not at all. processes: default one a core, one for a few shards.
     """
     places = [str(s) if remote.is_url(s) else os.path.abspath(s) for s in shards]
     if len(set(places)) < len(places):
@@ -59,8 +63,7 @@ def index_shards(
     fields = sorted({field for head in heads for field in head["fields"]})
     if len(fields) > MAX_FIELDS:
         raise UserError(
-            f"the shards of {root} have {len(fields)} different extensions, more than {MAX_FIELDS}; all that "
-            "follows the first dot of a file name is its extension, so rename files with dots in their names"
+            f"the shards of {root} have {len(fields)} different extensions, more than {MAX_FIELDS}; {DOT_RULE}"
         )
     side, digest = destination.with_suffix(".members"), hashlib.sha256()
     with replacing(side) as file:
@@ -85,7 +88,25 @@ def index_shards(
     with replacing(destination) as file:
         file.write(json.dumps(document.model_dump(), indent=1).encode() + b"\n")
     shutil.rmtree(partial_folder, ignore_errors=True)
-    return load(destination)
+    made = load(destination)
+    return replace(made, remarks=_remarks(made, root, places, heads))
+
+
+def _remarks(manifest: Manifest, root: str, places: list[str], heads: list[dict]) -> tuple[str, ...]:
+    """What a training that reads the pictures, the labels or an array of every sample would stumble over."""
+    arrays = [(field,) for field in manifest.fields if field.endswith("npy")]
+    found = [str(lack) for lack in lacking(manifest, root, [IMAGE_FIELDS, (LABEL_FIELD,), *arrays])]
+    wrong = [(place, *head["wrong_labels"]) for place, head in zip(places, heads, strict=True) if head["wrong_labels"]]
+    if wrong:
+        place, _, name, text = wrong[0]
+        count = sum(number for _, number, _, _ in wrong)
+        found.append(
+            of_labels(count, manifest.samples, manifest.samples, 0, f"{place}: {name}", text.encode("latin-1"))
+        )
+    if not set(IMAGE_FIELDS) & set(manifest.fields):
+        other = dotted(manifest.fields, IMAGE_FIELDS)
+        found.append("no sample has a jpg, jpeg, png or webp" + (f", but a `{other}`: {DOT_RULE}" if other else ""))
+    return tuple(found)
 
 
 def index(source: str | Sequence[str], destination: Path | None = None) -> Manifest:
@@ -193,6 +214,7 @@ def _scan_once(place: str, folder: str) -> tuple[str, int]:
         else:
             found = scan(place)
         head = {"fields": found.fields, "samples": len(found.members), "bytes": found.bytes, "sha256": found.sha256}
+        head["wrong_labels"] = found.wrong_labels
         with replacing(part) as file:
             file.write(json.dumps(head).encode() + b"\n" + found.members.tobytes())
     return str(part), size
@@ -216,4 +238,4 @@ def _load_part(part: Path) -> Scan:
     with open(part, "rb", opener=opener) as file:
         head, members = parse_json(file.readline()), file.read()
     table = np.frombuffer(members, dtype=MEMBER).reshape(head["samples"], len(head["fields"]))
-    return Scan(head["fields"], table, head["bytes"], head["sha256"])
+    return Scan(head["fields"], table, head["bytes"], head["sha256"], head["wrong_labels"])

@@ -90,6 +90,7 @@ class Manifest:
     side: Path  # the file that `members` maps
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
+    remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
     @property
     def place(self) -> str:

@@ -3,7 +3,7 @@
 import io
 import math
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from dtrain.config import ArrayField
 from dtrain.data.cache import BlockCache
-from dtrain.data.fields import IMAGE_FIELDS, LABEL_FIELD
+from dtrain.data.fields import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, class_number, dotted
 from dtrain.data.manifest import Manifest
 from dtrain.data.shards import ShardReader
 from dtrain.data.transforms import centre_crop, decode
@@ -62,7 +62,8 @@ class SampleReader:
 
     def _array(self, sample: int, data: dict[str, bytes], wanted: ArrayField) -> np.ndarray:
         if wanted.field not in data:
-            raise BadSample(f"{self._reader.name(sample)} is of a sample without a {wanted.field}; pack it without")
+            hint = _hint(self._reader, sample, (wanted.field,)) or "; pack it without"
+            raise BadSample(f"{self._reader.name(sample)} is of a sample without a {wanted.field}{hint}")
         try:
             return read_array(data[wanted.field], wanted.dtype, wanted.shape)
         except BadSample as e:
@@ -106,9 +107,8 @@ def picture(
     """The first image among the fields read, uint8 (channels, H, W)."""
     field = next((f for f in IMAGE_FIELDS if f in data), None)
     if field is None:
-        raise BadSample(
-            f"{reader.name(sample)} is of a sample without a jpg, jpeg, png or webp; pack the shard without it"
-        )
+        hint = _hint(reader, sample, IMAGE_FIELDS) or "; pack the shard without it"
+        raise BadSample(f"{reader.name(sample)} is of a sample without a jpg, jpeg, png or webp{hint}")
     try:
         return crop(decode(data[field], channels, upright))
     except BadSample as e:
@@ -118,11 +118,18 @@ def picture(
 def label_of(reader: ShardReader, sample: int, data: dict[str, bytes]) -> int:
     text = data.get(LABEL_FIELD)
     if text is None:
-        raise BadSample(f"{reader.name(sample)} is of a sample without a `cls` label; pack the shard without it")
-    if not text.strip().isdigit() or len(text) > 18:
+        hint = _hint(reader, sample, (LABEL_FIELD,)) or "; pack the shard without it"
+        raise BadSample(f"{reader.name(sample)} is of a sample without a `cls` label{hint}")
+    number = class_number(text)
+    if number is None:
         shown = text[:20].decode("ascii", "backslashreplace")
         raise BadSample(f"{reader.name(sample, LABEL_FIELD)} holds {shown!r}, not a class number; correct it")
-    return int(text)
+    return number
+
+
+def _hint(reader: ShardReader, sample: int, wanted: Iterable[str]) -> str:
+    other = dotted(reader.fields_of(sample), wanted)
+    return f" but with a `{other}`: {DOT_RULE}" if other else ""
 
 
 def read_split(

@@ -100,6 +100,11 @@ class ShardReader:
                     ranges.append((shard, offset, size))
         self._files.prefetch(ranges)
 
+    def fields_of(self, sample: int) -> list[str]:
+        """The fields that a sample has."""
+        there = self._members[sample]["size"] != ABSENT
+        return [field for field, column in self._columns.items() if there[column]]
+
     def name(self, sample: int, field: str | None = None) -> str:
         """For messages: `shard: member`, the member's name read from its header; a sample goes by its first field."""
         shard = self._shard(sample)

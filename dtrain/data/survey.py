@@ -1,24 +1,18 @@
 """A glance at a data set: what the headers of a few of its pictures say. Imports no torch and no NumPy."""
 
-import os
-import struct
-from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from dtrain.data.exif import AS_STORED
 from dtrain.data.fields import IMAGE_FIELDS
 from dtrain.data.headers import Header, header
-from dtrain.data.manifest import RECORD_BYTES, Manifest
+from dtrain.data.manifest import Manifest
+from dtrain.data.members import Members, evenly, open_members
 from dtrain.data.remote import is_url
 from dtrain.errors import BadSample
-from dtrain.files import opener
 
 LOOKED_AT = 64  # pictures
-_MEMBER = struct.Struct("<QII")  # a record of the side file: offset, size, crc32
-_ABSENT = 0xFFFFFFFF
 _FIRST = 1 << 16  # bytes of a picture that are read first; a photograph's header may begin with a thumbnail
 _SHOWN = 6  # classes that are named
 
@@ -60,10 +54,8 @@ def survey(manifest: Manifest, directory: str | Path, count: int = LOOKED_AT) ->
     """Read the headers of `count` pictures of a local data set; of a remote one, none."""
     headers = []
     if not is_url(directory):
-        with open(manifest.side, "rb", opener=opener) as side:
-            for i in range(min(count, manifest.samples)):
-                found = _header(manifest, Path(directory), side, i * manifest.samples // min(count, manifest.samples))
-                headers += [found] if found else []
+        with open_members(manifest, directory) as members:
+            headers = [found for sample in evenly(manifest, count) if (found := _header(members, sample))]
     return Survey(headers)
 
 
@@ -81,24 +73,16 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
-def _header(manifest: Manifest, directory: Path, side, sample: int) -> Header | None:
-    ends = list(accumulate(shard.samples for shard in manifest.shards))
-    shard = manifest.shards[bisect_right(ends, sample)]
-    side.seek(sample * len(manifest.fields) * RECORD_BYTES)
-    members = dict(
-        zip(manifest.fields, _MEMBER.iter_unpack(side.read(len(manifest.fields) * RECORD_BYTES)), strict=True)
-    )
-    field = next((f for f in IMAGE_FIELDS if f in members and members[f][1] != _ABSENT), None)
+def _header(members: Members, sample: int) -> Header | None:
+    found = members.of(sample)
+    field = next((f for f in IMAGE_FIELDS if f in found), None)
     if field is None:
         return None
-    offset, size, _ = members[field]
-    if offset + size > shard.bytes:
-        return None
+    offset, size = found[field]
     try:
-        with open(directory / shard.name, "rb", opener=opener) as file:
-            for length in {min(size, _FIRST): None, size: None}:
-                with suppress(BadSample):
-                    return header(os.pread(file.fileno(), length, offset))
+        for length in {min(size, _FIRST): None, size: None}:
+            with suppress(BadSample):
+                return header(members.read(sample, offset, length))
     except OSError:
         pass
     return None  # a glance passes over what reading will refuse by its name

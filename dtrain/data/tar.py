@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dtrain.data import remote
+from dtrain.data.fields import DOT_RULE, LABEL_FIELD, class_number
 from dtrain.errors import UserError
 from dtrain.files import opener
 
@@ -37,12 +38,16 @@ _UNREADABLE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFE
 
 @dataclass(frozen=True)
 class Scan:
-    """One shard: its field extensions, its members (samples, fields) as MEMBER records, its size and sha256."""
+    """One shard: its field extensions, its members (samples, fields) as MEMBER records, its size and sha256.
+
+    wrong_labels: how many labels are no class numbers, with the name of the first and what it holds; None: all are.
+    """
 
     fields: list[str]
     members: np.ndarray
     bytes: int
     sha256: str
+    wrong_labels: tuple[int, str, str] | None = None
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -136,7 +141,7 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
     fields: dict[str, int] = {}
     samples: list[dict[int, tuple[int, int, int]]] = []
     keys: set[str] = set()
-    current = None
+    current = wrong = None
     checksums = _Checksums(path, file)
     for member in _regular_members(path, file):
         named = split_name(member.name)
@@ -147,13 +152,14 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
         if len(fields) > MAX_FIELDS:
             raise UserError(
                 f"{path} has more than {MAX_FIELDS} different extensions, the latest {field!r} of {member.name}; "
-                "all that follows the first dot of a file name is its extension, so rename files with dots in them"
+                f"{DOT_RULE}"
             )
         if key != current:
             if key in keys:
                 raise UserError(
                     f"{path} has members of sample {key!r} in two places, the second at {member.name}; "
                     "the members of a sample must follow each other, so pack the shard again"
+                    + (f"; {DOT_RULE}" if "." in field else "")
                 )
             keys.add(key)
             current = key
@@ -164,6 +170,9 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
             raise UserError(f"{path}: {member.name} has {member.size:,} bytes; a member must be smaller than 4 GiB")
         crc = checksums.crc32(member.offset_data, member.size)
         samples[-1][column] = (member.offset_data, member.size, crc)
+        if field == LABEL_FIELD and class_number(text := file.pread(min(member.size, 64), member.offset_data)) is None:
+            first = wrong[1:] if wrong else (member.name, text.decode("latin-1"))
+            wrong = ((wrong[0] if wrong else 0) + 1, *first)
     if not samples:
         raise UserError(f"{path} has no samples; leave it out or restore it")
     size = file.size
@@ -174,7 +183,7 @@ def _scan(path: Path | str, file: LocalShard | RemoteShard) -> Scan:
     for row, sample in zip(members, samples, strict=True):
         for column, record in sample.items():
             row[column] = record
-    return Scan(list(fields), members, size, sha256)
+    return Scan(list(fields), members, size, sha256, wrong)
 
 
 def member_name(path: Path, offset: int) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 from dtrain.config import Config, Eval
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import check_classes
+from dtrain.data.lacking import check_split
 from dtrain.data.manifest import Manifest
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation import weights
@@ -54,6 +55,7 @@ def check_evaluation(config: Config) -> None:
     check_guidance(config)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
+        check_split(split)
     features = known_features(config)
     if features is not None:
         check_metrics(config.eval, features, None if split is None else split.samples)

@@ -6,6 +6,7 @@ from dtrain.checkpoint.directory import LARGEST, complete
 from dtrain.config import Config, architecture, with_earlier_values
 from dtrain.data import manifest as manifests
 from dtrain.data.fields import LABEL_FIELD, check_fields
+from dtrain.data.lacking import check_training
 from dtrain.data.streams import with_streams
 from dtrain.data.survey import named, survey
 from dtrain.errors import UserError, from_where
@@ -27,7 +28,7 @@ def check_start(config: Config, ranks: int) -> str:
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
     config = with_streams(run.continued(config), manifest, run)
-    check_inputs(config, manifest)
+    lacking = check_inputs(config, manifest)
     deadline(config.train.deadline, 0.0)
     run.reconcile(config)
     check_data(run, manifest)
@@ -36,6 +37,7 @@ def check_start(config: Config, ranks: int) -> str:
     lines = [
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
+        *lacking,
         *about_pictures(config, manifest),
         *warnings(config),
     ]
@@ -89,10 +91,12 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> None:
         )
     manifests.check_all(manifest, config.data)
     check_fields(config, manifest)
+    lacking = check_training(config, manifest)
     if config.eval.every:
         check_evaluation(config)
     if config.run.init_from and not complete(RunDirectory(config.run.path).checkpoints):
         check_source(config)
+    return lacking
 
 
 def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:

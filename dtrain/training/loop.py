@@ -43,7 +43,7 @@ def train(config: Config) -> Outcome:
     config = with_streams(run.continued(config), manifest, run)
     distributed.initialize()
     check_agreement(config, manifest)
-    distributed.on_rank_0(check_inputs, config, manifest)
+    lacking = distributed.on_rank_0(check_inputs, config, manifest)
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
@@ -54,7 +54,7 @@ def train(config: Config) -> Outcome:
     if rank != 0:
         redirect_to_log(run.logs)
     else:
-        print("".join(f"{line}\n" for line in warnings(config)), end="", flush=True)
+        print("".join(f"{line}\n" for line in (*lacking, *warnings(config))), end="", flush=True)
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()

@@ -1,0 +1,52 @@
+"""Single members of a local data set, read where the side file says they lie. Imports no torch and no NumPy.
+
+For a glance at a few; a training reads through `shards.py`, which checks every byte.
+"""
+
+import os
+import struct
+from bisect import bisect_right
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+from dtrain.data.manifest import RECORD_BYTES, Manifest
+from dtrain.files import opener
+
+ABSENT = 0xFFFFFFFF  # dtrain.data.tar's: the size of a field that a sample does not have
+_RECORD = struct.Struct("<QII")  # dtrain.data.tar.MEMBER: offset, size, crc32
+
+
+class Members:
+    """Of the shards in a folder; made by `open_members`."""
+
+    def __init__(self, manifest: Manifest, directory: Path, side):
+        self._manifest, self._directory, self._side = manifest, directory, side
+        self._ends = list(accumulate(shard.samples for shard in manifest.shards))
+
+    def of(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Field → (offset, size) of those that a sample has."""
+        width = len(self._manifest.fields) * RECORD_BYTES
+        records = _RECORD.iter_unpack(os.pread(self._side.fileno(), width, sample * width))
+        named = zip(self._manifest.fields, records, strict=True)
+        return {field: (offset, size) for field, (offset, size, _) in named if size != ABSENT}
+
+    def read(self, sample: int, offset: int, size: int) -> bytes:
+        """Bytes of the sample's shard, none where they lie beyond its end. Raises OSError where it cannot be read."""
+        shard = self._manifest.shards[bisect_right(self._ends, sample)]
+        if offset + size > shard.bytes:
+            return b""
+        with open(self._directory / shard.name, "rb", buffering=0, opener=opener) as file:
+            return os.pread(file.fileno(), size, offset)
+
+
+@contextmanager
+def open_members(manifest: Manifest, directory: str | Path):
+    with open(manifest.side, "rb", buffering=0, opener=opener) as side:
+        yield Members(manifest, Path(directory), side)
+
+
+def evenly(manifest: Manifest, count: int) -> list[int]:
+    """`count` samples spread over a data set, or all of them."""
+    count = min(count, manifest.samples)
+    return [i * manifest.samples // count for i in range(count)]
