@@ -152,22 +152,39 @@ def find_shards(source: str) -> list[Path | str]:
         if not shards:
             raise UserError(f"there are no *.tar files in {source}; name the folder of the shards, or a pattern")
         return shards
+    if os.path.isfile(source):
+        return [Path(source)]
     from braceexpand import UnbalancedBracesError, braceexpand
 
+    folder = "" if remote.is_url(source) else _folder_of(source)
     try:
-        patterns = list(braceexpand(source))
+        patterns = [folder + rest for rest in braceexpand(source[len(folder) :])]
     except UnbalancedBracesError:
         raise UserError(f"the braces of {source!r} do not balance; write x-{{000..099}}.tar") from None
     shards = []
     for pattern in patterns:
-        if remote.is_url(pattern):
-            found = remote.expand(pattern)
-        else:
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = remote.expand(pattern) if remote.is_url(pattern) else _files(pattern)
         if not found:
             raise UserError(f"there is no shard {pattern}; name a folder of *.tar files, a glob or a brace pattern")
         shards += found if remote.is_url(pattern) else map(Path, found)
     return shards
+
+
+def _folder_of(pattern: str) -> str:
+    """The longest beginning that is a folder as it is written, whatever brackets and braces are in its name."""
+    folder = os.path.dirname(pattern)
+    while folder and folder != os.path.dirname(folder) and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _files(pattern: str) -> list[str]:
+    """The files of a glob, sorted. A name that is there as it is written is meant so before it is a pattern."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    folder = _folder_of(pattern)
+    literal = glob.escape(folder) + pattern[len(folder) :]
+    return sorted(glob.glob(literal, recursive=True)) or sorted(glob.glob(pattern, recursive=True))
 
 
 def common_folder(places: Sequence[str]) -> str:

@@ -89,3 +89,25 @@ def test_what_names_no_shards_is_one_line(tmp_path, source, message):
     (tmp_path / "shard").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match=message):
         find_shards(source.format(shard=tmp_path / "shard", list=tmp_path / "list"))
+
+
+@pytest.mark.parametrize("name", ["set[1]", "[ab]", "a{b,c}", "half{open", "what?", "st*r", "{000..003}"])
+def test_a_folder_is_meant_as_it_is_written_whatever_is_in_its_name(tmp_path, name):
+    shards = [tmp_path / name / f"x-{n}.tar" for n in range(3)]
+    for place in (tmp_path / name, tmp_path / "set1", tmp_path / "a"):
+        place.mkdir()
+        for shard in shards:
+            (place / shard.name).touch()
+    assert find_shards(f"{tmp_path}/{name}") == shards
+    assert find_shards(f"{tmp_path}/{name}/*.tar") == shards
+    assert find_shards(f"{tmp_path}/{name}/x-[02].tar") == [shards[0], shards[2]]
+    assert find_shards(f"{tmp_path}/{name}/x-{{1..2}}.tar") == shards[1:]
+    assert find_shards(f"{tmp_path}/{name}/x-1.tar") == [shards[1]]
+
+
+def test_brackets_still_choose_among_folders_where_none_has_them_in_its_name(tmp_path):
+    for name in ("set1", "set2", "set3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").touch()
+    assert find_shards(f"{tmp_path}/set[12]/*.tar") == [tmp_path / "set1/x.tar", tmp_path / "set2/x.tar"]
+    assert find_shards(f"{tmp_path}/set{{3,1}}/*.tar") == [tmp_path / "set3/x.tar", tmp_path / "set1/x.tar"]
