@@ -20,6 +20,7 @@ _DIT, _GAUSSIAN = ("name", "dit"), ("process", "gaussian")
 
 EARLIER: dict[str, Earlier] = {
     "run.init_from": Earlier(None),
+    "run.init_weights": Earlier(None),
     "data.weight": Earlier(1.0),
     "data.mix": Earlier([]),
     "data.arrays": Earlier({}),

@@ -50,13 +50,23 @@ class Section(BaseModel):
 
 class Run(Section):
     init_from: Place | None = None
-    """begin with the weights of another run: its directory, name, one checkpoint, or a published .pt or .safetensors"""
+    """begin with the weights of another run: its directory, name, one checkpoint, or a file of weights"""
+    init_weights: Literal["ema", "model"] | None = None
+    """which of them: averaged or raw; null: a run's raw ones, or those of a file that holds one set"""
     name: Annotated[str | None, AfterValidator(_name_of_a_folder)] = Field(None, pattern=r"^[\w.\-]+$", max_length=255)
     """the run lies in runs/NAME; null: the config file's name without .yaml"""
     dir: Place = "runs"
     """the folder that holds the runs"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the order of the samples and all random draws"""
+
+    @model_validator(mode="after")
+    def _begins_with(self):
+        if self.init_weights and not self.init_from:
+            raise ValueError(
+                f"init_weights {self.init_weights} chooses among the weights of init_from; name them there"
+            )
+        return self
 
     @property
     def path(self) -> Path:

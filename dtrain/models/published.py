@@ -1,63 +1,54 @@
-"""Published DiT weights, by their own names, loaded without running code."""
+"""Weights that somebody published or trained elsewhere, by the model's own names, loaded without running code."""
 
-import pickle
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.errors import UserError
-from dtrain.models.dit import DiT
+from dtrain.models.weight_file import Which, read_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_published(model: DiT, path: str | Path) -> DiT:
-    """Copy a published DiT state dict (.pt or .safetensors) into a model of the same architecture; returns it.
+def load_published(model: Model, path: str | Path, which: Which | None = None) -> Model:
+    """Copy a state dict in a file into a model of the same architecture; returns it.
 
-    Positions are frozen sines and cosines: for another image size the model keeps its own. Raises UserError for a file
-    that is not a plain state dict, or whose names or shapes are not the model's.
+    which: of a file that holds averaged and raw weights. Positions are frozen sines and cosines: for another image size
+    the model keeps its own. Raises UserError for a file that holds no plain state dict, or whose names or shapes are
+    not the model's.
     """
-    path, wanted = Path(path), dict(model.named_parameters())
-    found = _read(path)
-    if "pos_embed" in found and found["pos_embed"].shape != wanted["pos_embed"].shape:
-        found["pos_embed"] = wanted["pos_embed"].detach()
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing:
-        raise UserError(f"{path} has no `{missing[0]}` ({len(missing)} of {len(wanted)} missing); {_HINT}")
-    if unknown:
-        raise UserError(f"{path} has `{unknown[0]}`, which this model lacks ({len(unknown)} such); {_HINT}")
-    for name, parameter in wanted.items():
-        if found[name].shape != parameter.shape:
-            raise UserError(
-                f"`{name}` has shape {tuple(found[name].shape)} in {path}, but {tuple(parameter.shape)} in the model; "
-                f"{_HINT}"
-            )
+    found, wanted = published(model, path, which), dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
     return model
 
 
-_HINT = "compare model.size, model.num_classes, data.channels and diffusion.variance with what was trained"
+def published(model: nn.Module, path: str | Path, which: Which | None = None) -> dict[str, Tensor]:
+    """The weights in a file for each parameter of a model, which may lie on `meta`. Raises as `load_published`."""
+    wanted = dict(model.named_parameters())
+    found = read_weights(path, which)
+    if "pos_embed" in wanted and "pos_embed" in found and found["pos_embed"].shape != wanted["pos_embed"].shape:
+        found["pos_embed"] = wanted["pos_embed"].detach()
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing:
+        raise UserError(f"{path} has no `{missing[0]}` ({len(missing)} of {len(wanted)} missing); {_hint(found)}")
+    if unknown:
+        raise UserError(f"{path} has `{unknown[0]}`, which this model lacks ({len(unknown)} such); {_hint(found)}")
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            raise UserError(
+                f"`{name}` has shape {tuple(found[name].shape)} in {path}, but {tuple(parameter.shape)} in the model; "
+                f"{_hint(found)}"
+            )
+        if found[name].layout != torch.strided or not found[name].is_floating_point():
+            raise UserError(f"`{name}` in {path} holds {found[name].dtype}, not plain floating-point numbers")
+    return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        elif path.suffix == ".pt":
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise UserError(f"{path} is neither .pt nor .safetensors")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors and could run code; save its state dict alone") from None
-    except UserError:
-        raise
-    except Exception as e:  # a damaged file raises whatever its reader stumbles over
-        raise UserError(f"{path} is damaged or no checkpoint: {e}".splitlines()[0]) from None
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} is not a plain state dict of names and tensors; save its weights alone")
-    return dict(found)
+def _hint(found: dict[str, Tensor]) -> str:
+    if any(name.startswith(("transformer_blocks.", "down_blocks.")) for name in found):
+        return "its names are those of diffusers, and dtrain reads a model's own, as it exports them to safetensors"
+    return "compare model.size, model.num_classes, data.channels and diffusion.variance with what was trained"

@@ -1,5 +1,6 @@
 """Would this run start? `dtrain train --check` and job submission ask, without torch, NumPy and ranks."""
 
+import os
 from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
@@ -19,7 +20,7 @@ from dtrain.training.stopping import deadline
 
 SHORTEST = 100  # steps of a run that is meant to be evaluated
 MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning
-PUBLISHED = (".pt", ".pth", ".safetensors")  # what run.init_from takes besides checkpoints
+PUBLISHED = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # files that run.init_from takes besides checkpoints
 
 
 def check_start(config: Config, ranks: int) -> str:
@@ -79,9 +80,10 @@ def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
     return lines
 
 
-def check_inputs(config: Config, manifest: manifests.Manifest) -> None:
-    """Raises UserError where what the run reads is not there or does not fit the config.
+def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
+    """Lines about samples that will be replaced.
 
+    Raises UserError where what the run reads is not there or does not fit the config.
     A start asks this before it takes the run directory; what stands in that directory it judges once it has it.
     """
     if config.model.num_classes and config.diffusion.label_dropout == 1:
@@ -112,15 +114,18 @@ def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
 def check_source(config: Config) -> None:
     """Raises UserError where the weights to begin with are not there, or are another model's."""
     source = config.run.init_from
-    if source.endswith(PUBLISHED):
+    if is_weight_file(source):
         check_published(config)
         return
     path = checkpoint_at(source)
     try:
-        tree = read_json(path / "manifest.json", LARGEST)["meta"]["config"]
-        theirs = architecture(Config(**with_earlier_values(tree)))
+        manifest = read_json(path / "manifest.json", LARGEST)
+        theirs = architecture(Config(**with_earlier_values(manifest["meta"]["config"])))
+        averaged = any(name.endswith(":ema_0") for name in manifest["tensors"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # whoever loads it says more than a glance can
+    if config.run.init_weights == "ema" and not averaged:
+        raise UserError(f"run.init_weights=ema: {path} holds no averaged weights; leave it out for the raw ones")
     ours = architecture(config)
     key = next((k for k in ours if k in theirs and theirs[k] != ours[k]), None)
     if key is not None:
@@ -129,19 +134,39 @@ def check_source(config: Config) -> None:
         )
 
 
+def is_weight_file(place: str) -> bool:
+    """Whether run.init_from names a file of weights, not a run or a checkpoint."""
+    return place.endswith(PUBLISHED) and not Path(place).is_dir()
+
+
 def check_published(config: Config) -> None:
-    """Raises UserError where run.init_from names no file, or a model that no weights are published of."""
+    """Raises UserError where run.init_from names no file, or one whose weights are not this model's.
+
+    The only check that needs torch, which reads the names and shapes.
+    """
     source = config.run.init_from
     if not Path(source).is_file():
         raise UserError(f"run.init_from={source}: there is no such file{from_where(source)}")
-    if config.model.name != "dit":
-        raise UserError(f"run.init_from={source}: published weights are loaded into a dit, not a {config.model.name}")
+    import torch
+
+    from dtrain.models.build import allocate
+    from dtrain.models.published import published
+
+    with torch.device("meta"):
+        model = allocate(config)
+    published(model, source, config.run.init_weights)
 
 
 def checkpoint_at(place: str) -> Path:
     """A checkpoint's own folder, or the newest complete checkpoint of a run. Raises UserError."""
     if (Path(place) / "manifest.json").is_file():
         return Path(place).resolve() if Path(place).is_symlink() else Path(place)  # a link of the user's own
+    if Path(place).is_file():
+        raise UserError(f"run.init_from={place}: a file of weights is {', '.join(PUBLISHED[:-1])} or {PUBLISHED[-1]}")
+    if Path(place).is_dir() and not (Path(place) / "config.yaml").is_file():
+        files = sorted(name for name in os.listdir(place) if name.endswith(PUBLISHED))
+        if files:
+            raise UserError(f"run.init_from={place} is no run; for the weights in it say {Path(place) / files[0]}")
     run = RunDirectory.find(place)
     found = complete(run.checkpoints)
     if not found:

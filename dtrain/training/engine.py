@@ -240,12 +240,17 @@ class Engine:
             checkpoint, lambda name, key: (name, key) if f"{name}:{key}" in checkpoint.tensors else (name, "fp32")
         )
 
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Begin with a checkpoint's raw weights, EMAs as these and moments zero; `refresh` must follow on all ranks.
+    def load_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
+        """Begin with a checkpoint's weights, EMAs as these and moments zero; `refresh` must follow on all ranks.
 
-        Raises Damaged, or UserError for another model.
+        key: "fp32", the raw ones, or of one of its averages "ema_0". Raises Damaged, or UserError for another model.
         """
-        self._fill(checkpoint, lambda name, key: None if key in MOMENTS else (name, "fp32"))
+        if key != "fp32" and not any(name.endswith(f":{key}") for name in checkpoint.tensors):
+            raise UserError(f"{checkpoint.path} holds no weights {key}")
+        averaged = {name for name, _ in self.trainable}  # frozen parameters have only "fp32"
+        self._fill(
+            checkpoint, lambda name, own: None if own in MOMENTS else (name, key if name in averaged else "fp32")
+        )
 
     @torch.no_grad()
     def _fill(self, checkpoint: Checkpoint, source) -> None:

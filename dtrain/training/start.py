@@ -16,7 +16,7 @@ from dtrain.models.build import build
 from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
 from dtrain.training.bad_steps import BadSteps
-from dtrain.training.check import PUBLISHED, check_data, checkpoint_at
+from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.engine import Engine
 from dtrain.training.levels import forget, remember
 
@@ -127,13 +127,14 @@ def _check_own(config: Config, data: str | None, checkpoint: Checkpoint) -> None
 
 
 def _begin_from(engine: Engine, config: Config) -> None:
-    """The weights of another run, or of a published state dict, into the engine of a new run."""
-    source = Path(config.run.init_from)
-    if source.suffix in PUBLISHED:
-        engine.set_weights(load_published(build(config), source))
+    """The weights of another run, or of a file, into the engine of a new run."""
+    source, which = config.run.init_from, config.run.init_weights
+    if is_weight_file(source):
+        engine.set_weights(distributed.agree(load_published, build(config), source, which))
     else:
-        newest = distributed.on_rank_0(checkpoint_at, config.run.init_from)
-        checkpoint, problem = _load_on_all_ranks(engine.load_weights, newest)
+        newest = distributed.on_rank_0(checkpoint_at, source)
+        key = "ema_0" if which == "ema" else "fp32"
+        checkpoint, problem = _load_on_all_ranks(partial(engine.load_weights, key=key), newest)
         if checkpoint is None:
             raise UserError(f"run.init_from={source} cannot be loaded: {problem}")
     engine.refresh(optimizer_steps=0)
