@@ -3,6 +3,7 @@
 For a glance at a few; a training reads through `shards.py`, which checks every byte.
 """
 
+import errno
 import os
 import struct
 from bisect import bisect_right
@@ -11,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from dtrain.data.manifest import RECORD_BYTES, Manifest
-from dtrain.files import opener
+from dtrain.files import open_regular, opener
 
 ABSENT = 0xFFFFFFFF  # dtrain.data.tar's: the size of a field that a sample does not have
 _RECORD = struct.Struct("<QII")  # dtrain.data.tar.MEMBER: offset, size, crc32
@@ -23,6 +24,7 @@ class Members:
     def __init__(self, manifest: Manifest, directory: Path, side):
         self._manifest, self._directory, self._side = manifest, directory, side
         self._ends = list(accumulate(shard.samples for shard in manifest.shards))
+        self._open: tuple[int, int] | None = None  # the shard read last, and its descriptor
 
     def of(self, sample: int) -> dict[str, tuple[int, int]]:
         """Field → (offset, size) of those that a sample has."""
@@ -32,18 +34,30 @@ class Members:
         return {field: (offset, size) for field, (offset, size, _) in named if size != ABSENT}
 
     def read(self, sample: int, offset: int, size: int) -> bytes:
-        """Bytes of the sample's shard, none where they lie beyond its end. Raises OSError where it cannot be read."""
-        shard = self._manifest.shards[bisect_right(self._ends, sample)]
+        """Bytes of the sample's shard. Raises OSError where it cannot be read, or has not so many bytes."""
+        number = bisect_right(self._ends, sample)
+        shard = self._manifest.shards[number]
         if offset + size > shard.bytes:
-            return b""
-        with open(self._directory / shard.name, "rb", buffering=0, opener=opener) as file:
-            return os.pread(file.fileno(), size, offset)
+            raise OSError(errno.EINVAL, "a member lies beyond the shard's end", shard.name)
+        if self._open is None or self._open[0] != number:
+            self.close()
+            self._open = number, open_regular(self._directory / shard.name)
+        return os.pread(self._open[1], size, offset)
+
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
 
 
 @contextmanager
 def open_members(manifest: Manifest, directory: str | Path):
     with open(manifest.side, "rb", buffering=0, opener=opener) as side:
-        yield Members(manifest, Path(directory), side)
+        members = Members(manifest, Path(directory), side)
+        try:
+            yield members
+        finally:
+            members.close()
 
 
 def evenly(manifest: Manifest, count: int) -> list[int]:
