@@ -25,6 +25,7 @@ from dtrain.data.parallel import each
 from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
 from dtrain.errors import UserError
 from dtrain.files import opener, parse_json
+from dtrain.terminal import printable
 
 _FEW = 16  # shards, or fewer, are scanned by this process: others take a while to start
 
@@ -106,7 +107,7 @@ def _remarks(manifest: Manifest, root: str, places: list[str], heads: list[dict]
     if not set(IMAGE_FIELDS) & set(manifest.fields):
         other = dotted(manifest.fields, IMAGE_FIELDS)
         found.append("no sample has a jpg, jpeg, png or webp" + (f", but a `{other}`: {DOT_RULE}" if other else ""))
-    return tuple(found)
+    return tuple(printable(remark) for remark in found)
 
 
 def index(source: str | Sequence[str], destination: Path | None = None) -> Manifest:

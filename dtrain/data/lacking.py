@@ -15,6 +15,7 @@ from dtrain.data.members import ABSENT, evenly, open_members
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
 from dtrain.files import opener
+from dtrain.terminal import printable
 
 LOOKED_AT = 1024  # labels
 COUNTED = 1_000_000  # samples whose labels are all read where some of those looked at are wrong
@@ -32,7 +33,7 @@ class Lack:
     what: str
 
     def __str__(self) -> str:
-        return self.what
+        return printable(self.what)  # names of members are as foreign as the shards
 
 
 def lacking(manifest: Manifest, directory: str | Path, wanted: list[tuple[str, ...]]) -> list[Lack]:

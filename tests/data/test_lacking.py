@@ -171,6 +171,14 @@ def test_the_doctor_and_the_index_command_say_it(tmp_path, capsys):
     assert found.found.endswith("and 1 more of the kind")
 
 
+def test_names_of_members_bring_no_codes_of_theirs_to_a_terminal(tmp_path):
+    write_shards(tmp_path, samples(6, s2={"png": None}, s3={"cls": b"cat"}))
+    rename(tmp_path, "000002.cls", "\x1b[2J.\x1b]0;x.cls")
+    said = "".join(index(str(tmp_path)).remarks)
+    assert "\\x1b[2J" in said
+    assert said.isprintable()
+
+
 def test_labels_of_an_interrupted_indexing_are_not_forgotten(tmp_path):
     shards = write_shards(tmp_path / "shards", samples(40, s5={"cls": b"cat"}))
     (tmp_path / "out").mkdir()
