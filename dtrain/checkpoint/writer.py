@@ -65,6 +65,8 @@ class Writer:
             faults.at("save:written")
         except OSError as e:
             self.failure = f"cannot write {e.filename or self.partial}: {e.strerror}"
+        except Exception as e:  # else a thread that died would pass for one that has written
+            self.failure = f"cannot write {self.partial}: {type(e).__name__}: {e}"
 
     def _rest(self, seconds: float) -> None:
         """On CPUs the cores that write are those that train: a save in the background takes a fifth of one."""

@@ -51,12 +51,12 @@ class SystemSampler:
             journal.attempt = max(journal.attempt, highest_attempt(main.read()))
             number += 1
             position = self._where()
-            metrics = machine(before[1], self._path.parent) | gpus()
             try:
+                metrics = machine(before[1], self._path.parent) | gpus()
                 context = self._context | {"sample": number}
                 journal.append("system", position.step, position.images, metrics, context)
             except OSError:
-                continue  # a full disk is told by those who write what matters
+                continue  # a full disk, or one that is gone, is told by those who write what matters
         journal.close()
 
 

@@ -227,6 +227,18 @@ def test_the_newest_the_milestones_and_the_best_stay(steps, keep_last, keep_ever
         assert len(kept) == min(keep_last, len(steps))
 
 
+def test_a_writer_that_dies_of_something_else_than_the_disk_has_not_written(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("2 GiB")
+
+    monkeypatch.setattr(format, "write_file", no_memory)
+    writer = Writer(tmp_path, 0, 1)
+    writer.begin(1, [Piece("a:fp32", 0, torch.zeros(3))], {"a:fp32": 3}, {"step": 1})
+    writer.wait()
+    assert not writer.written
+    assert "MemoryError: 2 GiB" in writer.failure
+
+
 def test_a_place_that_cannot_be_written_is_a_failure_of_that_save_only(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
