@@ -266,6 +266,8 @@ class Train(Section):
     """of a run; the next one ends it and names the samples"""
     hang_limit: Annotated[float, Field(ge=0)] = 300.0
     """seconds without a step, at least, that are a hang; 0: none are"""
+    start_limit: Annotated[float, Field(gt=0)] = 1800.0
+    """the same of the start, the first step and a save, which no earlier step can tell"""
     deadline: str | None = None
     """[D-]HH:MM:SS from the start, or an ISO 8601 time; null: the SLURM job's end"""
 

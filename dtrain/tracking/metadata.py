@@ -16,8 +16,9 @@ NAMING = {"optim.lr"}  # what a run is called by whether or not it is the defaul
 CARRIED_OUT = ("run.name", "run.dir", "data.shards", "data.manifest", "data.mix", "data.holdout", "data.workers")
 CARRIED_OUT += ("data.cache", "data.on_error", "data.max_bad_fraction", "data.streams", "data.allow_pipe", "tracking")
 CARRIED_OUT += ("deepspeed.zero_stage", "deepspeed.offload", "deepspeed.extra", "train.micro_batch", "train.log_every")
-CARRIED_OUT += ("train.checkpoint_every", "train.keep", "train.hang_limit", "train.deadline", "train.compile")
-CARRIED_OUT += ("train.activation_checkpointing", "eval", "data.channels", "model.num_classes", "model.frequency_shift")
+CARRIED_OUT += ("train.checkpoint_every", "train.keep", "train.hang_limit", "train.start_limit", "train.deadline")
+CARRIED_OUT += ("train.compile", "train.activation_checkpointing")
+CARRIED_OUT += ("eval", "data.channels", "model.num_classes", "model.frequency_shift")
 
 
 def params(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:

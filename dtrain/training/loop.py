@@ -61,7 +61,8 @@ def train(config: Config) -> Outcome:
     tracker = Tracker(run, rank)
     feed = Feed(config, manifest)
     bad_steps = BadSteps(config, SampleNames(config, manifest), tracker)
-    watchdog, goodput = Watchdog(run, rank, config.train.hang_limit), Goodput(tracker)
+    watchdog = Watchdog(run, rank, config.train.hang_limit, config.train.start_limit)
+    goodput = Goodput(tracker)
     steps, outcome = None, None
     try:
         engine = Engine(config, micro_batch)

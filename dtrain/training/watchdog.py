@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from dtrain.errors import HANG
 from dtrain.run import RunDirectory
@@ -25,18 +26,25 @@ PATIENCE = 10  # times the slowest recent step or evaluation
 RECENT = 50
 WORD_SECONDS = 3.0  # for the stacks and the outcome: a file system that hangs must not keep us
 GRACE_SECONDS = 3.0  # for the others, whose connections break when we leave
-FIRST_LIMITS = {"start": 1800.0, "saving": 1800.0, "evaluation": 21600.0}  # seconds, where nothing was learned
+FIRST_EVALUATION = 21600.0  # seconds
+
+
+class Limit(NamedTuple):
+    """why: where the number comes from, and the key that changes it."""
+
+    seconds: float
+    why: str
 
 
 class Watchdog:
-    """floor: seconds that no limit is under; 0: nothing is watched."""
+    """floor: seconds that no limit is under; 0: nothing is watched. start: seconds where no step has taught a limit."""
 
-    def __init__(self, run: RunDirectory, rank: int, floor: float):
-        self._run, self._rank, self._floor = run, rank, floor
+    def __init__(self, run: RunDirectory, rank: int, floor: float, start: float):
+        self._run, self._rank, self._floor, self._start = run, rank, floor, start
         self._recent = {"step": deque(maxlen=RECENT), "evaluation": deque(maxlen=RECENT)}
         self._waited = 0.0
         self._phase = "start"
-        self._limit = max(floor, FIRST_LIMITS["start"])
+        self._limit = self.limit_of("start")
         self._closed = threading.Event()
         self.step = 0  # steps done
         self.attempt: int | None = None
@@ -69,11 +77,15 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
 
-    def limit_of(self, phase: str) -> float:
-        """Seconds. The first step may take as long as the start does: much is compiled and connected in it."""
-        recent = self._recent.get(phase)
-        learned = PATIENCE * max(recent) if recent else FIRST_LIMITS.get(phase, FIRST_LIMITS["start"])
-        return max(self._floor, learned)
+    def limit_of(self, phase: str) -> Limit:
+        """The first step may take as long as the start does: much is compiled and connected in it."""
+        if recent := self._recent.get(phase):
+            limit = Limit(PATIENCE * max(recent), f"{PATIENCE} times the slowest recent {phase}")
+        elif phase == "evaluation":
+            limit = Limit(FIRST_EVALUATION, "the limit of a first evaluation; a higher train.hang_limit raises it")
+        else:
+            limit = Limit(self._start, "train.start_limit, which is for the start, the first step and each save")
+        return max(limit, Limit(self._floor, "train.hang_limit, the least of all limits"))
 
     def _enter(self, phase: str) -> None:
         self._phase, self._limit, self._waited = phase, self.limit_of(phase), 0.0
@@ -85,7 +97,7 @@ class Watchdog:
             # A job that was suspended as a whole has not waited: a tick that took long counts as two.
             self._waited += min(now - before, 2 * TICK_SECONDS)
             before = now
-            if self._waited > self._limit:
+            if self._waited > self._limit.seconds:
                 self._leave()
 
     def _leave(self) -> None:
@@ -101,8 +113,9 @@ class Watchdog:
         """Each part on its own: a full disk must hinder neither the others nor the end."""
         while_in = "" if self._phase == "step" else f" ({self._phase})"
         message = (
-            f"rank {self._rank} hangs after step {self.step}{while_in}: nothing happened for {self._limit:.0f} s "
-            f"(train.hang_limit); what each rank was doing is in {self._run.logs}/rank-*.stacks"
+            f"rank {self._rank} hangs after step {self.step}{while_in}: nothing happened for "
+            f"{self._limit.seconds:.0f} s ({self._limit.why}); what each rank was doing is in "
+            f"{self._run.logs}/rank-*.stacks"
         )
         with suppress(OSError), open(self._run.logs / f"rank-{self._rank}.stacks", "w") as file:
             file.write(f"{message}\n")

@@ -128,7 +128,7 @@ def test_what_an_evaluation_takes_to_open_is_no_part_of_the_step_that_limits_are
 
 
 def hang_in(path):
-    watchdog = Watchdog(RunDirectory(path), 0, 1.0)
+    watchdog = Watchdog(RunDirectory(path), 0, 1.0, 1800.0)
     watchdog.heard([0.01])
     watchdog.beat(1)
     time.sleep(600)
@@ -147,7 +147,7 @@ def test_a_full_disk_does_not_hinder_the_end(tmp_path):
 
 
 def beating(path, seconds):
-    watchdog = Watchdog(RunDirectory(path), 0, 2.0)
+    watchdog = Watchdog(RunDirectory(path), 0, 2.0, 1800.0)
     watchdog.heard([0.01])
     os.kill(os.getpid(), signal.SIGSTOP)  # until the test lets it go on
     watchdog.beat(1)
@@ -169,22 +169,38 @@ def test_a_job_suspended_as_a_whole_goes_on(tmp_path):
     assert not list(tmp_path.rglob("*.stacks"))
 
 
-def test_limits_are_learned_from_what_all_ranks_took(tmp_path):
-    watchdog = Watchdog(RunDirectory(tmp_path), 0, 0)  # watches nothing
-    assert watchdog.limit_of("step") == watchdog.limit_of("start") == 1800  # the first compiles and connects
+def test_limits_are_learned_from_what_all_ranks_took_and_each_says_where_it_comes_from(tmp_path):
+    watchdog = Watchdog(RunDirectory(tmp_path), 0, 0, 900.0)  # watches nothing
+    for phase in ("start", "step", "saving"):  # the first step compiles and connects
+        assert watchdog.limit_of(phase)[0] == 900
+        assert "train.start_limit" in watchdog.limit_of(phase).why
     watchdog.beat(1, 30.0)
-    assert watchdog.limit_of("step") == 300
+    assert watchdog.limit_of("step") == (300, "10 times the slowest recent step")
     watchdog.heard([1.0, 40.0])
     watchdog.beat(2, 50.0)
-    assert watchdog.limit_of("step") == 400
+    assert watchdog.limit_of("step").seconds == 400
     for _ in range(50):
         watchdog.heard([2.0, 3.0])
-    assert watchdog.limit_of("step") == 30
-    assert watchdog.limit_of("evaluation") == 6 * 3600
+    assert watchdog.limit_of("step").seconds == 30
+    assert watchdog.limit_of("saving").seconds == 900
+    assert watchdog.limit_of("evaluation").seconds == 6 * 3600
+    assert "a first evaluation" in watchdog.limit_of("evaluation").why
     with watchdog.during("evaluation"):
         time.sleep(0.01)
-    assert 0.1 <= watchdog.limit_of("evaluation") < 60
-    patient = Watchdog(RunDirectory(tmp_path), 0, 300)
+    assert 0.1 <= watchdog.limit_of("evaluation").seconds < 60
+    assert watchdog.limit_of("evaluation").why == "10 times the slowest recent evaluation"
+    patient = Watchdog(RunDirectory(tmp_path), 0, 300, 900.0)
     patient.close()
     patient.heard([0.1])
-    assert patient.limit_of("step") == 300
+    assert patient.limit_of("step") == (300, "train.hang_limit, the least of all limits")
+
+
+def test_a_first_step_that_never_comes_ends_after_the_limit_that_the_config_gives_it_and_names_it(digits, tmp_path):
+    config = tiny(digits, tmp_path, "train.hang_limit=1", "train.start_limit=4")
+    stalled = {"DTRAIN_FAULTS": "stall at=step step=1 rank=1"}
+    started = [process for process, _ in start_ranks(train, 2, config, environment=stalled)]
+    while not RunDirectory(config.run.path).journal_file.exists():
+        time.sleep(0.1)
+    message = assert_left_in_time(started, config, time.monotonic())["message"]
+    assert "hangs after step 0" in message
+    assert "nothing happened for 4 s (train.start_limit, which is for the start, the first step" in message
