@@ -52,6 +52,8 @@ def _show(p, nodes: int, mfu: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dtrain.data.shared_memory import advice
+
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
 
     def gib(size: int) -> str:
@@ -65,6 +67,11 @@ def _show(p, nodes: int, mfu: float) -> None:
     console.print(
         f"checkpoints of {gib(p.checkpoint)} GiB, up to {p.kept} at once: {gib(p.kept * p.checkpoint)} GiB of disk"
     )
+    if p.shared_memory:
+        ahead = f"batches made ahead: up to {gib(p.shared_memory)} GiB of a node's /dev/shm"
+        if p.shared_memory > p.shared_memory_here:
+            ahead += f"; this machine has {gib(p.shared_memory_here)} GiB free: {advice(p.shared_memory)}"
+        console.print(ahead)
     table = Table(title="GiB a rank holds, by ZeRO stage", title_justify="left", box=None, padding=(0, 1, 0, 0))
     columns = ("stage", "weights", "masters", "grads", "moments", "averages", "buckets", "in all", "at most")
     for column in (*columns, "micro-batch", "checkpointed"):

@@ -14,6 +14,8 @@ def examine(config: Config | None, full: bool, on_check: Callable[[float, int], 
     Under a launcher every rank calls it; the checks that need no other rank are rank 0's alone and come last.
     """
     together = {"collective": machine.collective, "file system": lambda: surroundings.file_system(config)}
+    if config is not None:
+        together["shared memory"] = lambda: machine.shared_memory(config)
     alone = {
         "versions": machine.versions,
         "DeepSpeed's defaults": machine.defaults,

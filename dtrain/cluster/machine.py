@@ -1,4 +1,4 @@
-"""Checks of the machine and what is installed on it: they need no config."""
+"""Checks of the machine and what is installed on it."""
 
 import os
 import shutil
@@ -10,6 +10,8 @@ from pathlib import Path
 from dtrain import distributed
 from dtrain.cluster.finding import Finding, bad, ok, warning
 from dtrain.cluster.tested import DEEPSPEED_DEFAULTS, VERSIONS
+from dtrain.config import Config
+from dtrain.data import shared_memory as shm
 
 MOST_SECONDS = 120.0  # for ranks to find each other and exchange a few messages
 
@@ -64,6 +66,26 @@ def accelerator(precision: str | None) -> Finding:
     if precision != "fp32" and precision is not None and not torch.cuda.is_bf16_supported():
         return bad("accelerator", f"{found}, without bf16", "take deepspeed.precision=fp32, or newer GPUs")
     return ok("accelerator", found)
+
+
+def shared_memory(config: Config) -> Finding:
+    """/dev/shm on each node against the batches made ahead there, by the ranks of a launcher, or alone by one a GPU."""
+    import torch
+
+    name = "shared memory"
+    if distributed.world_size() > 1:
+        world_size, ranks = distributed.world_size(), distributed.local_world_size()
+    else:
+        world_size = ranks = max(1, torch.cuda.device_count())
+    needed, there = shm.of_ranks(config, world_size, ranks), shm.free()
+    found = shm.shown(config, world_size, ranks, there)
+    nodes = distributed.gather_objects((there - needed, needed, found))
+    _, needed, found = min(nodes)  # of the node that has the least to spare
+    if not config.data.workers:
+        return ok(name, "data.workers is 0, so no batch is made ahead")
+    if min(nodes)[0] < 0:
+        return bad(name, found, shm.advice(needed))
+    return ok(name, found)
 
 
 def collective() -> Finding:

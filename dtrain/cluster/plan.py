@@ -8,6 +8,7 @@ from dtrain.cluster import memory
 from dtrain.cluster.cost import activations, flops_per_image, sampling_bytes
 from dtrain.cluster.memory import Sizes, State
 from dtrain.config import Config
+from dtrain.data import shared_memory
 from dtrain.models.build import allocate
 from dtrain.training.division import rows_per_rank
 
@@ -47,6 +48,8 @@ class Plan:
     evaluation: int  # all that a rank holds while it samples
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
+    shared_memory: int  # of a node's /dev/shm, for batches made ahead
+    shared_memory_here: int  # free on this machine
     hours: float
     fits: bool
     evaluation_fits: bool
@@ -110,6 +113,8 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         evaluation=evaluation,
         checkpoint=memory.checkpoint_bytes(config, sizes),
         kept=config.train.keep_last + 1,
+        shared_memory=shared_memory.of_ranks(config, gpus, gpus_per_node),
+        shared_memory_here=shared_memory.free(),
         hours=images * (flops + checkpointing * repeated) / speed / 3600,
         fits=own.needed <= usable,
         evaluation_fits=not config.eval.every or evaluation <= usable,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from dtrain.data import shared_memory
 from dtrain.data.survey import named
 from dtrain.proposal.facts import Facts, Machine, features
 from dtrain.proposal.source import DataSet
@@ -102,10 +103,17 @@ class Choices:
             lines.append(Line("flip", False, "a mirrored digit or letter is another one; else take true"))
         else:
             lines.append(Line("flip", True, "twice the pictures; false where left and right differ, as in text"))
-        if self.machine.gpus:
-            workers = max(1, min(8, self.machine.cores // self.machine.gpus - 1))
-            lines.append(Line("workers", workers, "loader processes a GPU"))
-        return lines
+        return lines + self._workers()
+
+    def _workers(self) -> list[Line]:
+        """As many as there are cores for and room in /dev/shm; without GPUs the default, where that fits."""
+        gpus, room = self.machine.gpus, self.machine.shared_memory
+        most = max(1, min(8, self.machine.cores // gpus - 1)) if gpus else 1
+        one = (gpus or 1) * shared_memory.columns_bytes(self.batch // (gpus or 1), self.channels, self.size)
+        fitting = [n for n in range(most + 1) if room is None or n == 0 or shared_memory.batches(n) * one <= room]
+        if fitting[-1] < most:
+            return [Line("workers", fitting[-1], "loader processes; more have no room in this machine's /dev/shm")]
+        return [Line("workers", most, "loader processes a GPU")] if gpus else []
 
     def _dit(self) -> list[Line]:
         if self.machine.gpus:

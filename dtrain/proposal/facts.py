@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from statistics import median
 
 from dtrain.data import manifest as manifests
+from dtrain.data import shared_memory
 from dtrain.data.fields import LABEL_FIELD
 from dtrain.data.manifest import Manifest
 from dtrain.data.survey import Survey, survey
@@ -39,8 +40,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Machine:
+    """shared_memory: bytes of /dev/shm that are free; None where it is not this machine."""
+
     gpus: int
     cores: int
+    shared_memory: int | None = None
 
     @property
     def shown(self) -> str:
@@ -84,7 +88,10 @@ def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
 
 def machine(gpus: int | None = None) -> Machine:
     """gpus: instead of those that are seen here. Imports no torch."""
-    return Machine(seen_gpus() if gpus is None else gpus, len(os.sched_getaffinity(0)))
+    here = seen_gpus()
+    number = here if gpus is None else gpus
+    room = shared_memory.free() if number in (0, here) else None
+    return Machine(number, len(os.sched_getaffinity(0)), room)
 
 
 def seen_gpus() -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import manifest as manifests
+from dtrain.data import shared_memory
 from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.process import build as build_process
@@ -44,6 +45,7 @@ def train(config: Config) -> Outcome:
     distributed.initialize()
     check_agreement(config, manifest)
     lacking = distributed.on_rank_0(check_inputs, config, manifest)
+    distributed.agree(shared_memory.check, config, world_size, distributed.local_world_size())
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))

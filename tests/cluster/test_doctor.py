@@ -21,6 +21,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal
 from tests.digits import tiny
 from tests.ranks import run_ranks
+from tests.shared_memory import needs_root, own_shared_memory
 from tests.test_cli import command
 
 
@@ -44,12 +45,30 @@ def test_a_sound_machine_passes_alone_and_under_a_launcher(work):
     assert (code, [f["check"] for f in found.values() if f["status"] == "bad"]) == (0, [])
     assert re.search(r"(gloo|nccl), \d ranks: 16 MiB summed in [\d.]+ ms, [\d.]+ GB/s", found["collective"]["found"])
     assert found["shards"]["found"].startswith("1,797 samples in ")
+    assert found["shared memory"]["found"].startswith("data.workers is 0")
     assert all(bool(f["advice"]) == (f["status"] != "ok") for f in found.values())
     code, found = examined(work / "tiny.yaml", ranks=2)
     assert code == 0
     assert "2 ranks" in found["collective"]["found"]
     assert found["file system"]["found"].endswith("seen by 2 ranks")
     assert not list(work.glob("**/.doctor*"))
+
+
+def shared_memory_in(size, config):
+    own_shared_memory(size)
+    return machine.shared_memory(config)
+
+
+@needs_root
+def test_too_small_a_dev_shm_is_bad_alone_and_under_a_launcher_and_says_what_to_do(work):
+    for ranks in (1, 2):
+        config = tiny(work / "digits", work / "runs", f"data.batch_size={720 * ranks}", "data.workers=2")
+        found = run_ranks(shared_memory_in, ranks, "1m", config)[0]
+        assert (found.check, found.status) == ("shared memory", "bad")
+        assert "has 1.0 MiB free, and batches made ahead take up to" in found.found
+        assert f"(5 of 0.4 MiB for each of {ranks} ranks)" in found.found
+        assert all(word in found.advice for word in ("--shm-size=1g", "--ipc=host", "data.workers=0"))
+        assert run_ranks(shared_memory_in, ranks, "9m", config)[0].status == "ok"
 
 
 def _left(config):

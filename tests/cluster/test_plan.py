@@ -20,6 +20,7 @@ from dtrain.training.throughput import training_flops
 from tests.digits import CONFIG, tiny
 from tests.longer import mostly_longer
 from tests.ranks import run_ranks
+from tests.shared_memory import needs_root, own_shared_memory
 from tests.test_cli import command
 
 UNET = "model={name: unet, width: 32, multipliers: [1, 2], attention: [16], res_blocks: 2}"
@@ -206,6 +207,27 @@ def test_what_does_not_fit_is_said_and_what_is_recommended_fits(digits, tmp_path
     assert code == 1
     assert "does not fit" in text
     assert "nothing fits" in text
+
+
+def planned_in(size, *arguments):
+    own_shared_memory(size)
+    return command(*arguments)
+
+
+@needs_root
+def test_what_batches_made_ahead_take_of_dev_shm_is_said_and_what_to_do_where_this_machine_has_less(digits, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path, "data.batch_size=6144", "data.workers=2").dump())
+    asks = ["plan", tmp_path / "tiny.yaml", "--nodes", 2, "--gpus-per-node", 4]
+    rows, pages = 6144 // 8, 4096
+    image, number = (-(-rows * size // pages) * pages for size in (8 * 8 * 4, 8))
+    batch = 2 * image + 4 * number  # image and noise; k, label, time and drop
+    node = 4 * ((2 * 2 + 1) * batch + 14 * pages)  # and a page for each of 14 locks
+    ((code, text),) = run_ranks(planned_in, 1, "2m", *asks, "--json")
+    assert (code, json.loads(text)["shared_memory"], json.loads(text)["shared_memory_here"]) == (0, node, 2 * 2**20)
+    ((code, text),) = run_ranks(planned_in, 1, "2m", *asks)
+    assert code == 0
+    assert "batches made ahead: up to 0.01 GiB of a node's /dev/shm; this machine has 0.00 GiB free" in text
+    assert "--ipc=host" in text
 
 
 def test_hours_are_operations_over_speed(digits, tmp_path):

@@ -1,0 +1,97 @@
+"""Batches that are made ahead wait in /dev/shm: how much of it they take, and whether it is there. Imports no torch.
+
+Containers have 64 MiB of it unless they are started with more, and a batch of latents or large pictures is more.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from math import ceil, prod
+from pathlib import Path
+
+from dtrain.config import Config
+from dtrain.errors import UserError
+
+PLACE = Path("/dev/shm")
+PREFETCH = 2  # batches that a worker makes ahead
+PAGE = 4096
+MIB, GIB = 2**20, 2**30
+
+
+def of_ranks(config: Config, world_size: int, ranks: int) -> int:
+    """Bytes that `ranks` ranks on one machine take of it at most, of `world_size` in all.
+
+    Every batch that the workers have made ahead, the one that the step is at, and the locks of their queues.
+    """
+    workers = config.data.workers
+    locks = PAGE * (8 + 3 * workers) if workers else 0
+    return ranks * (batches(workers) * of_batch(config, world_size) + locks)
+
+
+def batches(workers: int) -> int:
+    """How many of one rank are there at the same time."""
+    return PREFETCH * workers + 1 if workers else 0
+
+
+def of_batch(config: Config, world_size: int) -> int:
+    """Bytes of one rank's batch."""
+    data = config.data
+    arrays = [prod(a.shape) * int(re.sub(r"\D", "", a.dtype)) // 8 for a in data.arrays.values()]
+    return columns_bytes(ceil(data.batch_size / world_size), data.channels, data.image_size, arrays)
+
+
+def columns_bytes(rows: int, channels: int, side: int, arrays: Sequence[int] = ()) -> int:
+    """Of a batch as `StepDataset` makes it, each tensor in pages of its own. arrays: bytes of one row of each."""
+    pixels = 4 * channels * side**2
+    columns = [pixels, pixels, 8, 8, 8, 8, *arrays]  # image, noise, k, label, time, drop
+    return sum(PAGE * ceil(rows * column / PAGE) for column in columns)
+
+
+def free() -> int:
+    """Bytes that this process could still take; 0 where there is no /dev/shm."""
+    try:
+        found = os.statvfs(PLACE)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def check(config: Config, world_size: int, ranks: int) -> None:
+    """Raises UserError where this machine has too little for its `ranks` ranks."""
+    needed, there = of_ranks(config, world_size, ranks), free()
+    if there < needed:
+        raise UserError(f"{shown(config, world_size, ranks, there)}: {advice(needed)}")
+
+
+def shown(config: Config, world_size: int, ranks: int, there: int) -> str:
+    """What there is and what is taken, in words."""
+    needed, one = of_ranks(config, world_size, ranks), of_batch(config, world_size)
+    each = f"{batches(config.data.workers)} of {one / MIB:,.1f} MiB for each of {ranks} ranks"
+    return (
+        f"/dev/shm of {socket.gethostname()} has {there / MIB:,.1f} MiB free, and batches made ahead take up to "
+        f"{needed / MIB:,.1f} MiB ({each})"
+    )
+
+
+def advice(needed: int) -> str:
+    """How there is more, or less is needed."""
+    return (
+        f"give the container more, as with --shm-size={ceil(2 * needed / GIB)}g or --ipc=host, or take data.workers=0"
+    )
+
+
+def full(problem: str) -> UserError:
+    """The error of a worker that could not put its batch there. problem: as the system says it."""
+    return UserError(
+        f"/dev/shm of {socket.gethostname()} is full ({problem}), so a data worker could not hand over its batch: "
+        "see what else lies there, give the container more, as with --shm-size=8g or --ipc=host, or take data.workers=0"
+    )
+
+
+def remove_left(pid: int) -> None:
+    """Remove what a process that failed or died in the middle of sharing a tensor has left there."""
+    for path in PLACE.glob(f"torch_{pid}_*"):
+        with suppress(OSError):
+            path.unlink()
