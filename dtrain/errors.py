@@ -6,7 +6,7 @@ from dtrain.terminal import printable
 
 DONE = 0
 DAMAGED = 1  # a check found damage
-FAILED = 1  # what no setting mends, as Python ends
+FAILED = 1  # what no setting mends, as Python ends; starting again may
 USER_ERROR = 2
 STOPPED = 75  # stopped on request with a checkpoint: run me again
 HANG = 76

@@ -27,7 +27,7 @@ class Position:
     images: int = 0
 
 
-Outcome = Literal["finished", "stopped", "user_error", "hang"]
+Outcome = Literal["finished", "stopped", "user_error", "crashed", "hang"]
 
 
 class RunDirectory:
@@ -115,7 +115,7 @@ class RunDirectory:
     def outcome(self) -> dict | None:
         """How the last attempt ended: "outcome", "step" and, where there is one, "message".
 
-        None while it runs, after a crash, or where the file does not tell.
+        None while it runs, where it was killed, or where the file does not tell.
         """
         try:
             found = files.read_json(self.outcome_file)

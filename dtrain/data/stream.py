@@ -48,6 +48,7 @@ class Report:
     cache_hits: int = 0  # blocks of remote shards
     cache_misses: int = 0
     replaced: list[Replaced] = field(default_factory=list)
+    restarts: list[str] = field(default_factory=list)  # of data workers that died: what to tell of each
 
 
 class StepDataset(Dataset):
@@ -84,7 +85,7 @@ class StepDataset(Dataset):
                 SampleReader(self._readers[-1], data.channels, config.model.num_classes, data.arrays, data.upright)
             )
         self._draws = Draws(config.run.seed)
-        self._rank, self._world_size = rank, world_size
+        self.rank, self._world_size = rank, world_size
         self._first, self._batch_size = int(skipped.ordinal(images)), data.batch_size
         self._skipped = skipped
         self._size, self._channels, self._flip, self._crop = data.image_size, data.channels, data.flip, data.crop
@@ -111,7 +112,7 @@ class StepDataset(Dataset):
     def read(self, index: int) -> tuple[np.ndarray, torch.Tensor, np.ndarray, dict[str, np.ndarray]]:
         """k (n,), the cropped pictures uint8 (n, C, H, W), labels (n,) and arrays of a batch, before any mirroring."""
         batch = self._skipped.at(self._first + index * self._batch_size, self._batch_size)
-        k = self._order.deal(batch, self._rank, self._world_size)
+        k = self._order.deal(batch, self.rank, self._world_size)
         sources, samples = self._order.samples(k)
         for source, reader in enumerate(self._readers):
             reader.prefetch(samples[sources == source].tolist(), self._samples[source].fields)

@@ -81,7 +81,7 @@ def _card(run: Run, number: int, several: bool) -> str:
     facts.append(("time", f"{duration(_seconds(run))}<small>in {plural(len(tries), 'attempt')}</small>"))
     bad = sum(line["event"] == "bad_sample" for line in [*run.lines, *run.elsewhere])
     facts += [("bad samples", f"{bad:,}")] if bad else []
-    faults = sum(line["event"] == "fault" for line in run.happened)
+    faults = sum(line["event"] == "fault" for line in [*run.happened, *run.elsewhere])
     facts += [("faults", f"{faults:,}")] if faults else []
     unusable = "".join(f"<small>in {escaped(file)}</small>" for file in run.left_out)
     facts += [("unusable lines, left out", f"{sum(run.left_out.values()):,}{unusable}")] if unusable else []

@@ -82,7 +82,7 @@ class Run:
 
     @cached_property
     def state(self) -> str:
-        """finished, stopped, user_error, hang as outcome.json says; else running, or crashed."""
+        """finished, stopped, user_error, crashed, hang as outcome.json says; else running, or crashed."""
         ended = self.directory.outcome()
         if ended is not None:
             return str(ended.get("outcome"))

@@ -82,6 +82,11 @@ class BadSteps:
         self._tracker.write("fault", sums.position, {"grad_norm": norm}, context)
         return message
 
+    def forget_pending(self) -> None:
+        """The refused steps that no rank has been told of were of rows that stood in for a batch: they are none."""
+        del self.refused[len(self.refused) - len(self._untold) :]
+        self._untold.clear()
+
     @property
     def too_many(self) -> bool:
         return len(self.refused) >= self._train.bad_steps

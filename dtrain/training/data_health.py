@@ -1,5 +1,7 @@
-"""What the data was like: samples that had to be replaced, how many are too many, and which source gave how much."""
+"""What the data was like: samples that had to be replaced, how many are too many, which source gave how much, and data
+workers that had to be started again."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from dtrain.config import Config
@@ -13,30 +15,45 @@ from dtrain.training.reduction import StepSums
 
 
 class DataHealth:
-    """Counts since this start, equal on every rank because they come out of the step's reduction."""
+    """Counts since this start, equal on every rank because they come out of the step's reduction.
 
-    def __init__(self, config: Config, manifest: Manifest, position: Position, tracker: Tracker):
+    say: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        position: Position,
+        tracker: Tracker,
+        say: Callable[[str], None],
+    ):
         self._fraction = config.data.max_bad_fraction
         self._begin, self._epoch = position.images, manifest.samples + sum(m.samples for m in manifest.mixed)
-        self._tracker = tracker
+        self._tracker, self._say = tracker, say
         self._replaced = 0
-        self._events: list[tuple[Position, dict]] = []
+        self._events: list[tuple[str, Position, dict]] = []
         self._names = ["main", *(source.name for source in config.data.mix)]
         self._mixture = of_run(config, manifest) if config.data.mix else None
 
     def journal(self, read: Report, position: Position) -> None:
-        """Each replaced sample of this rank's batch will be an event of the step that follows `position`.
+        """Each replaced sample of this rank's batch, and each data worker that was started again for it, will be an
+        event of the step that follows `position`.
 
         Written once the ranks have reduced that step: by then rank 0 has written which attempt this is.
         """
+        after = Position(position.step + 1, position.images)
         for one in read.replaced:
             context = asdict(one) | {"source": self._names[one.source]}
-            self._events.append((Position(position.step + 1, position.images), context))
+            self._events.append(("bad_sample", after, context))
+        for message in read.restarts:
+            self._say(message)
+            self._events.append(("fault", after, {"kind": "worker", "message": message}))
 
     def heard(self, sums: StepSums) -> None:
         """Raises SharedError, on every rank at the same step, when more samples are bad than data.max_bad_fraction."""
-        for position, context in self._events:
-            self._tracker.write_own("bad_sample", position, context)
+        for event, position, context in self._events:
+            self._tracker.write_own(event, position, context)
         self._events.clear()
         self._replaced += sums.replaced
         images = max(sums.position.images - self._begin, self._epoch)

@@ -2,20 +2,23 @@
 
 Left alone, a rank that meets a damaged sample or a dead disk would leave, and the others would die waiting for it. So
 it goes through one more step with rows that are not numbers, which moves nothing on any rank (`training/refusal.py`),
-and raises its flag in that step's reduction. A healthy step pays nothing for this.
+and raises its flag in that step's reduction. A healthy step pays nothing for this. As nothing has moved, the ranks are
+whole, and save what they have before they end.
 """
 
 import time
+from contextlib import suppress
 
 import torch
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.data.loader import Batches
+from dtrain.data.loader import Batches, LoaderFailure
 from dtrain.data.manifest import Manifest
 from dtrain.data.skipped import Skipped
 from dtrain.data.stream import Report, train_batches
-from dtrain.errors import SharedError, UserError
+from dtrain.errors import SharedError, SharedFailure, UserError
+from dtrain.run import RunDirectory
 
 
 class Feed:
@@ -29,7 +32,7 @@ class Feed:
         self._batches: Batches | None = None
         self.report = Report()
         self.seconds = 0.0
-        self.error: str | None = None
+        self.error: UserError | LoaderFailure | None = None
 
     def begin(self, images: int, skipped: Skipped) -> None:
         """Go on, or anew, from place `images` of the run's order, without what is left out of it."""
@@ -51,16 +54,28 @@ class Feed:
             try:
                 return next(self._batches)
             except UserError as e:
-                self.error = str(e)
-            except RuntimeError as e:
-                if "DataLoader worker" not in str(e):
-                    raise
-                self.error = f"a data worker of rank {distributed.rank()} died, of too little memory perhaps: {e}"
+                self.error = e
+            except LoaderFailure as e:
+                self.error = self._kept(e)
         return stand_in(self._config, first)
 
+    def _kept(self, error: LoaderFailure) -> LoaderFailure:
+        """The error with the place of its details, for who looks into it."""
+        path = RunDirectory(self._config.run.path).logs / f"rank-{distributed.rank()}.traceback"
+        with suppress(OSError):
+            if error.details:
+                path.write_text(error.details)
+                return LoaderFailure(f"{error} (rank {distributed.rank()}; its traceback is in {path})")
+        return error
+
     def raise_on_all(self) -> None:
-        """On every rank, once they have agreed that one has an error: raises the first rank's. A collective."""
-        raise SharedError(next(e for e in distributed.gather_objects(self.error) if e is not None))
+        """On every rank, once they have agreed that one has an error: raises the first rank's, as a SharedFailure where
+        it is no mistake in the data. A collective.
+        """
+        kind = SharedFailure if isinstance(self.error, LoaderFailure) else SharedError
+        own = None if self.error is None else (kind, str(self.error))
+        kind, message = next(e for e in distributed.gather_objects(own) if e is not None)
+        raise kind(message)
 
     def close(self) -> None:
         if self._batches is not None:

@@ -11,7 +11,7 @@ from dtrain.data import shared_memory
 from dtrain.data.names import SampleNames
 from dtrain.data.streams import with_streams
 from dtrain.diffusion.process import build as build_process
-from dtrain.errors import UserError
+from dtrain.errors import SharedFailure, UserError
 from dtrain.interrupt import ctrl_c
 from dtrain.lock import RunLock
 from dtrain.run import Outcome, RunDirectory
@@ -35,7 +35,8 @@ def train(config: Config) -> Outcome:
     """Train, or go on training, the run that `config` describes; called on every rank.
 
     Returns "finished", or "stopped" with a checkpoint after a signal, a `stop` file or the deadline. Raises UserError
-    for what the user can mend; nothing of an existing run is overwritten before the checks are done.
+    for what the user can mend, and SharedFailure where data workers broke; nothing of an existing run is overwritten
+    before the checks are done.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     _, micro_batch = rows_per_rank(config, world_size)
@@ -76,8 +77,9 @@ def train(config: Config) -> Outcome:
         outcome = steps.take(changes)
         if rank == 0:
             run.write_outcome(outcome, steps.position.step, tracker.attempt, stop.why if outcome == "stopped" else None)
-    except UserError as e:
-        run.write_outcome("user_error", steps.position.step if steps else 0, message=str(e))
+    except (UserError, SharedFailure) as e:
+        ended = "user_error" if isinstance(e, UserError) else "crashed"
+        run.write_outcome(ended, steps.position.step if steps else 0, message=str(e))
         raise
     finally:
         watchdog.close()

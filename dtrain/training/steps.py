@@ -64,7 +64,8 @@ class Steps:
         self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
         self._reduction = StepReduction(rank, world_size, config.data.batch_size)
         self._meter = Meter(config, world_size, distributed.device())
-        self._health = DataHealth(config, self.manifest, self.position, self.tracker)
+        self._health = DataHealth(config, self.manifest, self.position, self.tracker, self._progress.say)
+        self._reduced = self.position  # after the last step that all ranks had a batch for, as far as they know
         self._evaluation = None
         self._owes_evaluation = False  # of where the run is: it was cut off, or gave way to a stop
         self._stopping = False
@@ -200,7 +201,9 @@ class Steps:
         if (sums := self._reduction.finish()) is None:
             return False
         if sums.error:
+            self._save_before_the_end()
             self.feed.raise_on_all()
+        self._reduced = sums.position
         self.watchdog.heard(sums.step_seconds)
         self._saving.heard(sums)
         self._stopping = self._stopping or sums.stop
@@ -223,6 +226,17 @@ class Steps:
     def _save(self) -> None:
         with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
             self._saving.begin(self.position, self.engine, memory(self.process), bad_steps=self.bad_steps.state())
+
+    def _save_before_the_end(self) -> None:
+        """Some rank has no batch any more. What stood in for it was refused, so the run is where it was before."""
+        self.position = self._reduced
+        self.bad_steps.forget_pending()
+        if self.position.step and self.position.step != self._saving.tried:
+            if distributed.on_rank_0(self._saving.lacks_room, self.engine):
+                self._saving.skip(self.position)
+            else:
+                self._save()
+        self._settle()
 
     def _settle(self) -> None:
         with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
@@ -278,6 +292,7 @@ class Steps:
                 data=self.manifest.hash,
             )
             self._saving.went_back(self.position)
+            self._reduced = self.position
             why = f"{self.config.train.bad_steps} steps in a row were refused"
             self._progress.say(f"back from step {left} to {self.position.step}, to leave out images: {why}")
             self._begin({}, back_from=left, why=why)

@@ -56,6 +56,7 @@ def attempt(job, stubs):
         (CHECKPOINT + outcome("stopped", "the file x/stop") + "exit 75", 75, "was stopped by a person"),
         (CHECKPOINT + outcome("user_error", "disk") + "echo dtrain: too full; echo x; exit 2", 2, "dtrain: too full"),
         ("echo dtrain: no such thing; echo launcher chatter; exit 2", 2, "dtrain: no such thing"),
+        (CHECKPOINT + outcome("crashed", "killed") + "exit 1", "requeued", "broke off (exit code 1), but has a new"),
         (CHECKPOINT + outcome("hang") + "exit 76", "requeued", "broke off (exit code 76), but has a new checkpoint"),
         (CHECKPOINT + "kill -9 $$", "requeued", "broke off (exit code 137), but has a new checkpoint"),
         (CHECKPOINT + "exit 0", "requeued", "broke off (exit code 0), but has a new checkpoint"),
