@@ -5,8 +5,10 @@ DTRAIN_FAULTS holds a schedule, several faults separated by `;`:
     DTRAIN_FAULTS="sigkill at=save:write step=40 rank=1 attempt=1; nan images=2400:2424"
 
     sigkill | sigkill_all | sigterm    this rank, all ranks on this machine, this rank politely
+    sigkill_workers                    the processes that make this rank's batches
     stall                              this thread sleeps for `seconds`, else for ever
-    nan                                the loss of a batch with some of images [a, b) of the run's order is not a number
+    nan                                the loss of a batch with some of images [a, b) of the run's order is NaN,
+                                       or, at=eval:features, a block's features are not
     fill, free                         a file at `path` takes all that is left of a small file system; it is gone again
 
 at: one of POINTS. step: of the training, or that a save or an evaluation belongs to; default: any. rank: default: each.
@@ -17,6 +19,7 @@ point costs one look at an empty tuple.
 
 import errno
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -48,9 +51,11 @@ POINTS = {
     "save:remove": "an old checkpoint has given up its name and is not yet deleted",
     "eval": "before an evaluation",
     "eval:draw": "before each block of samples",
+    "eval:features": "a block's features are there",
     "eval:journal": "before its line is written",
 }
-KINDS = ("sigkill", "sigkill_all", "sigterm", "stall", "nan", "fill", "free")
+KINDS = ("sigkill", "sigkill_all", "sigkill_workers", "sigterm", "stall", "nan", "fill", "free")
+FEATURES = "eval:features"
 MOST_FILLED = 2**30  # bytes; the disk that others work on is not filled by mistake
 
 
@@ -89,9 +94,9 @@ class Fault:
                 values[name] = int(values[name])
             if "seconds" in values:
                 values["seconds"] = float(values["seconds"])
-            if kind == "nan":
+            if kind == "nan" and values.get("at") != FEATURES:
                 if values.keys() & {"at", "step"} or "images" not in values:
-                    raise ValueError("nan takes images=FIRST:LAST instead of a point")
+                    raise ValueError(f"nan takes images=FIRST:LAST instead of a point, or at={FEATURES}")
                 values.setdefault("times", math.inf)
             elif kind in ("fill", "free") and "path" not in values:
                 raise ValueError(f"{kind} takes path=FILE")
@@ -151,12 +156,21 @@ def poisons(first: int, last: int) -> bool:
     return any(due)
 
 
+def spoils(point: str) -> bool:
+    """Whether what this rank has computed at `point` is to be not a number."""
+    due = [f.due() for f in _faults if f.kind == "nan" and f.at == point and f.step in (None, _step(point))]
+    return any(due)
+
+
+def _step(point: str) -> int | None:
+    return _steps.get(point.partition(":")[0])
+
+
 def _met(point: str, step: int | None) -> None:
-    group = point.partition(":")[0]
     if step is not None:
-        _steps[group] = step
+        _steps[point.partition(":")[0]] = step
     for fault in _faults:
-        if fault.at == point and fault.step in (None, _steps.get(group)) and fault.due():
+        if fault.at == point and fault.step in (None, _step(point)) and fault.due():
             _happen(fault)
 
 
@@ -166,6 +180,9 @@ def _happen(fault: Fault) -> None:
     elif fault.kind == "sigkill_all":
         for pid in _pids:
             os.kill(pid, signal.SIGKILL)
+    elif fault.kind == "sigkill_workers":
+        for worker in multiprocessing.active_children():
+            worker.kill()
     elif fault.kind == "sigterm":
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault.kind == "stall":

@@ -33,6 +33,8 @@ def armed(monkeypatch):
         "stall at=step step=7 seconds=2.5",
         "stall at=eval",
         "nan images=240:264",
+        "nan at=eval:features step=12 rank=1",
+        "sigkill_workers at=step step=3",
         "sigterm at=save:stage skip=3 times=2",
         "fill at=save:fsync step=6 rank=0 'path=/a b/filler'",
     ],
@@ -44,7 +46,10 @@ def test_a_fault_is_read_and_written_alike(text):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("explode at=step", "'explode' is none of sigkill, sigkill_all, sigterm, stall, nan, fill, free"),
+        (
+            "explode at=step",
+            "'explode' is none of sigkill, sigkill_all, sigkill_workers, sigterm, stall, nan, fill, free",
+        ),
         ("sigkill at=save:wite", "at=save:wite is none of load, "),
         ("sigkill at=step stpe=4", "'stpe' is none of at, step, rank"),
         ("sigkill", "at=None is none of"),

@@ -1,6 +1,7 @@
 """One attempt of a job: `dtrain train` on several ranks, forked or started by `deepspeed`, until all are gone."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dtrain.chaos.forked import fork_ranks
 from dtrain.errors import DONE, HANG, STOPPED, USER_ERROR
 
 GRACE_SECONDS = 30.0  # that the others have when a rank has failed, as `deepspeed` gives them
+CLONE_NEWNS = 0x00020000  # of unshare(2): a view of the mounts of its own
 LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "train.py"
 
 
@@ -40,10 +42,22 @@ class Ended:
         return ("hung, " if self.hung else "") + " / ".join(words)
 
 
-def forked(arguments: list[str], ranks: int, faults: str, log: Path, limit: float) -> Ended:
-    """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`."""
+def forked(
+    arguments: list[str],
+    ranks: int,
+    faults: str,
+    log: Path,
+    limit: float,
+    alone: tuple[int, str] | None = None,
+    shared_memory: int | None = None,
+) -> Ended:
+    """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`.
+
+    alone: a rank and one more argument for it. shared_memory: bytes of the /dev/shm that each of them sees (root only).
+    """
     environment = {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    processes = fork_ranks(_command, [(arguments, str(log))] * ranks, environment)
+    each = [[*arguments, alone[1]] if alone and alone[0] == rank else arguments for rank in range(ranks)]
+    processes = fork_ranks(_command, [(own, str(log), shared_memory) for own in each], environment)
     end, failing, hung, left = time.monotonic() + limit, None, False, ()
     try:
         while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
@@ -102,11 +116,22 @@ def _alive_in_session(session: int) -> list[int]:
     return found
 
 
-def _command(arguments: list[str], log: str) -> None:
+def _command(arguments: list[str], log: str, shared_memory: int | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if shared_memory is not None:
+        _have_small_shared_memory(shared_memory)
     from dtrain.cli import main
 
     sys.argv = ["dtrain", *arguments]
     main()
+
+
+def _have_small_shared_memory(size: int) -> None:
+    """From now on this process, and no other, sees a /dev/shm of so many bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)

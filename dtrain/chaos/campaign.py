@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,18 +19,20 @@ from dtrain.chaos import attempts
 from dtrain.chaos.attempts import Ended
 from dtrain.chaos.damage import damage_shard
 from dtrain.chaos.job import Job
-from dtrain.chaos.schedule import Plan, State
+from dtrain.chaos.plan import Plan, State
+from dtrain.chaos.store import deletes_the_run, missing_in_mlflow
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.data.audit import audit
 from dtrain.distributed import free_port
 from dtrain.errors import HANG, STOPPED, USER_ERROR, UserError
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import events, read
+from dtrain.tracking.journal import Journal, events, read
 
 TOLERANCE = 1e-5
 LONGEST = 6 * 3600.0  # seconds, of the job undisturbed
 START_SECONDS = 300.0  # that an attempt may take on top of four times the undisturbed run; others share the machine
+ODD_KEY = "../etc//" + 300 * "x"  # of a metric: a path, an empty part, too long
 LAUNCHED_EVERY = 15  # of so many attempts one goes through `deepspeed`, which takes half a minute to start
 
 
@@ -97,6 +100,7 @@ class Round:
         self._waiting: list[Result] = []  # met by an attempt, and no later one has begun yet
         self.met: list[Result] = []
         self._shipped, self._poison = False, ""
+        self._uri = f"sqlite:///{job.work}/{name}.db"
 
     def state(self) -> State:
         whole = self._whole()
@@ -110,13 +114,15 @@ class Round:
         if plan.shard is not None:
             notes.append(damage_shard(self._resolved(), plan.shard, self.job.work / "damaged"))
         if plan.mlflow:
-            overrides += ["tracking.enabled=true", f"tracking.uri=http://127.0.0.1:{free_port()}"]
-            self._shipped = True
+            uri = f"http://127.0.0.1:{free_port()}" if plan.mlflow == "gone" else self._uri
+            overrides += ["tracking.enabled=true", f"tracking.uri={uri}"]
+        self._shipped |= bool(plan.mlflow) or plan.odd_key
         if plan.poison:
             self._poison, self.undisturbed = plan.poison, Undisturbed.train(self.job, plan.poison)
         for stacks in self.run.logs.glob("rank-*.stacks"):  # of an earlier hang
             stacks.unlink()
-        lines, ended = self._attempt(overrides, plan.schedule, launch)
+        with deletes_the_run(self._uri) if plan.mlflow == "forgets" else nullcontext([]) as deleted:
+            lines, ended = self._attempt(overrides, plan, launch)
         last = max((line["attempt"] for line in lines), default=0)  # a process that goes back begins another
         trained_to = max(losses([e for e in lines if e["attempt"] == last]), default=self.state().step)
         result = Result(plan, "deepspeed" if launch else "fork", str(ended), trained_to, ended.at)
@@ -128,6 +134,12 @@ class Round:
             newest = self._whole_paths()[-1]
             self._spoilt.add((step_of(newest), newest.stat().st_ino))
             result.notes.append(plan.damage.do(newest))
+        if plan.odd_key:
+            Journal(self.run.journal_file).append("validation", 0, 0, {ODD_KEY: 1.0})
+        if plan.mlflow == "forgets" and not deleted:
+            result.problems.append("no run came to MLflow that could be deleted")
+        if plan.fails is not None and plan.fails not in [e["step"] for e in lines if e["event"] == "eval_failed"]:
+            result.problems.append(f"the evaluation of step {plan.fails} is not journaled as failed")
         if plan.shape is not None:
             self.shape, self.exact = plan.shape, False
         self._waiting.append(result)
@@ -136,11 +148,9 @@ class Round:
 
     def finish(self) -> None:
         """The last attempt, which meets nothing: to the end, and all as if nothing had ever happened."""
-        overrides, uri = [], f"sqlite:///{self.job.work}/{self.name}.db"
-        if self._shipped:
-            overrides = ["tracking.enabled=true", f"tracking.uri={uri}"]
+        overrides = ["tracking.enabled=true", f"tracking.uri={self._uri}"] if self._shipped else []
         last = self.met[-1]
-        _, ended = self._attempt(overrides, "", False)
+        _, ended = self._attempt(overrides, None, False)
         if ended.hung or any(ended.codes):
             last.problems.append(f"the attempt after it did not finish: {ended}")
             return
@@ -151,19 +161,22 @@ class Round:
         if self.exact and any(not np.array_equal(final[name], wanted[name]) for name in wanted):
             last.problems.append("the last checkpoint is not the undisturbed run's, bit for bit")
         last.problems += [f"audit of the order: {problem}" for problem in audit(self.run).problems]
-        if self._shipped and (problem := missing_in_mlflow(self.run, uri)):
+        if self._shipped and (problem := missing_in_mlflow(losses(read(self.run.journal_file)), self._uri)):
             last.problems.append(problem)
 
-    def _attempt(self, overrides: list[str], schedule: str, launch: bool) -> tuple[list[dict], Ended]:
+    def _attempt(self, overrides: list[str], plan: Plan | None, launch: bool) -> tuple[list[dict], Ended]:
         """(journal lines of the attempt, how it ended), after judging the faults before it by how it began."""
         expected = self.state().step
         torn = self._torn()
         before = len(events(self.run.journal_file))
-        start = attempts.launched if launch else attempts.forked
         arguments = self.job.arguments(self.name, self.shape, overrides)
-        faults = "; ".join(part for part in (self._poison, schedule) if part)
+        faults = "; ".join(part for part in (self._poison, plan.schedule if plan else "") if part)
         limit = 4 * self.undisturbed.seconds + START_SECONDS
-        ended = start(arguments, self.shape.ranks, faults, self.log, limit)
+        if launch:
+            ended = attempts.launched(arguments, self.shape.ranks, faults, self.log, limit)
+        else:
+            odd = (plan.alone, plan.shared_memory) if plan else ()
+            ended = attempts.forked(arguments, self.shape.ranks, faults, self.log, limit, *odd)
         lines = events(self.run.journal_file)[before:]
         for result in self._waiting:
             result.problems += torn
@@ -172,7 +185,7 @@ class Round:
             for result in self._waiting:
                 self._recovered(result, begun, lines, expected)
             self._waiting.clear()
-        elif ended.hung or not ended.killed:
+        elif ended.hung or not (ended.killed or (plan and plan.ends == "refused")):
             for result in self._waiting:
                 result.problems.append(f"the attempt after it did not begin: {ended}")
         return lines, ended
@@ -216,6 +229,8 @@ class Round:
             stacks = sorted(p.name for p in self.run.logs.glob("rank-*.stacks"))
             if fine and len(stacks) != self.shape.ranks:
                 return [f"stacks of {len(stacks)} ranks"]
+        elif plan.ends == "refused":
+            fine = set(ended.codes) <= {USER_ERROR}
         else:
             fine = set(ended.codes) <= {USER_ERROR} and said == "user_error"
         return [] if fine else [f"ended as {said or 'a crash'} ({ended}), not {plan.ends}"]
@@ -251,22 +266,6 @@ def job_with_streams(job: Job):
     return with_streams(job.config, load_all(job.config.data))
 
 
-def missing_in_mlflow(run: RunDirectory, uri: str) -> str | None:
-    """What of the loss MLflow has otherwise than the journal."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments)
-    if len(found) != 1:
-        return f"MLflow has {len(found)} runs of it"
-    history = client.get_metric_history(found[0].info.run_id, "train/loss")
-    arrived = sorted((m.step, m.value) for m in history)
-    if arrived != sorted(losses(read(run.journal_file)).items()):
-        return f"MLflow has {len(arrived)} losses, and not those of the journal"
-    return None
-
-
 def play(
     job: Job,
     undisturbed: Undisturbed,
@@ -288,7 +287,7 @@ def play(
             if plan is None:
                 break
             faults += 1
-            round_.meet(plan, launch and faults % LAUNCHED_EVERY == 0)
+            round_.meet(plan, launch and plan.can_be_launched and faults % LAUNCHED_EVERY == 0)
             judged = len(round_.met) - len(round_._waiting)
             yield from round_.met[yielded : judged - 1]
             yielded = max(yielded, judged - 1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain import distributed
+from dtrain import distributed, faults
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
@@ -109,6 +109,8 @@ def evaluate(
                 lambda evaluations=evaluations: on_progress(next(evaluations), len(mine) * a_block),
             )
             features = extractor(images.to(sampler.device))
+            if faults.spoils("eval:features"):
+                features = torch.full_like(features, torch.nan)
             bad += [ids[row] for row in which_not_finite(features)]
             moments.update(features)
             if kept is not None:

@@ -8,12 +8,12 @@ import numpy as np
 
 from dtrain.chaos.campaign import Result, Undisturbed, play
 from dtrain.chaos.job import Job
+from dtrain.chaos.plan import Draw
 from dtrain.chaos.schedule import (
     EVALUATION_POINTS,
     LOAD_POINTS,
     SAVE_POINTS,
     STEP_POINTS,
-    Draw,
     Schedule,
     damage_after_a_kill,
     kill_in_a_save,
