@@ -189,7 +189,17 @@ def test_a_run_goes_on_over_lines_that_are_none_and_through_links_of_its_owner(d
     assert [line["step"] for line in events(journal) if line["event"] == "attempt"] == [0, 2]
     assert [path.name for path in complete(tmp_path / "scratch/checkpoints")] == ["step-00000002", "step-00000004"]
     assert "finished, 4 unusable lines" in table([RunDirectory(config.run.path)])
-    assert "unusable lines, left out" in _page(config.run.path)
+    page = _page(config.run.path)
+    assert "unusable lines, left out" in page
+    assert "<title>tiny · " in page  # as its owner calls it, and not as the folder that the link leads to
+
+
+def test_a_log_that_is_a_fifo_costs_output_and_not_the_run(digits, tmp_path):
+    config = tiny(digits, tmp_path, "train.steps=2")
+    (config.run.path / "logs").mkdir(parents=True)
+    os.mkfifo(config.run.path / "logs" / "rank-1.log")
+    run_ranks(train, 2, config)
+    assert len(losses(config)) == 2
 
 
 def _page(run: Path) -> str:

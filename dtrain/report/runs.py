@@ -1,5 +1,6 @@
 """What is known of a run: its directory read once, without torch."""
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,7 @@ class Run:
         )
         return cls(
             directory,
-            directory.path.resolve().name,
+            Path(os.path.abspath(directory.path)).name,  # a link of the user's is called as they call it
             config,
             valid(happened + evaluated),
             happened,
@@ -129,7 +130,7 @@ class Run:
 
     def _places(self) -> list[Path]:
         """Where the config's relative paths may begin: the folder the run was started in, then the current one."""
-        here, under = self.directory.path.resolve(), Path(str(self.setting("run.dir", "runs")))
+        here, under = Path(os.path.abspath(self.directory.path)), Path(str(self.setting("run.dir", "runs")))
         depth = len(under.parts)
         known = not under.is_absolute() and here.parent.parts[-depth:] == under.parts
         return [*([here.parents[depth]] if known else []), Path.cwd()]

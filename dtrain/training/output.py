@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from dtrain import distributed
+from dtrain.files import open_regular
 
+_LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _terminal = 2  # the file descriptor errors go to; moved when this rank's output is redirected
 
 
@@ -20,7 +22,10 @@ def redirect_to_log(folder: Path) -> None:
     sys.stderr.flush()
     if _terminal == 2:
         _terminal = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        log = open_regular(path, flags=_LOG)
+    except OSError:  # a full disk, or a FIFO that nobody reads: it costs output, and not the run
+        log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -29,7 +34,7 @@ def redirect_to_log(folder: Path) -> None:
 def leave_terminal(folder: Path) -> None:
     """Send what goes to the terminal, which has been closed, to this rank's log file. In a signal handler: no flush."""
     with contextlib.suppress(OSError):
-        log = os.open(folder / f"rank-{distributed.rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = open_regular(folder / f"rank-{distributed.rank()}.log", flags=_LOG)
         for fd in (1, 2):
             found = os.fstat(fd)
             if stat.S_ISCHR(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from dtrain.errors import HANG
+from dtrain.files import opener
 from dtrain.run import RunDirectory
 from dtrain.training.output import say_error
 
@@ -117,7 +118,7 @@ class Watchdog:
             f"{self._limit.seconds:.0f} s ({self._limit.why}); what each rank was doing is in "
             f"{self._run.logs}/rank-*.stacks"
         )
-        with suppress(OSError), open(self._run.logs / f"rank-{self._rank}.stacks", "w") as file:
+        with suppress(OSError), open(self._run.logs / f"rank-{self._rank}.stacks", "w", opener=opener) as file:
             file.write(f"{message}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
