@@ -34,6 +34,7 @@ NumSamples = Annotated[int | None, typer.Option("--n", "-n", min=2, help="how ma
 Metrics = Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,is,bpd")]
 Features = Annotated[str | None, typer.Option(help=FEATURES_HELP)]
 Bootstrap = Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd; 0: none")]
+BpdClip = Annotated[bool | None, typer.Option(help="hold x_0 within [−1, 1] in bpd, as published figures do")]
 Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")]
 
 

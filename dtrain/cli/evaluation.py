@@ -10,6 +10,7 @@ import typer
 from dtrain.cli.arguments import (
     FEATURES_HELP,
     Bootstrap,
+    BpdClip,
     Ema,
     Eta,
     Features,
@@ -58,6 +59,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
     bootstrap: Bootstrap = None,
+    bpd_clip: BpdClip = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
 ) -> None:
     """Draw samples from a run's checkpoint and compare them with its held-out split.
@@ -71,7 +73,7 @@ def evaluate(
     directory = RunDirectory.find(run)
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
-    chosen |= {"bootstrap": bootstrap, "metrics": metrics}
+    chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip}
     own = directory.config()
     settings = with_eval(own, chosen, raw)
     ctrl_c.at_once(nothing_drawn)
@@ -124,6 +126,7 @@ def sweep(
     features: Features = None,
     weights: Weights = None,
     bootstrap: Bootstrap = None,
+    bpd_clip: BpdClip = None,
     out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
 ) -> None:
     """Evaluate every combination of lists of settings: a table, a heat map and the best one.
@@ -135,6 +138,7 @@ def sweep(
 
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
+    chosen |= {"bpd_clip": bpd_clip}
     settings = with_eval(directory.config(), chosen, raw=False)
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()

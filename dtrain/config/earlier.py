@@ -43,6 +43,7 @@ EARLIER: dict[str, Earlier] = {
     "train.compile": Earlier(False),
     "train.spike_factor": Earlier(0.0),  # no step was refused for its norm
     "eval.clip": Earlier(False),
+    "eval.bpd_clip": Earlier(False),
     "eval.guidance_interval": Earlier([0.0, 1.0]),
     "eval.guidance_rescale": Earlier(0.0),
     "eval.guidance_channels": Earlier("all"),

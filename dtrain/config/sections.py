@@ -307,7 +307,9 @@ class Eval(Section):
     spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
     """which timesteps the sampler visits, or these themselves, falling"""
     clip: bool = False
-    """hold every estimate of x_0 within [−1, 1]"""
+    """hold every estimate of x_0 within [−1, 1] while sampling"""
+    bpd_clip: bool = True
+    """hold them there in bpd too, as published figures do; the bound stays one, and is tighter"""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """s in uncond + s·(cond − uncond); 1: none"""
     guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)

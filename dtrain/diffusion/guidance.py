@@ -24,9 +24,9 @@ def guided(
     null_label is the model's class count. s = 1 is the model itself, so its outputs are the same bit for bit; the
     papers' w is s − 1.
 
-    channels: how many output channels, counted from the first, are guided; all by default. The others are the
-    conditional ones: so a learned variance is never extrapolated, as its meaning as an interpolation forbids, when the
-    image's channel count is given. 3 repeats published DiT results on 4-channel latents.
+    channels: how many of the image's channels, counted from the first, are guided; all by default. 3 repeats published
+    DiT results on 4-channel latents. All other channels of the output are the conditional ones: a learned variance,
+    which follows the image's own channels, is an interpolation and is never extrapolated.
     interval: the shares of the process (0 is clean data) in which to guide; t/last_time must lie in [low, high).
     Outside it the conditional model answers alone, at half the cost (Kynkäänniemi et al. 2024).
     rescale: how far, from 0 to 1, each row's guided channels go back to the conditional ones' standard deviation (Lin
@@ -45,7 +45,7 @@ def guided(
             return model(x, t, labels)
         all_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # (2N,)
         cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), all_labels).chunk(2)  # (N, O, H, W) each
-        n = cond.shape[1] if channels is None else channels
+        n = x.shape[1] if channels is None else min(channels, x.shape[1])
         towards, away, rest = cond[:, :n], uncond[:, :n], cond[:, n:]
         mixed = away + guidance * (towards - away)
         if rescale:

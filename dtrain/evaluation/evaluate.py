@@ -31,7 +31,7 @@ from dtrain.evaluation.scratch import Scratch
 from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
-from dtrain.tracking.best import training_evaluations
+from dtrain.tracking.best import settings_of, training_evaluations
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = (
@@ -132,7 +132,7 @@ def evaluate(
 
         found = distributed.on_rank_0(compute)
     if "bpd" in e.metrics:
-        found |= bits_per_dim(sampler, *reference.validation, e.seed, on_progress)
+        found |= bits_per_dim(sampler, *reference.validation, e.seed, e.bpd_clip, on_progress)
     context = {
         "ema": weights_name(config),
         "n": e.num_samples,
@@ -148,7 +148,9 @@ def evaluate(
 
 def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
     """What else a number depends on where it comes from the held-out images themselves; part of its context."""
-    found: dict[str, Any] = {"validation_images": e.validation_images} if "bpd" in e.metrics else {}
+    found: dict[str, Any] = {}
+    if "bpd" in e.metrics:
+        found |= {"validation_images": e.validation_images, "bpd_clip": e.bpd_clip}
     if reference.upright:
         found["exif"] = "apply"
     if needs_split(e) and reference.manifest.hash != reference.hash:
@@ -228,9 +230,9 @@ def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, 
     and number of samples are told of every evaluation anyhow; the batch only changes rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
-    first = next(iter(training_evaluations(run.journal_file)), {}).get("context")
-    was = first or json.loads(json.dumps({key: getattr(own.eval, key) for key in keys}))
-    keys += sorted({"validation_images", "holdout"} & context.keys() & was.keys())
+    first = next(map(settings_of, training_evaluations(run.journal_file)), None)
+    was = first or json.loads(json.dumps({key: getattr(own.eval, key) for key in (*keys, "bpd_clip")}))
+    keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
     is_now = json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
     other = first.get("reference") != context["reference"] if first else own.eval.reference != now.eval.reference

@@ -107,12 +107,11 @@ class Sampler:
             return self.model(*inputs).float()
 
     def _guided(self, how: Eval):
-        """A learned variance is never guided: the channels behind the image's own stay conditional."""
         return guided(
             partial(self._network, how.precision),
             how.guidance,
             self.num_classes,
-            channels=3 if how.guidance_channels == "first_3" else self.shape[0],
+            channels=3 if how.guidance_channels == "first_3" else None,
             interval=how.guidance_interval,
             last_time=self.process.last_time,
             rescale=how.guidance_rescale,

@@ -30,11 +30,17 @@ def _summed(values: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def bits_per_dim(
-    sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int, on_progress: OnProgress = quiet
+    sampler: Sampler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+    clip: bool = False,
+    on_progress: OnProgress = quiet,
 ) -> dict[str, float]:
     """The bound on held-out images (M, C, H, W) in [−1, 1] with their labels (M,), every timestep with one noise each.
 
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
+    clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
     sampler.model.eval()
     process, draws = sampler.process, Draws(seed)
@@ -54,7 +60,7 @@ def bits_per_dim(
             def noise(t: int, rows: range = rows) -> torch.Tensor:
                 return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
 
-            terms = likelihood.curve(partial(evaluated, y=y), process, x0, noise).double()  # (T, n)
+            terms = likelihood.curve(partial(evaluated, y=y), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
             total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
 

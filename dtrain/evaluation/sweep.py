@@ -200,13 +200,14 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
 
 def _key(checkpoint: str, config: Config, reference: Reference) -> str:
     e = config.eval
+    split = {k: v for k, v in of_the_split(e, reference).items() if (k, v) != ("bpd_clip", False)}  # unsaid at first
     what = identity(checkpoint, config, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),
         "bootstrap": e.bootstrap,
         "extractor": reference.extractor.fingerprint,
         "reference": reference.hash,
-        **of_the_split(e, reference),
+        **split,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

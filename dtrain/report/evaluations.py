@@ -12,12 +12,11 @@ from dtrain.report.markup import details, escaped, plural
 from dtrain.report.markup import table as make_table
 from dtrain.report.numbers import count, short
 from dtrain.report.runs import Line, Run
-from dtrain.tracking.best import better, higher_is_better
+from dtrain.tracking.best import NOT_SETTINGS, better, higher_is_better, settings_of
 
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
 NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
-NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
 MOST_NUMBERS = 8  # of one metric, where no line has several points
 LONGEST = 200  # characters of a setting
 HASHES = ("extractor", "reference")
@@ -55,7 +54,7 @@ def curves(runs: list[Run]) -> dict[str, list[Curve]]:
     groups: dict[tuple[str, int, str], dict[tuple, Line]] = {}
     for number, run in enumerate(runs):
         for line in run.of("eval"):
-            context = {k: v for k, v in line["context"].items() if k not in NOT_SETTINGS}
+            context = settings_of(line)
             for metric in metrics_of(line):
                 if math.isfinite(line["metrics"][metric]):
                     group = groups.setdefault((metric, number, json.dumps(context, sort_keys=True)), {})
@@ -93,7 +92,7 @@ def charts(runs: list[Run]) -> list[Chart]:
             points = [_point(line, metric) for line in curve.lines]
             series.append(Series(name, points, colour, dash, dots=True))
         apart = len(all_curves) - len(drawn)
-        notes = [_spread_note(drawn, metric)]
+        notes = [_spread_note(drawn, metric), _bound_note(drawn) if metric == "bpd" else ""]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]
         which = "higher" if higher_is_better(metric) else "lower"
         found.append(Chart(metric, series, y_name=f"{which} is better", note=" ".join(filter(None, notes)), wide=True))
@@ -214,6 +213,14 @@ def _spread_note(drawn: list[Curve], metric: str) -> str:
     if f"{metric}_low" in names:
         return "Bands: 95 % bootstrap interval."
     return next((f"Bands: {what}." for suffix, what in SPREADS.items() if metric + suffix in names), "")
+
+
+def _bound_note(drawn: list[Curve]) -> str:
+    """Of which chain the bound is, where all lines are of one."""
+    clipped = {bool(c.context.get("bpd_clip")) for c in drawn}
+    if len(clipped) > 1:
+        return ""
+    return f"Every estimate of x₀ is {'clipped to [−1, 1]' if clipped == {True} else 'taken unclipped'}."
 
 
 def _eta(eta: object) -> str:

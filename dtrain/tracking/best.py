@@ -9,6 +9,8 @@ from typing import Any
 from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.tracking.journal import read
 
+NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
+
 
 def higher_is_better(metric: str) -> bool:
     """Of a journal's key, such as `precision_inception`; distances and bits/dim are better lower."""
@@ -48,8 +50,10 @@ def training_evaluations(journal_file: Path) -> list[dict[str, Any]]:
 
 def made_alike(lines: list[dict[str, Any]], line: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     """Those of the evaluations that have the metric and were made as `line` was."""
-    return [other for other in lines if metric in other["metrics"] and _settings(other) == _settings(line)]
+    return [other for other in lines if metric in other["metrics"] and settings_of(other) == settings_of(line)]
 
 
-def _settings(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line["context"].items() if key not in ("artifact", "batch_size", "differs")}
+def settings_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What of an evaluation's context makes its numbers others; an older line's bound was not clipped, unsaid."""
+    before = {"bpd_clip": False} if "bpd" in line["metrics"] else {}
+    return before | {key: value for key, value in line["context"].items() if key not in NOT_SETTINGS}

@@ -53,6 +53,23 @@ def test_channels_that_are_not_guided_are_the_conditional_ones():
     assert torch.equal(found[:, 1:], cond[:, 1:])
 
 
+@pytest.mark.parametrize("channels", [None, 1, 3, 4])
+@pytest.mark.parametrize("image_channels", [1, 3, 4])
+def test_a_learned_variance_is_never_guided_whichever_channels_are_asked_for(image_channels, channels):
+    """An output of 2C channels for images of C: the second half is the conditional model's, bit for bit."""
+    x = torch.randn(3, image_channels, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def wide(x, t, labels):
+        model = Model()
+        return torch.cat([model(x, t, labels), model(x - 1, t, labels)], dim=1)
+
+    cond, uncond = wide(x, t, labels), wide(x, t, torch.full_like(labels, NULL))
+    found = guided(wide, 3.0, NULL, channels=channels, rescale=0.0)(x, t, labels)
+    n = image_channels if channels is None else min(channels, image_channels)
+    torch.testing.assert_close(found[:, :n], (uncond + 3 * (cond - uncond))[:, :n], rtol=0, atol=1e-14)
+    assert torch.equal(found[:, n:], cond[:, n:])
+
+
 def test_outside_its_interval_guidance_leaves_the_conditional_model_alone_at_half_the_cost():
     cond, uncond = cond_and_uncond()
     full = uncond + 3 * (cond - uncond)

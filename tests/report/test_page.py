@@ -196,6 +196,29 @@ def test_evaluations_beside_the_journal_are_part_of_the_curve(run):
     assert "2030" not in found.text  # the time line is the training's
 
 
+def test_a_bound_of_clipped_estimates_shares_no_line_with_one_that_is_not_and_the_page_says_which(run):
+    """A line of before dtrain could clip says nothing of it, and goes on in the curve that is not clipped."""
+    path, context = run / "journal.jsonl", CONTEXT | {"ema": "ema_0", "n": 48}
+    whole = path.read_text()
+
+    def evaluated(*bounds):
+        lines = [
+            {"event": "eval", "step": step, "images": step * BATCH, "attempt": 2, "time": 1.85e9}
+            | {"metrics": {"bpd": value}, "context": context | more}
+            for step, value, more in bounds
+        ]
+        path.write_text(whole + "".join(f"{json.dumps(line)}\n" for line in lines))
+        return page(run)
+
+    old, new = (
+        ((6, 4.9, {}), (8, 4.8, {"bpd_clip": False})),
+        ((10, 4.5, {"bpd_clip": True}), (12, 4.4, {"bpd_clip": True})),
+    )
+    assert [len(points) for points in evaluated(*old, *new).points("bpd").values()] == [2, 2]
+    assert "Every estimate of x₀ is clipped to [−1, 1]." in evaluated(*new).text
+    assert "Every estimate of x₀ is taken unclipped." in evaluated(*old).text
+
+
 def test_several_runs_lie_over_each_other_and_what_differs_is_told(run, tmp_path, monkeypatch):
     other = make_run(tmp_path, monkeypatch, "other", "optim.lr=0.125", outcome=None)
     found = page(run, other, run)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from dtrain.tracking.best import best_step, training_evaluations
 from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow import Destination, default_uri, sync
-from dtrain.tracking.mlflow.description import goodput
+from dtrain.tracking.mlflow.description import distance, goodput
 from dtrain.tracking.mlflow.experiment import VIEW
 
 NOTE = "mlflow.note.content"
@@ -69,6 +70,17 @@ def test_the_best_is_the_highest_where_higher_is_better_and_only_of_the_same_n(r
     evaluate(journal, 200, 0.5, "precision_inception")
     evaluate(journal, 300, 0.4, "precision_inception")
     assert "**precision_inception 0.4** at step 300 (38,400 images seen), the best so far 0.5 at step 200." in note(run)
+
+
+def test_it_says_whether_the_bound_is_of_clipped_estimates_and_counts_the_best_among_alike_ones(run, journal):
+    for step, value, more in ((100, 4.4, {"bpd_clip": True}), (200, 4.71, {}), (300, 4.72, {"bpd_clip": False})):
+        evaluate(journal, step, value, "bpd", **more)
+    lines = training_evaluations(run / "journal.jsonl")
+    told = distance(lines)
+    assert told.startswith("**bpd 4.72** at step 300 (38,400 images seen), the best so far 4.71 at step 200.")
+    assert told.endswith("bpd is with x_0 not clipped.")
+    assert distance(lines[:1]).endswith("bpd is with x_0 clipped to [−1, 1].")
+    assert best_step(run / "journal.jsonl", "bpd", [100, 200, 300]) == 200
 
 
 def test_an_evaluation_that_a_resume_made_void_is_not_told_of(run, journal):

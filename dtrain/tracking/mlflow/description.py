@@ -76,7 +76,10 @@ def distance(evaluations: list[dict[str, Any]]) -> str | None:
         how.append(f"guidance {context['guidance']:g}")
     n = context.get("n")
     said += f". Measured on {f'{n:,}' if isinstance(n, int) else n} samples of {context.get('ema')}"
-    return f"{said} ({', '.join(how)})." if how else f"{said}."
+    said += f" ({', '.join(how)})." if how else "."
+    if "bpd" in line["metrics"]:
+        said += f" bpd is with x_0 {'clipped to [−1, 1]' if context.get('bpd_clip') else 'not clipped'}."
+    return said
 
 
 def goodput(totals: Iterable[dict[str, float]]) -> str:
