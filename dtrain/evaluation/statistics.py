@@ -25,6 +25,8 @@ from dtrain.files import replacing
 # What numpy.load raises for damaged bytes; the header of an array is read as a piece of Python.
 DAMAGES = (OSError, ValueError, KeyError, EOFError, SyntaxError, RuntimeError, TokenError, BadZipFile, zlib.error)
 
+ROUNDING = 1e-6  # of a covariance's Frobenius norm: what other tools' single precision may leave
+
 Triple = tuple[Tensor, Tensor, Tensor]  # count int64 (), mean float64 (D,), scatter float64 (D, D)
 
 
@@ -172,21 +174,45 @@ def read(path: str | Path) -> Stored:
     """Read what `save`, clean-fid, pytorch-fid or EDM wrote. Raises UserError for no such file or a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            mean, cov = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
+            mean, cov = f["mu"], f["sigma"]
+            if {mean.dtype.kind, cov.dtype.kind} - set("fiu"):
+                raise ValueError("mu and sigma are not real numbers")
+            mean, cov = mean.astype(np.float64), cov.astype(np.float64)
             own = {key: f[key] for key in ("count", "fingerprint", "source") if key in f}
             if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
                 raise ValueError(f"mu {mean.shape} and sigma {cov.shape} are no mean and covariance")
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                 raise ValueError("it holds non-finite values")
             fingerprint, source = (str(own[key]) if key in own else None for key in ("fingerprint", "source"))
-            return Stored(Statistics(int(own.get("count", 0)), mean, cov), fingerprint, source)
+            count = int(own.get("count", 0))
+            if count < 0:
+                raise ValueError("there cannot be fewer than no images")
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}") from None
-    except (*DAMAGES, TypeError):  # a TypeError: an .npy holds one array and no names
+    except (*DAMAGES, TypeError, MemoryError):  # a TypeError: an .npy holds one array and no names
         raise UserError(
             f"{path} is damaged or no statistics file, an .npz of mu and sigma; name another, or delete it if "
             "`dtrain reference` made it"
         ) from None
+    if problem := not_a_covariance(cov):
+        raise UserError(f"sigma in {path} is no covariance: {problem}; name another file, or make it again")
+    return Stored(Statistics(count, mean, cov), fingerprint, source)
+
+
+def not_a_covariance(cov: np.ndarray) -> str | None:
+    """Why a finite float64 matrix (D, D) is none, by more than single precision rounds; None where it may be one.
+
+    Rounding PSD entries to float32 moves eigenvalues by at most 6e-8 of the Frobenius norm. Of a matrix that is not
+    positive semi-definite the distance would be a number all the same.
+    """
+    rounding = ROUNDING * np.linalg.norm(cov)
+    if np.abs(cov - cov.T).max(initial=0) > rounding:
+        return "it is not symmetric"
+    try:
+        np.linalg.cholesky(cov + (rounding or 1.0) * np.eye(len(cov)))
+    except np.linalg.LinAlgError:
+        return "it is not positive semi-definite"
+    return None
 
 
 def load(path: str | Path, fingerprint: str | None = None) -> Statistics:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import UserError
-from dtrain.evaluation.statistics import Moments, Statistics, load, merge, moments, save
+from dtrain.evaluation.statistics import Moments, Statistics, load, merge, moments, read, save
 from tests.ranks import run_ranks
 
 D = 5
@@ -212,3 +212,60 @@ def test_a_damaged_statistics_file_is_refused_wherever_it_is_damaged(tmp_path):
         path.write_bytes(data)
         with contextlib.suppress(UserError):  # a bit of a date or a name is no damage to what is read
             load(path)
+
+
+def _mirrored(cov):
+    return np.tril(cov)
+
+
+def _with_a_negative_variance(cov):
+    return cov - 2 * cov[3, 3] * np.outer(np.eye(8)[3], np.eye(8)[3])
+
+
+def _indefinite(cov):
+    values, vectors = np.linalg.eigh(cov)
+    return (vectors * np.where(np.arange(8) == 0, -1e-3 * values[-1], values)) @ vectors.T
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_mirrored, "it is not symmetric"),
+        (_with_a_negative_variance, "it is not positive semi-definite"),
+        (_indefinite, "it is not positive semi-definite"),
+        (lambda cov: -cov, "it is not positive semi-definite"),
+    ],
+)
+def test_a_sigma_that_is_no_covariance_is_refused_in_one_line(tmp_path, spoil, message):
+    cov = np.cov(features(50, dimensions=8), rowvar=False)
+    np.savez(tmp_path / "r.npz", mu=np.zeros(8), sigma=spoil(cov))
+    with pytest.raises(UserError, match=rf"^sigma in .*r\.npz is no covariance: {message}; name another file") as error:
+        read(tmp_path / "r.npz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dimensions", [8, 300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_covariance_of_too_few_samples_or_in_single_precision_is_one(tmp_path, dimensions, dtype):
+    """Of 50 features of 300 dimensions with means far from zero, 251 eigenvalues are rounding around 0."""
+    cov = np.cov(features(50, offset=100.0, dimensions=dimensions), rowvar=False).astype(dtype)
+    np.savez(tmp_path / "r.npz", mu=np.zeros(dimensions), sigma=cov)
+    assert np.array_equal(read(tmp_path / "r.npz").statistics.cov, cov)
+    np.savez(tmp_path / "r.npz", mu=np.zeros(dimensions), sigma=np.zeros_like(cov))
+    assert not read(tmp_path / "r.npz").statistics.cov.any()
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"mu": np.zeros(2, complex), "sigma": np.eye(2)},
+        {"mu": np.zeros(2), "sigma": np.eye(2) + 1j},
+        {"mu": np.array(["0", "1"]), "sigma": np.eye(2)},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "count": -3},
+    ],
+    ids=["complex mean", "complex covariance", "words", "negative count"],
+)
+def test_what_is_no_moment_of_real_numbers_is_refused(tmp_path, arrays):
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(UserError, match="damaged or no statistics file"):
+        read(tmp_path / "r.npz")
