@@ -72,7 +72,9 @@ def _prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best:
         found = {step_of(path): path for path in complete(run.checkpoints)}
         best = best_step(run.journal_file, keep_best, found) if keep_best else None
         if keep_best and best is None:
-            raise UserError(f"no checkpoint of {run.path} has the metric {keep_best!r}; nothing was deleted")
+            known = {name: None for metrics in evaluated(run.journal_file).values() for name in metrics}
+            has = f"; they have {', '.join(known)}" if known else ""
+            raise UserError(f"no checkpoint of {run.path} has the metric {keep_best!r}; nothing was deleted{has}")
         going = surplus(found, keep_last, keep_every, best)
         if going:
             newest = found[max(found)]

@@ -35,6 +35,9 @@ Metrics = Annotated[str | None, typer.Option(help="fd,fd_infinity,kid,precision,
 Features = Annotated[str | None, typer.Option(help=FEATURES_HELP)]
 Bootstrap = Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd; 0: none")]
 BpdClip = Annotated[bool | None, typer.Option(help="hold x_0 within [−1, 1] in bpd, as published figures do")]
+Resize = Annotated[
+    str | None, typer.Option(help="of Inception's images: clean, or tensorflow as published ImageNet figures")
+]
 Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")]
 
 

@@ -18,6 +18,7 @@ from dtrain.cli.arguments import (
     Metrics,
     NumSamples,
     Raw,
+    Resize,
     RunName,
     SamplerName,
     Step,
@@ -56,6 +57,7 @@ def evaluate(
     metrics: Metrics = None,
     features: Features = None,
     weights: Weights = None,
+    resize: Resize = None,
     reference: Annotated[str | None, typer.Option(help="an .npz of mu and sigma; default: data.holdout")] = None,
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
     bootstrap: Bootstrap = None,
@@ -73,7 +75,7 @@ def evaluate(
     directory = RunDirectory.find(run)
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
-    chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip}
+    chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
     own = directory.config()
     settings = with_eval(own, chosen, raw)
     ctrl_c.at_once(nothing_drawn)
@@ -89,6 +91,7 @@ def evaluate(
     with progress("reading the reference") as on_block:
         compared = Reference(settings, device, on_block)
     say_on_rank_0(compared.kept)
+    say_on_rank_0(compared.about)
     scratch = scratch_of(directory, settings, opened.checkpoint, compared)
     ctrl_c.kept(
         lambda: f"{scratch.count():,} of {settings.eval.num_samples:,} samples are kept; go on with: {this_command()}"
@@ -125,6 +128,7 @@ def sweep(
     metrics: Metrics = None,
     features: Features = None,
     weights: Weights = None,
+    resize: Resize = None,
     bootstrap: Bootstrap = None,
     bpd_clip: BpdClip = None,
     out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
@@ -138,14 +142,14 @@ def sweep(
 
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
-    chosen |= {"bpd_clip": bpd_clip}
+    chosen |= {"bpd_clip": bpd_clip, "resize": resize}
     settings = with_eval(directory.config(), chosen, raw=False)
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
     from dtrain.evaluation.combinations import checkpoints_of
-    from dtrain.evaluation.features import metric_name
+    from dtrain.evaluation.names import is_comparable, metric_name
     from dtrain.tracking.tracker import ship
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
@@ -164,10 +168,11 @@ def sweep(
         lines = sweeps.sweep(directory, settings, axes, on_progress, say_on_rank_0)
 
     def conclude() -> None:
-        rows, metric, name = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]["features"]
+        rows, metric, context = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]
         print(sweeps.table(rows))
-        winner = sweeps.best(rows, metric, name)
-        key = metric_name(metric, name)
+        name, comparable = context["features"], is_comparable(context["features"], context.get("reference_resize"))
+        winner = sweeps.best(rows, metric, name, comparable)
+        key = metric_name(metric, name, comparable=comparable)
         shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
         print(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
         picture = out or directory.path / "sweep.png"
@@ -188,6 +193,7 @@ def reference(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
     features: Annotated[str, typer.Option(help=FEATURES_HELP)] = "auto",
     weights: Weights = None,
+    resize: Resize = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="default: that of the first image")] = None,
     out: Annotated[Path | None, typer.Option(help="the .npz to write; default: beside the shards")] = None,
     exif: Annotated[str, typer.Option(help="apply or ignore, as data.exif of the runs to compare")] = "apply",
@@ -203,7 +209,7 @@ def reference(
     from dtrain.evaluation.reference import make
 
     with progress("reading") as on_block:
-        done = make(shards, features, weights, image_size, out, on_block, exif == "apply")
+        done = make(shards, features, weights, image_size, out, on_block, exif == "apply", resize)
     if distributed.rank() == 0:
         print(done)
     distributed.finalize()

@@ -50,6 +50,7 @@ EARLIER: dict[str, Earlier] = {
     "eval.labels": Earlier("data"),
     "eval.bootstrap": Earlier(0),
     "eval.reference": Earlier(None),
+    "eval.resize": Earlier(None),
     "eval.precision": Earlier("fp32"),
 }
 

@@ -292,6 +292,8 @@ class Eval(Section):
     """inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"""
     weights: Place | None = None
     """Inception's file or its folder; null: DTRAIN_WEIGHTS, then ~/.cache/dtrain"""
+    resize: Literal["clean", "tensorflow"] | None = None
+    """of Inception's images, on both sides; null: clean, and another tool's reference may be otherwise: no fid"""
     reference: Place | None = None
     """an .npz of mu and sigma to compare with; null: computed from data.holdout"""
     labels: Literal["data", "uniform"] = "data"

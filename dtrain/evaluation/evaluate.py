@@ -25,8 +25,9 @@ from dtrain.evaluation.features import check_finite
 from dtrain.evaluation.generate import OnProgress, Sampler, quiet, which_not_finite
 from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
+from dtrain.evaluation.names import OF_THE_MODEL
 from dtrain.evaluation.reference import Reference
-from dtrain.evaluation.requirements import OF_THE_MODEL, needs_features, needs_split
+from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
 from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
@@ -128,7 +129,7 @@ def evaluate(
         def compute() -> dict[str, float]:
             on_progress(0, 0, f"computing {', '.join(e.metrics)} of {e.num_samples:,} samples")
             on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
-            return metrics.compute(e, extractor, statistics, reference.statistics, *on_device)
+            return metrics.compute(e, extractor, statistics, reference.statistics, *on_device, reference.comparable)
 
         found = distributed.on_rank_0(compute)
     if "bpd" in e.metrics:
@@ -141,14 +142,16 @@ def evaluate(
         "features": extractor.name,
         "extractor": extractor.fingerprint,
         "reference": reference.hash,
-        **of_the_split(e, reference),
+        **of_the_reference(e, reference),
     }
     return found, context
 
 
-def of_the_split(e: Eval, reference: Reference) -> dict[str, Any]:
-    """What else a number depends on where it comes from the held-out images themselves; part of its context."""
+def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
+    """What else a number depends on: how the reference was made, which held-out images; part of its context."""
     found: dict[str, Any] = {}
+    if reference.resize is not None:
+        found["reference_resize"] = reference.resize
     if "bpd" in e.metrics:
         found |= {"validation_images": e.validation_images, "bpd_clip": e.bpd_clip}
     if reference.upright:

@@ -15,7 +15,9 @@ from dtrain import distributed
 from dtrain.errors import NotFinite
 from dtrain.evaluation import weights
 from dtrain.evaluation.generate import named
-from dtrain.evaluation.requirements import OF_THE_MODEL, Features
+from dtrain.evaluation.names import CLEAN
+from dtrain.evaluation.names import metric_name as metric_name
+from dtrain.evaluation.requirements import Features, check_resize
 
 
 class Extractor(Features, Protocol):
@@ -60,23 +62,29 @@ class Pixels:
 
 
 def extractor(
-    name: str, image_size: int, channels: int, given: str | None = None, device: torch.device | str = "cpu"
+    name: str,
+    image_size: int,
+    channels: int,
+    given: str | None = None,
+    device: torch.device | str = "cpu",
+    resize: str | None = None,
 ) -> Extractor:
-    """The extractor that a value of `eval.features` stands for; `given` is `eval.weights`.
+    """The extractor that a value of `eval.features` stands for; `given` is `eval.weights`, `resize` `eval.resize`.
 
     `auto` is Inception where its file lies on this machine, else EfficientNet-Lite0; it never downloads, while
     `inception` does. Raises UserError for weights that are missing, cut off or others, before anything is computed.
     """
+    found = weights.find(weights.INCEPTION, given) if name == "auto" else None
+    check_resize(resize, name, name == "inception" or found is not None)
     if name == "pixels":
         return Pixels(image_size, channels)
     from dtrain.evaluation.networks import EfficientNetLite0, Inception, UserNetwork
 
     if name == "auto":
-        found = weights.find(weights.INCEPTION, given)
         # Without the extra, EfficientNet's error names Inception's file too: either will do.
-        return EfficientNetLite0(device) if found is None else Inception(found, device)
+        return EfficientNetLite0(device) if found is None else Inception(found, device, resize or CLEAN)
     if name == "inception":
-        return Inception(weights.obtain(weights.INCEPTION, given), device)
+        return Inception(weights.obtain(weights.INCEPTION, given), device, resize or CLEAN)
     if name == "effnet_lite0":
         return EfficientNetLite0(device)
     return UserNetwork(name, device)
@@ -90,15 +98,3 @@ def check_finite(bad: list[int], total: int, what: str, features: str) -> None:
             f"({named(found)}), so there is no distance: "
             f"the network {features} overflows on them; take another eval.features"
         )
-
-
-def metric_name(metric: str, features: str, suffix: str = "") -> str:
-    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels` (design, decision 8).
-
-    Only the Fréchet distance of Inception features with clean-fid's resizing is called `fid`; `bpd` is of no features.
-    A suffix names what belongs to the value, such as `kid_inception_std`.
-    """
-    if metric in OF_THE_MODEL:
-        return metric
-    name = "fid" if (metric, features) == ("fd", "inception") else f"{metric}_{features}"
-    return f"{name}_{suffix}" if suffix else name

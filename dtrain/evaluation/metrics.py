@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from dtrain.config import Eval
-from dtrain.evaluation.features import Extractor, metric_name
+from dtrain.evaluation.features import Extractor
 from dtrain.evaluation.frechet import bootstrap_interval, fd_infinity, frechet_distance
 from dtrain.evaluation.inception_score import inception_score
 from dtrain.evaluation.kernel import kernel_distance
+from dtrain.evaluation.names import metric_name
 from dtrain.evaluation.neighbours import precision_and_recall
 from dtrain.evaluation.statistics import Statistics
 
@@ -18,8 +19,11 @@ def compute(
     reference: Statistics | None,
     features: Tensor | None,
     reference_features: Tensor | None,
+    comparable: bool = True,
 ) -> dict[str, float]:
     """Every metric of `eval.metrics` under its journal name. Features where `needs_…` says so, (N, D) and (M, D).
+
+    comparable: whether the statistics compared with are of images resized as the samples are.
 
     Beside a value stands what is known of its spread: `fid_low` and `fid_high` (95 %, with eval.bootstrap), the `_std`
     over subsets of kid and is, the `_error` of fd_infinity's fit.
@@ -27,8 +31,8 @@ def compute(
     found: dict[str, float] = {}
 
     def put(metric: str, value: float, **spread: float) -> None:
-        found[metric_name(metric, extractor.name)] = value
-        found.update({metric_name(metric, extractor.name, suffix): s for suffix, s in spread.items()})
+        found[metric_name(metric, extractor.name, "", comparable)] = value
+        found.update({metric_name(metric, extractor.name, suffix, comparable): s for suffix, s in spread.items()})
 
     if "fd" in e.metrics:
         distance = frechet_distance(statistics, reference)

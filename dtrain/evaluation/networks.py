@@ -1,4 +1,5 @@
-"""Extractors that are networks. Images are resized by clean-fid's own function, so that features are what it takes.
+"""Extractors that are networks. Images are resized by clean-fid's own function, so that features are what it takes,
+unless Inception is asked for the resizing that its file holds.
 
 Parmar, Zhang & Zhu (2022), "On aliased resizing and surprising subtleties in GAN evaluation": antialiased bicubic,
 channel by channel in floating point, clipped to [0, 255] and not rounded again.
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import UserError
+from dtrain.evaluation.names import CLEAN, TENSORFLOW
 from dtrain.evaluation.requirements import check_torchscript
 from dtrain.files import as_file_name
 
+OUR_NAMES = ("inception", "inception_tf", "effnet_lite0", "pixels")
 CPU_IMAGES, GPU_IMAGES = 8, 64  # in one forward: activations at 224 to 299 pixels are some 30 to 60 MB an image
 
 
@@ -65,17 +68,33 @@ class Network:
 
 
 class Inception(Network):
-    """Inception-v3 of 2015 as the TensorFlow FID used it: 2048 features, 1008 outputs. Its Fréchet distance is FID."""
+    """Inception-v3 of 2015 as the TensorFlow FID used it: 2048 features, 1008 outputs.
+
+    Its Fréchet distance is `fid`; with the resizing of that time its name is inception_tf, and the distance `fid_tf`.
+    """
 
     name, size, dimensions, classes = "inception", 299, 2048, 1008
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu"):
+    def __init__(self, path: Path, device: torch.device | str = "cpu", resize: str = CLEAN):
+        """resize: clean, or tensorflow, which the file does itself: bilinear, not antialiased, corners not aligned."""
         super().__init__(device)
         self._network = load_torchscript(path, self.device)
-        self.fingerprint = _fingerprint("inception (x-128)/128 at 299", path)
+        self._resizes_itself = resize == TENSORFLOW
+        if self._resizes_itself:
+            self.name = "inception_tf"
+            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", path, "its own tensorflow bilinear")
+        else:
+            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", path)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if self._resizes_itself:
+            return self._network(pixels, return_features=True).flatten(1)  # (n, 2048) of any (n, 3, H, W)
         return self._network.layers((pixels - 128) / 128).flatten(1)  # (n, 2048)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if self._resizes_itself:
+            return images.expand(-1, 3, -1, -1).to(self.device, torch.float32)
+        return super()._resized(images)
 
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
@@ -126,7 +145,7 @@ class UserNetwork(Network):
         super().__init__(device)
         self._network = load_torchscript(Path(path), self.device)
         name = as_file_name(re.sub(r"\W+", "_", Path(path).stem).lower())
-        self.name = f"file_{name}" if name in ("inception", "effnet_lite0", "pixels") else name
+        self.name = f"file_{name}" if name in OUR_NAMES else name
         self.size = int(getattr(self._network, "size", 299))
         self.fingerprint = _fingerprint(f"torchscript at {self.size}", Path(path))
         try:
@@ -154,7 +173,7 @@ def load_torchscript(path: Path, device: torch.device) -> torch.jit.ScriptModule
         raise UserError(f"{path} cannot be read as TorchScript ({str(e).strip().splitlines()[0]})") from None
 
 
-def _fingerprint(definition: str, path: Path) -> str:
+def _fingerprint(definition: str, path: Path, resizing: str = "clean-fid bicubic") -> str:
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return hashlib.sha256(f"{definition}, clean-fid bicubic, weights {digest}".encode()).hexdigest()
+    return hashlib.sha256(f"{definition}, {resizing}, weights {digest}".encode()).hexdigest()

@@ -29,6 +29,13 @@ from dtrain.errors import UserError
 from dtrain.evaluation.features import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
 from dtrain.evaluation.kept import KeptFeatures
+from dtrain.evaluation.names import (
+    OF_STATISTICS,
+    about_reference,
+    is_comparable,
+    options_of,
+    resize_of_reference,
+)
 from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
 from dtrain.evaluation.statistics import Moments, Statistics, read, save
@@ -74,6 +81,9 @@ class Reference:
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     hash:       of what `statistics` come from, for a metric's context
     upright:    whether a picture of the split was turned by its EXIF data; false where data.exif makes no difference
+    resize:     how the images behind another tool's statistics were resized for Inception; None where all is our own
+    comparable: whether these were resized as the samples are
+    about:      a line that says what a distance to these is called, and why; None where that is no question
     kept:       a line that says where what was computed is kept; None where nothing was
     """
 
@@ -85,7 +95,7 @@ class Reference:
         data, e = config.data, config.eval
         # Every rank finds or fetches its weights: ranks of one machine wait for each other, machines may differ.
         self.extractor: Extractor = distributed.agree(
-            extractor, e.features, data.image_size, data.channels, e.weights, device
+            extractor, e.features, data.image_size, data.channels, e.weights, device, e.resize
         )
         self.manifest = distributed.agree(split_of, config)
         distributed.agree(check_metrics, e, self.extractor, None if self.manifest is None else self.manifest.samples)
@@ -109,8 +119,10 @@ class Reference:
             )
             self.validation = normalize(images), labels
         stored = distributed.on_rank_0(self._stored, config)
+        self.resize = self.about = None
         if stored is not None:
-            self.statistics, self.hash = stored
+            self.statistics, self.hash, self.resize, self.about = stored
+        self.comparable = is_comparable(self.extractor.name, self.resize)
         if stored is None or keep:
             statistics, self.features = self._computed(config, device, keep, on_block)
             if stored is None:
@@ -142,14 +154,19 @@ class Reference:
         self.kept = distributed.on_rank_0(store.keep, statistics, features)
         return statistics, features
 
-    def _stored(self, config: Config) -> tuple[Statistics, str] | None:
-        size, channels, upright = config.data.image_size, config.data.channels, config.data.upright
-        if config.eval.reference:
-            return read_reference(Path(config.eval.reference), self.extractor, size, channels, upright=upright)
-        path = stored_path(self.manifest.path.parent, self.extractor, size)
-        if not path.exists():
-            return None
-        return read_reference(path, self.extractor, size, channels, self.manifest, upright)
+    def _stored(self, config: Config) -> tuple[Statistics, str, str | None, str | None] | None:
+        """Statistics in a file, their hash, how their images were resized, and what to say of that."""
+        data, e = config.data, config.eval
+        size, channels = data.image_size, data.channels
+        path, manifest = Path(e.reference or ""), None
+        if not e.reference:
+            path, manifest = stored_path(self.manifest.path.parent, self.extractor, size), self.manifest
+            if not path.exists():
+                return None
+        resize = resize_of_reference(e, self.extractor.name, path)
+        found = read_reference(path, self.extractor, size, channels, manifest, data.upright)
+        about = about_reference(self.extractor.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
+        return *found, resize, about
 
 
 def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:
@@ -188,7 +205,7 @@ def read_reference(
                 ignored = "" if upright else " --exif ignore"
                 raise UserError(
                     f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
-                    f"run `dtrain reference {Path(source.manifest).parent} --features {features.name}{ignored}` again"
+                    f"run `dtrain reference {Path(source.manifest).parent} {options_of(features.name)}{ignored}` again"
                 )
     if stored.statistics.dimensions != features.dimensions:
         raise UserError(
@@ -249,11 +266,13 @@ def make(
     out: Path | None,
     on_block: OnProgress = quiet,
     upright: bool = True,
+    resize: str | None = None,
 ) -> str:
     """`dtrain reference`: write the statistics of a split; what was done, in one line. A collective.
 
     shards: a folder with a manifest.json, or the manifest. image_size: default, the shorter side of the first image.
     upright: pictures are turned as their EXIF data say.
+    resize: as `eval.resize`.
     """
     path = Path(shards) / "manifest.json" if Path(shards).is_dir() else Path(shards)
     manifest = distributed.agree(manifests.load, path)
@@ -261,7 +280,7 @@ def make(
     size, channels = distributed.agree(_first_image, manifest)
     size = image_size or size
     device = distributed.device()
-    features = distributed.agree(extractor, name, size, channels, weights, device)
+    features = distributed.agree(extractor, name, size, channels, weights, device, resize)
     turned = upright and distributed.on_rank_0(any_turned, manifest, manifest.place)
     source = Source.of(manifest, features, size, channels, turned)
     target = out or stored_path(path.parent, features, size)

@@ -1,5 +1,6 @@
 """What an evaluation needs to end well, asked before anything is computed; without torch, for who submits a job."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +12,19 @@ from dtrain.data.lacking import check_split
 from dtrain.data.manifest import Manifest
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation import weights
+from dtrain.evaluation.names import (
+    CLEAN,
+    OF_STATISTICS,
+    OF_THE_MODEL,
+    RESIZING,
+    TENSORFLOW,
+    about_reference,
+    is_comparable,
+    metric_name,
+    metric_names,
+    resize_of_reference,
+)
 
-OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
 OF_MOMENTS = {"fd"}
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
 SPLITS = 10  # parts of the samples that the Inception score is taken over
@@ -61,6 +73,43 @@ def check_evaluation(config: Config) -> None:
         check_metrics(config.eval, features, None if split is None else split.samples)
     if config.eval.reference and not Path(config.eval.reference).is_file():
         raise UserError(f"no statistics at {config.eval.reference}{from_where(config.eval.reference)}")
+    if features is not None and config.eval.reference:
+        resize_of_reference(config.eval, features.name, config.eval.reference)
+
+
+def about_names(config: Config) -> list[str]:
+    """What to say before an evaluation of metrics that are not called as a user may expect, a line each."""
+    e, features = config.eval, known_features(config)
+    if features is None:
+        return []
+    resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
+    of_statistics = e.reference and OF_STATISTICS & set(e.metrics)
+    lines = [about_reference(features.name, e.reference, resize) if of_statistics else None]
+    lines.append(_unknown_best(config, features.name, is_comparable(features.name, resize)))
+    return [line for line in lines if line]
+
+
+def check_best(config: Config) -> None:
+    """Raises UserError for a `train.keep_best` that no evaluation of this config gives, with the name to take.
+
+    What `auto` features are is known where they are computed: that may be another machine.
+    """
+    e, features = config.eval, known_features(config)
+    if features is None or (e.features == "auto" and features.name not in RESIZING):
+        return
+    resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
+    if wrong := _unknown_best(config, features.name, is_comparable(features.name, resize)):
+        raise UserError(wrong)
+
+
+def _unknown_best(config: Config, features: str, comparable: bool) -> str | None:
+    wanted, given = config.train.keep_best, metric_names(config.eval, features, comparable)
+    if wanted is None or wanted in (*given, "seconds"):
+        return None
+    distance = metric_name("fd", features, comparable=comparable)
+    take = distance if distance in given and wanted.startswith(("fid", "fd_")) else None
+    take = take or difflib.get_close_matches(wanted, given, 1, 0)[0]
+    return f"no evaluation of this config gives train.keep_best {wanted}, but {', '.join(given)}; take {take}"
 
 
 def split_of(config: Config) -> Manifest | None:
@@ -84,17 +133,30 @@ def known_features(config: Config) -> Known | None:
     Raises UserError where a file is missing. A download is left to the evaluation, and so are packages: a job's
     container may have others than the machine it is submitted from.
     """
-    name, data = config.eval.features, config.data
+    name, data, resize = config.eval.features, config.data, config.eval.resize
+    found = weights.find(weights.INCEPTION, config.eval.weights) if name in ("auto", "inception") else None
+    is_inception = name == "inception" or found is not None
+    check_resize(resize, name, is_inception)
     if name == "pixels":
         return Known(name, data.channels * data.image_size**2, 0)
-    if name in ("auto", "inception"):
-        found = weights.find(weights.INCEPTION, config.eval.weights)
-        if found or name == "inception":
-            return Known("inception", 2048, 1008)
+    if is_inception:
+        return Known("inception_tf" if resize == TENSORFLOW else "inception", 2048, 1008)
     if name in ("auto", "effnet_lite0"):
         return Known("effnet_lite0", 1280, 1000)
     check_torchscript(Path(name))
     return None
+
+
+def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
+    """Raises UserError for the resizing of TensorFlow, which is a part of Inception's file, where that is not taken."""
+    if resize not in (None, CLEAN, TENSORFLOW):
+        raise UserError(f"{resize!r} is no resizing of Inception's images; take {CLEAN} or {TENSORFLOW}")
+    if resize == TENSORFLOW and not is_inception:
+        here = "; its weight file is not on this machine" if features == "auto" else ""
+        raise UserError(
+            f"eval.resize tensorflow is Inception's own, and eval.features is {features}{here}; take "
+            "eval.features=inception, or leave eval.resize out"
+        )
 
 
 def check_torchscript(path: Path) -> None:

@@ -24,13 +24,13 @@ from dtrain.evaluation.evaluate import (
     evaluations_of_a_rank,
     identity,
     newest_step,
-    of_the_split,
+    of_the_reference,
     open_sampler,
     scratch_of,
     weights_name,
 )
-from dtrain.evaluation.features import metric_name
 from dtrain.evaluation.generate import OnProgress, quiet
+from dtrain.evaluation.names import metric_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better
@@ -65,6 +65,7 @@ def sweep(
     on_progress(0, 0, "reading the reference")
     reference = Reference(config, device, on_progress)
     say(reference.kept)
+    say(reference.about)
     lines = distributed.on_rank_0(combinations_there, path)
     newest = None if axes.get("checkpoint") else newest_step(run)  # once: a training that goes on makes others
     evaluations = [evaluations_of_a_rank(at) for at in configs]
@@ -134,9 +135,9 @@ def summary(lines: list[dict]) -> list[Row]:
     return rows
 
 
-def best(rows: list[Row], metric: str, features: str) -> Row:
+def best(rows: list[Row], metric: str, features: str, comparable: bool = True) -> Row:
     """By the lowest `metric` of these features, or the highest where more is better."""
-    name = metric_name(metric, features)
+    name = metric_name(metric, features, comparable=comparable)
     finite = [row for row in rows if math.isfinite(row.metrics[name])]
     return better(name)(finite or rows, key=lambda row: row.metrics[name])
 
@@ -200,14 +201,14 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
 
 def _key(checkpoint: str, config: Config, reference: Reference) -> str:
     e = config.eval
-    split = {k: v for k, v in of_the_split(e, reference).items() if (k, v) != ("bpd_clip", False)}  # unsaid at first
+    of = {k: v for k, v in of_the_reference(e, reference).items() if (k, v) != ("bpd_clip", False)}  # unsaid at first
     what = identity(checkpoint, config, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),
         "bootstrap": e.bootstrap,
         "extractor": reference.extractor.fingerprint,
         "reference": reference.hash,
-        **split,
+        **of,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from dtrain.evaluation.names import FRECHET
 from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.markup import details, escaped, plural
 from dtrain.report.markup import table as make_table
@@ -46,7 +47,7 @@ def metrics_of(line: Line) -> list[str]:
 
 def is_distance(metric: str) -> bool:
     """Whether it is a Fréchet distance: what runs are compared by."""
-    return metric == "fid" or (metric.startswith("fd_") and not metric.startswith("fd_infinity"))
+    return metric in FRECHET.values() or (metric.startswith("fd_") and not metric.startswith("fd_infinity"))
 
 
 def curves(runs: list[Run]) -> dict[str, list[Curve]]:

@@ -11,7 +11,7 @@ from dtrain.data.lacking import check_training
 from dtrain.data.streams import with_streams
 from dtrain.data.survey import named, survey
 from dtrain.errors import UserError, from_where
-from dtrain.evaluation.requirements import check_evaluation
+from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
 from dtrain.files import read_json
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
@@ -54,7 +54,7 @@ def warnings(config: Config) -> list[str]:
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
                 f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
             )
-    return lines
+    return [*lines, *about_names(config)] if config.eval.every else lines
 
 
 def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
@@ -96,6 +96,8 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     lacking = check_training(config, manifest)
     if config.eval.every:
         check_evaluation(config)
+        if not complete(RunDirectory(config.run.path).checkpoints):  # one that has begun goes on, and says so
+            check_best(config)
     if config.run.init_from and not complete(RunDirectory(config.run.path).checkpoints):
         check_source(config)
     return lacking

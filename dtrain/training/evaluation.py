@@ -95,6 +95,8 @@ class Evaluation:
         self._reference = Reference(self._config, distributed.device(), on_progress)
         if self._reference.kept:
             self._progress.say(self._reference.kept)
+        if self._reference.about and not self._config.eval.reference:  # of a named one the start has said it
+            self._progress.say(self._reference.about)
 
     def _failed(self, position: Position, error: SharedError | SharedFailure) -> None:
         """Write down and say that there are no numbers of this step, and why."""
