@@ -6,6 +6,7 @@ left out and counted, so that nobody who reads lines has to look at types again.
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,8 @@ def _is_event(line: dict[str, Any]) -> bool:
         and type(context) is dict
     ):
         return False
+    # Interned, since every line has the same names, and lines wait in memory for an MLflow that does not answer.
+    line["metrics"] = metrics = {sys.intern(name): value for name, value in metrics.items()}
     for name, value in metrics.items():
         if len(name) > LONGEST_NAME:
             return False

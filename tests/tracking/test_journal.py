@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import contextmanager
 
 import numpy as np
@@ -260,6 +261,26 @@ def test_tail_gives_each_whole_line_once_however_the_file_grows(tmp_path):
         assert len(seen) == data[:at].count(b"\n")
     assert seen == read(source)
     assert tail.read() == []
+
+
+def test_a_line_that_waits_for_mlflow_takes_less_than_2_kilobytes_of_memory(tmp_path):
+    """In an outage of days they are many. Most of a line are the names of its metrics, which all have in common."""
+    names = ["loss", "grad_norm", "lr", *(f"loss_level_{i}" for i in range(8)), "bytes_read", "bad_samples"]
+    names += ["images_per_second", "step_seconds", "step_seconds_spread", "data_wait_seconds", "tflops", "mfu"]
+    journal, count = Journal(tmp_path / "journal.jsonl"), 2000
+    journal.begin_attempt(0, 0)
+    for step in range(count):
+        journal.append("train", step, step, {name: step + number / 7 for number, name in enumerate(names)})
+    journal.close()
+    tail = Tail(tmp_path / "journal.jsonl")
+    tracemalloc.start()
+    try:
+        lines = tail.read()
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(lines) == count + 1
+    assert taken / count < 2000
 
 
 def test_the_journal_needs_neither_torch_nor_mlflow():
