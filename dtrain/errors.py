@@ -2,6 +2,7 @@
 
 import os
 
+from dtrain.credentials import redacted
 from dtrain.terminal import printable
 
 DONE = 0
@@ -16,12 +17,13 @@ INTERRUPTED = 130  # by Ctrl-C, at once
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what is wrong, where, and what to do.
 
-    Names of files and members come into it as they are, so what is not printable, a line break in a name, is escaped.
+    Names of files and members come into it as they are, so what is not printable, a line break in a name, is escaped;
+    addresses and values of the user's too, so what is secret is left out.
     The command line prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__(printable(redacted(message)))
 
 
 def from_where(path: str | os.PathLike) -> str:

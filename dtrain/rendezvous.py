@@ -11,7 +11,9 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
+from dtrain.credentials import redacted
 from dtrain.errors import SharedError, UserError
+from dtrain.terminal import printable
 
 PATIENCE = 10.0  # seconds before a rank says for whom it waits
 ANSWER = 45.0  # seconds that a rank which cannot come tries to say so: the others may still be importing
@@ -144,4 +146,4 @@ def _place() -> str:
 
 
 def _say(line: str) -> None:
-    print(f"dtrain: {line}", file=sys.stderr, flush=True)
+    print(f"dtrain: {printable(redacted(line))}", file=sys.stderr, flush=True)

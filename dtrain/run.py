@@ -15,6 +15,7 @@ from dtrain import config as configuration
 from dtrain import files
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
+from dtrain.credentials import masked
 from dtrain.errors import UserError
 from dtrain.tracking.journal import events
 
@@ -108,7 +109,7 @@ class RunDirectory:
     ) -> None:
         body = {"outcome": outcome, "step": step, "attempt": attempt, "message": message}
         try:
-            replace(self.outcome_file, json.dumps({k: v for k, v in body.items() if v is not None}) + "\n")
+            replace(self.outcome_file, json.dumps(masked({k: v for k, v in body.items() if v is not None})) + "\n")
         except OSError as e:  # how the run ended is worth more than this file
             print(f"{self.outcome_file} cannot be written ({e.strerror}): scripts will take this end for a crash")
 

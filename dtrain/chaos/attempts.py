@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain import addresses
 from dtrain.chaos.forked import fork_ranks
 from dtrain.errors import DONE, HANG, STOPPED, USER_ERROR
 
@@ -55,7 +56,7 @@ def forked(
 
     alone: a rank and one more argument for it. shared_memory: bytes of the /dev/shm that each of them sees (root only).
     """
-    environment = {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    environment = addresses.environment() | {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     each = [[*arguments, alone[1]] if alone and alone[0] == rank else arguments for rank in range(ranks)]
     processes = fork_ranks(_command, [(own, str(log), shared_memory) for own in each], environment)
     end, failing, hung, left = time.monotonic() + limit, None, False, ()
@@ -83,7 +84,7 @@ def launched(arguments: list[str], ranks: int, faults: str, log: Path, limit: fl
 
     program = Path(sys.executable).parent / "deepspeed"
     environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"DTRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    environment |= addresses.environment() | {"DTRAIN_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     command = [program, "--num_accelerators", str(ranks), "--master_port", str(free_port()), LAUNCHER, *arguments[1:]]
     with open(log, "ab") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)

@@ -1,6 +1,7 @@
 """The job that the faults are tried on: made small and quick, in a folder of its own, on a disk that can be filled."""
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -83,7 +84,15 @@ class Job:
 
     def arguments(self, name: str, shape: Shape, overrides: list[str]) -> list[str]:
         """Of the command that trains the run `name`."""
-        return ["train", str(self.file), f"run.name={name}", f"deepspeed.zero_stage={shape.stage}", *overrides]
+        own = [f"run.name={name}", f"deepspeed.zero_stage={shape.stage}", *self._commands()]
+        return ["train", str(self.file), *own, *overrides]
+
+    def _commands(self) -> list[str]:
+        """The commands of `pipe:` shards, which a config is kept without."""
+        data = self.config.data
+        given = {"shards": data.shards, "holdout_shards": data.holdout_shards}
+        given |= {f"mix.{i}.shards": source.shards for i, source in enumerate(data.mix)}
+        return [f"data.{key}={json.dumps(place)}" for key, place in given.items() if (place or "").startswith("pipe:")]
 
     def shapes(self) -> list[Shape]:
         """Others that the job can go on in."""

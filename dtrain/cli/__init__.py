@@ -15,7 +15,7 @@ import typer
 from dtrain import __version__, distributed, launcher
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
 from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, told
-from dtrain.training.output import forgive_output, say_error
+from dtrain.training.output import clean_tracebacks, forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
@@ -103,6 +103,7 @@ def main(command: str | None = None) -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith(LOCAL_RANK)]
     if command is not None:  # launch/train.py is `dtrain train`
         arguments = [command, *arguments]
+    clean_tracebacks()
     if arguments[:1] == ["train"]:
         forgive_output()
     try:

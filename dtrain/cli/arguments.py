@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
@@ -60,10 +61,10 @@ def with_eval(config, chosen: dict, raw: bool):
 
 
 def this_command() -> str:
-    """`dtrain …` as it was typed; a launcher's options are known to the launcher alone."""
+    """`dtrain …` as it was typed, without secrets; a launcher's options are known to the launcher alone."""
     if Path(sys.argv[0]).name != "dtrain":
         return "the same command"
-    return shlex.join(["dtrain", *sys.argv[1:]])
+    return shlex.join(["dtrain", *map(shown_argument, sys.argv[1:])])
 
 
 def values(text: str) -> list:

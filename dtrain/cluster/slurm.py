@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config import Config
+from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.training.stopping import DURATION, duration
@@ -171,10 +172,17 @@ def submit(job: Job, script: str) -> str:
         run.remove_empty_folders()
         raise
     try:
-        job.log(number).with_suffix(".sbatch").write_text(script)
+        job.log(number).with_suffix(".sbatch").write_text(_without_secrets(script, job))
     except OSError as e:  # the job is in the queue: its number is what counts
         print(f"the script of job {number} could not be kept: {e.strerror}")
     return number
+
+
+def _without_secrets(script: str, job: Job) -> str:
+    """The script with the secrets of the job's own arguments masked."""
+    for word in job.command:
+        script = script.replace(bash(word), bash(shown_argument(word)))
+    return script
 
 
 def _ask(command: list[str], text: str | None = None) -> str:

@@ -4,19 +4,31 @@ A string below a key says what the key does: `dtrain config` reads it from here 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from dtrain.credentials import without_credentials
+from dtrain import addresses
+from dtrain.credentials import masked, without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-# A file, a folder or a URL. `~` is the home of whoever starts: no shell expands it in a file, or after `key=`.
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+# A file, a folder or a URL. `~` is the home of whoever starts: no shell expands it in a file, or after `key=`. The
+# login and the query of a URL go to whoever opens it (`dtrain.addresses`); a config does without.
+Place = Annotated[str, AfterValidator(os.path.expanduser), AfterValidator(addresses.kept)]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -44,8 +56,20 @@ def _at_home(uri: str | None) -> str | None:
     return f"sqlite:///{os.path.expanduser(place)}" if place.startswith("~") else uri
 
 
+def _without_login(uri: str | None) -> str | None:
+    return uri and addresses.kept(uri)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+
+    @model_serializer(mode="wrap")
+    def _as_kept(self, serialize: Any, info: Any) -> dict[str, Any]:
+        """As JSON, which is what config.yaml, checkpoints and MLflow have, without the commands of `pipe:`."""
+        tree = serialize(self)
+        if info.mode == "json":
+            return {key: without_credentials(value) if isinstance(value, str) else value for key, value in tree.items()}
+        return tree
 
 
 class Run(Section):
@@ -224,6 +248,10 @@ class DeepSpeed(Section):
     extra: dict[str, Any] = {}
     """raw DeepSpeed options, merged last"""
 
+    @field_serializer("extra", when_used="json")
+    def _extra_as_kept(self, extra: dict[str, Any]) -> dict[str, Any]:
+        return masked(extra)
+
     @model_validator(mode="after")
     def _combines(self):
         if self.precision == "bf16" and self.zero_stage == 0:
@@ -340,16 +368,11 @@ class Eval(Section):
 class Tracking(Section):
     enabled: bool = True
     """false: only the journal is written; `dtrain sync` sends it later, from where MLflow is"""
-    uri: Annotated[str | None, AfterValidator(_at_home)] = Field(
-        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, validate_default=True, repr=False
+    uri: Annotated[str | None, AfterValidator(_at_home), AfterValidator(_without_login)] = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or None, validate_default=True
     )
     """MLflow's address; default: MLFLOW_TRACKING_URI, else SQLite beside the runs"""
     experiment: str = Field("dtrain", min_length=1, max_length=500)
     """of MLflow, where the run is listed"""
     system_every: Annotated[float, Field(ge=0)] = 30.0
     """seconds between looks at a node's CPU, memory, GPUs; 0: none"""
-
-    @field_serializer("uri")
-    def _uri_as_kept(self, uri: str | None) -> str | None:
-        """A password serves the process it was given to; config.yaml, checkpoints and MLflow do without."""
-        return uri and without_credentials(uri)

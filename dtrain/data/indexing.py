@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain.addresses import kept
+from dtrain.credentials import redacted
 from dtrain.data import remote
 from dtrain.data.fields import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
 from dtrain.data.lacking import lacking, of_labels
@@ -43,7 +45,7 @@ def index_shards(
     back say what a training would stumble over. `progress` is called with the bytes of each shard done. Both files
     appear whole or not at all. processes: default one a core, one for a few shards.
     """
-    places = [str(s) if remote.is_url(s) else os.path.abspath(s) for s in shards]
+    places = [kept(str(s)) if remote.is_url(s) else os.path.abspath(s) for s in shards]
     if len(set(places)) < len(places):
         twice = next(s for n, s in enumerate(places) if s in places[:n])
         raise UserError(f"{twice} is named twice; name every shard once")
@@ -163,7 +165,7 @@ def find_shards(source: str) -> list[Path | str]:
     except UnbalancedBracesError:
         raise UserError(f"the braces of {source!r} do not balance; write x-{{000..099}}.tar") from None
     shards = []
-    for pattern in patterns:
+    for pattern in map(kept, patterns):
         found = remote.expand(pattern) if remote.is_url(pattern) else _files(pattern)
         if not found:
             raise UserError(f"there is no shard {pattern}; name a folder of *.tar files, a glob or a brace pattern")
@@ -208,7 +210,7 @@ def common_folder(places: Sequence[str]) -> str:
 def _relative(place: str, root: str) -> str:
     if remote.is_pipe(root):
         return place
-    return place[len(root) + 1 :] if remote.is_url(place) else os.path.relpath(place, root)
+    return remote.split_query(place)[0][len(root) + 1 :] if remote.is_url(place) else os.path.relpath(place, root)
 
 
 def _scan_once(place: str, folder: str) -> tuple[str, int]:
@@ -227,8 +229,8 @@ def _scan_once(place: str, folder: str) -> tuple[str, int]:
     if not _is_whole(part):
         if remote.is_pipe(place):
             with tempfile.NamedTemporaryFile(dir=folder, suffix=".tar") as copy:
-                remote.run_pipe(place, Path(copy.name))
-                found = scan(copy.name, shown=place)
+                remote.run_pipe(place, Path(copy.name), redacted(place))
+                found = scan(copy.name, shown=redacted(place))
         else:
             found = scan(place)
         head = {"fields": found.fields, "samples": len(found.members), "bytes": found.bytes, "sha256": found.sha256}

@@ -3,9 +3,10 @@
 import numpy as np
 
 from dtrain.config import Config
+from dtrain.credentials import MASK
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
-from dtrain.data.remote import is_url
+from dtrain.data.remote import is_pipe, is_url, join
 from dtrain.data.shards import ShardReader
 
 
@@ -38,6 +39,12 @@ class SampleNames:
         for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
             sizes = self._manifests[source].shard_sizes
             shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
-            name = f"{self._places[source]}/{self._manifests[source].shards[shard].name}"
+            name = _shown(self._places[source], self._manifests[source].shards[shard].name, shard)
             found.append((name, int(sample - sizes[:shard].sum()), int(source), int(sample)))
         return found
+
+
+def _shown(place: str, name: str, shard: int) -> str:
+    if is_pipe(place):
+        return f"pipe:{MASK} of shard {shard}"
+    return join(place, name) if is_url(place) else f"{place}/{name}"

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
 
+from dtrain import addresses
 from dtrain.errors import UserError
 
 Item = TypeVar("Item")
@@ -38,8 +39,7 @@ def each(
         yield from ((place, function(item)) for place, item in enumerate(items))
         return
     todo: Iterable = iter(enumerate(items))
-    # Spawned, not forked: the caller may have threads, of a progress bar or of fsspec.
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = _pool(processes)
     try:
         running = {}
         while True:
@@ -63,7 +63,7 @@ def in_order(
     if processes == 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = _pool(processes)
     running: deque = deque()
     try:
         for item in items:
@@ -74,6 +74,12 @@ def in_order(
             yield _result(running.popleft())
     finally:
         _end(pool)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Spawned, not forked: the caller may have threads, of a progress bar or of fsspec. They can open what it can."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, spawn, initializer=os.environ.update, initargs=(addresses.environment(),))
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

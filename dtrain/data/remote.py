@@ -5,14 +5,19 @@ with the URL. What will be the same tomorrow (no such shard, a shard cut off) is
 """
 
 import os
+import re
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
+from dtrain.addresses import VARIABLE, complete, kept
+from dtrain.credentials import MASK, parts, redacted
 from dtrain.errors import BadSample, UserError
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds, doubled after each attempt
 REQUEST_SECONDS = 60.0  # without a byte, after which a server has stalled
+_CREDENTIALS = f"its credentials: in {VARIABLE}, for a web server in ~/.netrc, for S3 in its own variables"
 _RETRIED_CLIENT_ERRORS = (408, 425, 429)
 
 
@@ -25,8 +30,29 @@ def is_pipe(place: str | Path) -> bool:
 
 
 def join(base: str, name: str) -> str:
-    """The URL of a shard by its name in the manifest; a command goes by itself."""
-    return name if is_pipe(name) and is_pipe(base) else f"{base.rstrip('/')}/{name}"
+    """The URL of a shard by its name in the manifest; a command goes by itself. A query stays at the end."""
+    if is_pipe(base):
+        return name if is_pipe(name) else f"{base.rstrip('/')}/{name}"
+    folder, query = split_query(base)
+    return f"{folder.rstrip('/')}/{name}{query}"
+
+
+def split_query(url: str) -> tuple[str, str]:
+    """(address, `?query` or nothing)."""
+    found = parts(url)
+    query = "" if found is None or found.query is None else f"?{found.query}"
+    return url.removesuffix(query), query
+
+
+def _opened(url: str) -> str:
+    """The URL with its login and query. Raises UserError for one that is kept without its query."""
+    full = complete(url)
+    if full.endswith(f"?{MASK}"):
+        raise UserError(
+            f"{url} needs the query that it was first given with, and a run's config is kept without: give the whole "
+            f"address in the environment variable {VARIABLE}"
+        )
+    return full
 
 
 def fetch(url: str, start: int, stop: int, size: int) -> bytes:
@@ -38,7 +64,7 @@ def fetch(url: str, start: int, stop: int, size: int) -> bytes:
 
     def once() -> bytes | None:
         nonlocal data
-        data = _range(url, start, stop, size)
+        data = _range(_opened(url), start, stop, size)
         return data if len(data) == stop - start else None
 
     whole = _retried(url, once)
@@ -51,7 +77,8 @@ def stat(url: str) -> tuple[int, str]:
     """(bytes, a string that changes when the file does). Raises as `fetch` does."""
 
     def once():
-        info = _filesystem(url).info(url)
+        filesystem, path = _filesystem(_opened(url))
+        info = filesystem.info(path)
         if info.get("size") is None:
             raise UserError(f"{url}: the server does not tell its length; copy the shard to another place")
         marks = [str(info[k]) for k in ("ETag", "etag", "LastModified", "Last-Modified", "mtime") if info.get(k)]
@@ -62,32 +89,46 @@ def stat(url: str) -> tuple[int, str]:
 
 def expand(pattern: str) -> list[str]:
     """The URLs a glob stands for, sorted; the pattern itself where it is none. Raises UserError."""
-    if is_pipe(pattern) or not set("*?[") & set(pattern.split("://", 1)[1]):
+    folder, query = split_query(pattern)
+    if is_pipe(pattern) or not set("*?[") & set(folder.split("://", 1)[1]):
         return [pattern]
     scheme = pattern.split("://", 1)[0]
-    found = _retried(pattern, lambda: sorted(_filesystem(pattern).glob(pattern)))
-    return [f if "://" in f else f"{scheme}://{f}" for f in found]
+
+    def once() -> list[str]:
+        filesystem, path = _filesystem(_opened(folder))
+        return sorted(filesystem.glob(path))
+
+    found = (f if "://" in f else f"{scheme}://{f}" for f in _retried(pattern, once))
+    return [f"{kept(f)}{query}" for f in found]
 
 
-def run_pipe(command: str, destination: Path) -> None:
-    """Write what the command of a `pipe:` URL prints to a file. Raises UserError with the command."""
+def run_pipe(command: str, destination: Path, shown: str) -> None:
+    """Write what the command of a `pipe:` URL prints to a file. Raises UserError, which calls the shard `shown`."""
 
     def once():
         from webdataset.gopen import gopen
 
         with open(destination, "wb") as out:
-            stream = gopen(command)
-            while chunk := stream.read(1 << 20):
-                out.write(chunk)
-            stream.close()  # raises where the command failed
+            try:
+                stream = gopen(command)
+                while chunk := stream.read(1 << 20):
+                    out.write(chunk)
+                stream.close()  # raises where the command failed
+            except OSError as e:
+                if e.errno is not None:
+                    raise
+                # webdataset's message repeats the command, which may hold a password.
+                code = re.search(r": exit (-?\d+) \(read\)", str(e))
+                raise OSError(f"its command ended with exit code {code[1]}" if code else "its command failed") from None
             out.flush()
             os.fsync(out.fileno())
         return True
 
-    _retried(command, once)
+    _retried(shown, once)
 
 
 def _filesystem(url: str):
+    """(what reads it, the URL for it). The web takes a login in the URL, S3 a key and its secret beside it."""
     import fsspec
 
     options = {}
@@ -100,9 +141,13 @@ def _filesystem(url: str):
         # Its own retries, within each of ours, would make a server that is gone a matter of minutes.
         waits = {"connect_timeout": REQUEST_SECONDS, "read_timeout": REQUEST_SECONDS}
         options = {"config_kwargs": {"retries": {"total_max_attempts": 1}} | waits}
+        if (found := parts(url)).login:
+            key, _, secret = found.login.partition(":")
+            options |= {"key": unquote(key), "secret": unquote(secret)}
+            url = f"{found.scheme}://{found.rest}"
     scheme = url.split("://", 1)[0]
     try:
-        return fsspec.filesystem(scheme, **options)
+        return fsspec.filesystem(scheme, **options), url
     except ImportError as e:
         raise UserError(f"{url} needs another package: {e}; install it beside dtrain") from None
     except ValueError:
@@ -110,7 +155,7 @@ def _filesystem(url: str):
 
 
 def _range(url: str, start: int, stop: int, size: int) -> bytes:
-    filesystem = _filesystem(url)
+    filesystem, url = _filesystem(url)
     if not url.startswith("http"):
         return filesystem.cat_file(url, start=start, end=stop)
     # Opened, because cat_file takes the whole file for the range where a server ignores ranges.
@@ -121,6 +166,7 @@ def _range(url: str, start: int, stop: int, size: int) -> bytes:
 
 def _retried(url: str, once):
     """The first result that is not None; None when there is none after all attempts."""
+    url = redacted(url)  # for messages: of a command, whatever it holds
     problem: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -134,7 +180,7 @@ def _retried(url: str, once):
         except FileNotFoundError:
             raise BadSample(f"there is no shard {url}; restore it or run `dtrain index` again") from None
         except PermissionError as e:
-            raise UserError(f"{url} may not be read ({_reason(e)}); check the credentials") from None
+            raise UserError(f"{url} may not be read ({_reason(e)}); {_CREDENTIALS}") from None
         except ValueError as e:
             if "range" in str(e):
                 raise UserError(
@@ -146,7 +192,9 @@ def _retried(url: str, once):
             if status == 404:
                 raise BadSample(f"there is no shard {url}; restore it or run `dtrain index` again") from None
             if status is not None and 400 <= status < 500 and status not in _RETRIED_CLIENT_ERRORS:
-                raise UserError(f"{url} may not be read (HTTP {status}); check the address and credentials") from None
+                raise UserError(
+                    f"{url} may not be read (HTTP {status}); check the address, and {_CREDENTIALS}"
+                ) from None
             problem = e
     if problem is not None:
         raise UserError(

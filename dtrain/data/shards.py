@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain.credentials import MASK
 from dtrain.data import remote
 from dtrain.data.cache import BLOCK, BlockCache
 from dtrain.data.manifest import Manifest
@@ -110,7 +111,7 @@ class ShardReader:
         shard = self._shard(sample)
         members = self._members[sample]
         column = int(np.argmax(members["size"] != ABSENT)) if field is None else self._columns[field]
-        return f"{self._files.place(shard)}: {self._files.member(shard, int(members[column]['offset']))}"
+        return f"{self._files.shown(shard)}: {self._files.member(shard, int(members[column]['offset']))}"
 
     def close(self) -> None:
         self._files.close()
@@ -131,6 +132,8 @@ class _LocalFiles:
 
     def place(self, shard: int) -> Path:
         return self._directory / self._manifest.shards[shard].name
+
+    shown = place
 
     def member(self, shard: int, offset: int) -> str:
         return member_name(self.place(shard), offset)
@@ -180,6 +183,10 @@ class _RemoteFiles:
 
     def place(self, shard: int) -> str:
         return remote.join(self._base, self._manifest.shards[shard].name)
+
+    def shown(self, shard: int) -> str:
+        """For messages and the journal: a command may hold a password."""
+        return f"pipe:{MASK} of shard {shard}" if remote.is_pipe(self._base) else self.place(shard)
 
     def member(self, shard: int, offset: int) -> str:
         return f"the member at byte {offset:,}"
@@ -241,10 +248,10 @@ class _RemoteFiles:
         data = self._cache.read(key, "whole", length, offset, offset + size)
         self.cache_hits, self.cache_misses = self.cache_hits + (data is not None), self.cache_misses + (data is None)
         if data is None:
-            place = self.place(shard)
+            place = self.shown(shard)
 
             def make(path: Path) -> None:
-                remote.run_pipe(place, path)
+                remote.run_pipe(self.place(shard), path, place)
                 got = path.stat().st_size
                 self.bytes_read += got
                 if got != length:
@@ -255,7 +262,7 @@ class _RemoteFiles:
             self._cache.fill(key, "whole", make)
             data = self._cache.read(key, "whole", length, offset, offset + size)
         if data is None:
-            raise UserError(f"data.cache_bytes {self._cache.limit:,} has no room for {self.place(shard)}; raise it")
+            raise UserError(f"data.cache_bytes {self._cache.limit:,} has no room for {self.shown(shard)}; raise it")
         return data
 
     def _key(self, shard: int) -> str:

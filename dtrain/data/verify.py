@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain.addresses import kept
 from dtrain.data import remote
 from dtrain.data.manifest import Manifest, Shard
 from dtrain.data.parallel import each
@@ -38,6 +39,7 @@ def verify(
     ends = np.cumsum(manifest.shard_sizes)
     jobs = [(shard, int(end) - shard.samples, int(end)) for shard, end in zip(manifest.shards, ends, strict=True)]
     owners = {shard.sha256: shard.name for shard in manifest.shards}
+    directory = kept(str(directory))
     processes = processes or (1 if len(jobs) <= _FEW else None)
     work = partial(_problem, directory=str(directory), owners=owners, side=_side_file(manifest))
     found: dict[int, str] = {}

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dtrain.credentials import masked
 from dtrain.errors import UserError
 from dtrain.files import beside, open_regular
 from dtrain.tracking.lines import MOST_COUNT, MOST_LINE, parse, parse_combination
@@ -68,7 +69,8 @@ class Journal:
         metrics: dict[str, float] | None = None,
         context: dict[str, Any] | None = None,
     ) -> None:
-        """Write one line. `metrics` holds numbers of any kind that `float` takes; `context` is plain JSON data.
+        """Write one line. `metrics` holds numbers of any kind that `float` takes; `context` is plain JSON data,
+        of which secrets are left out.
 
         Raises OSError when the line did not reach the file whole (a full disk); the next line then starts on its own.
         """
@@ -84,7 +86,7 @@ class Journal:
             "attempt": self.attempt,
             "time": round(time.time(), 3),
             "metrics": {name: _number(value) for name, value in metrics.items()},
-            "context": context,
+            "context": masked(context),
         }
         return json.dumps(line, allow_nan=False).encode() + b"\n"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.config import Config, Data, flat
-from dtrain.credentials import without_credentials
+from dtrain.credentials import MASK, without_credentials
 
 if TYPE_CHECKING:
     from dtrain.data.manifest import Manifest
@@ -68,6 +68,7 @@ def reference(config: Config) -> dict[str, Any] | None:
 
 def dataset_name(place: str) -> str:
     """The last two parts of a folder or an address, such as `digits/train`."""
+    place = without_credentials(place).removesuffix(f"?{MASK}")
     return "/".join(place.rstrip("/").split("://")[-1].split("/")[-2:])
 
 

@@ -14,10 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import dtrain
-from dtrain.credentials import MASK, masked, redacted, without_credentials
+from dtrain.credentials import masked, redacted_diff, shown_argument
 
 MOST_DIFFERENCE = 1_000_000  # characters
 # A repository's own configuration names programs that git would run. It may be anybody's: whoever starts a run in a
@@ -37,7 +35,7 @@ def provenance(run: Path, attempt: int, deepspeed: dict[str, Any]) -> dict[str, 
         "command_line": command_line(sys.argv),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
-    files = {"packages.txt": packages(), "deepspeed.json": json.dumps(deepspeed, indent=2, default=str) + "\n"}
+    files = {"packages.txt": packages(), "deepspeed.json": json.dumps(masked(deepspeed), indent=2, default=str) + "\n"}
     commit, difference = code()
     if commit is not None:
         found |= {"commit": commit, "uncommitted": bool(difference)}
@@ -54,24 +52,7 @@ def command_line(argv: list[str]) -> str:
     adds for a rank.
     """
     program = Path(argv[0]).name if shutil.which(Path(argv[0]).name) == argv[0] else argv[0]
-    return shlex.join([program, *(_shown(a) for a in argv[1:] if not a.startswith("--local_rank"))])
-
-
-def _shown(argument: str) -> str:
-    """An argument with its secrets masked; those of `key.sub=value` are known by the keys, in the value too."""
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return redacted(argument)
-    try:
-        given = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return f"{key}={MASK}"  # what cannot be read cannot be cleaned
-    clean = masked(given, key)
-    if clean == given:
-        return argument
-    if not isinstance(clean, str):
-        clean = yaml.safe_dump(clean, default_flow_style=True, allow_unicode=True, width=10**6).strip()
-    return f"{key}={clean}"
+    return shlex.join([program, *(shown_argument(a) for a in argv[1:] if not a.startswith("--local_rank"))])
 
 
 def packages() -> str:
@@ -90,7 +71,7 @@ def code(places: Iterable[Path] | None = None) -> tuple[str | None, str]:
         commit = _git(place, "rev-parse", "HEAD")
         if commit:
             difference = _git(place, *_HARMLESS, *_filters_off(place), *_DIFF) or ""
-            return commit.strip(), without_credentials(difference[:MOST_DIFFERENCE])
+            return commit.strip(), redacted_diff(difference[:MOST_DIFFERENCE])
     return None, ""
 
 

@@ -5,10 +5,14 @@ import io
 import os
 import stat
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 from dtrain import distributed
+from dtrain.credentials import redacted
 from dtrain.files import open_regular
+from dtrain.terminal import printable
 
 _LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _terminal = 2  # the file descriptor errors go to; moved when this rank's output is redirected
@@ -46,7 +50,19 @@ def say_error(message: str, shared: bool = False) -> None:
     """One line, from rank 0 alone where all ranks have it: `shared`, or met before ranks talk to each other."""
     if distributed.rank() == 0 or (_terminal != 2 and not shared):
         with contextlib.suppress(OSError):  # the exit code says it too
-            os.write(_terminal, f"dtrain: {' '.join(message.split())}\n".encode())
+            os.write(_terminal, f"dtrain: {printable(redacted(' '.join(message.split())))}\n".encode())
+
+
+def clean_tracebacks() -> None:
+    """From now on a traceback is shown without secrets: messages of libraries repeat the addresses that they got."""
+
+    def show(kind, error, trace) -> None:
+        lines = "".join(traceback.format_exception(kind, error, trace)).split("\n")
+        with contextlib.suppress(OSError, ValueError):
+            print("\n".join(redacted(line, code=True) for line in lines), end="", file=sys.stderr, flush=True)
+
+    sys.excepthook = show
+    threading.excepthook = lambda thread: show(thread.exc_type, thread.exc_value, thread.exc_traceback)
 
 
 def forgive_output() -> None:

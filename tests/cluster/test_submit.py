@@ -39,7 +39,8 @@ def submit(*arguments, expect: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_a_submitted_training_is_shown_handed_to_sbatch_and_kept_beside_its_log(work):
-    done = submit("tiny.yaml", "train.steps=5", "--nodes", "2", "--gpus-per-node", "3", "--time", "00:10:00")
+    uri = "tracking.uri=http://me:hunter2@host/"
+    done = submit("tiny.yaml", "train.steps=5", uri, "--nodes", "2", "--gpus-per-node", "3", "--time", "00:10:00")
     folder = Path.cwd() / "runs/tiny"
     assert done.stdout.splitlines() == [
         "runs/tiny starts: 5 steps of 24 images from 1,437; each rank has 4 of them in micro-batches of 4, "
@@ -51,7 +52,8 @@ def test_a_submitted_training_is_shown_handed_to_sbatch_and_kept_beside_its_log(
         f"run: {folder}",
     ]
     script = Path("script").read_text()
-    assert (folder / "logs/train-12.sbatch").read_text() == script
+    assert uri in script
+    assert (folder / "logs/train-12.sbatch").read_text() == script.replace("me:hunter2@", "")
     requested = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert requested == [
         "job-name=tiny",

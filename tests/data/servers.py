@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class Behaviour:
@@ -25,8 +26,11 @@ class Behaviour:
 
 
 @contextmanager
-def serve(folder: Path):
-    """(URL, behaviour) of a server of the files in `folder`; a file may be sparse and large."""
+def serve(folder: Path, may=None):
+    """(URL, behaviour) of a server of the files in `folder`; a file may be sparse and large.
+
+    may: of a request's path, query and Authorization header, whether it is answered; others get 403.
+    """
     behaviour = Behaviour()
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,15 +39,28 @@ def serve(folder: Path):
         def log_message(self, *_):
             pass
 
+        def refused(self) -> bool:
+            asked = urlsplit(self.path)
+            if may is None or may(asked.path, asked.query, self.headers.get("Authorization", "")):
+                return False
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return True
+
         def do_HEAD(self):
-            path = folder / self.path.lstrip("/")
+            if self.refused():
+                return
+            path = folder / urlsplit(self.path).path.lstrip("/")
             self.send_response(200 if path.is_file() else 404)
             self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
             self.end_headers()
 
         def do_GET(self):
+            if self.refused():
+                return
             mode = behaviour.next_mode()
-            path = folder / self.path.lstrip("/")
+            path = folder / urlsplit(self.path).path.lstrip("/")
             wanted = self.headers.get("Range")
             behaviour.requests.append((self.path, wanted))
             if mode == "503" or not path.is_file():

@@ -214,7 +214,9 @@ def test_commands_run_only_when_they_may_and_their_shards_are_checked(folder, tm
     assert reader.counts[1:] == (58, 2)  # each command ran once
     failing = index([f"pipe:cat {folder}/train-000001.tar"], tmp_path / "one.json")
     object.__setattr__(failing.shards[0], "name", "pipe:cat /nowhere.tar")
-    with pytest.raises(UserError, match=r"cannot read pipe:cat /nowhere.tar after 5 attempts"):
+    with pytest.raises(
+        UserError, match=r"cannot read pipe:••• of shard 0 after 5 attempts \(its command ended with exit code 1\)"
+    ):
         ShardReader(failing, "pipe:", BlockCache(tmp_path / "cache2", 1 << 30)).read(0)
 
 

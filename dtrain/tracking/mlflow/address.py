@@ -5,8 +5,9 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dtrain.addresses import complete
 from dtrain.config import Config
-from dtrain.credentials import without_credentials
+from dtrain.credentials import redacted, without_credentials
 from dtrain.errors import UserError
 from dtrain.files import as_file_name
 from dtrain.run import RunDirectory
@@ -30,11 +31,13 @@ def default_uri(run_dir: str | Path) -> str:
 
 
 def tracking_uri(run: RunDirectory, config: Config) -> str:
-    """Where the run is tracked. The config that is kept has no password: one in MLFLOW_TRACKING_URI is taken for it."""
+    """Where the run is tracked. The config has no password: one in MLFLOW_TRACKING_URI is taken for it, or as
+    `dtrain.addresses` says.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if given and without_credentials(given) == config.tracking.uri:
         return given
-    return config.tracking.uri or default_uri(run.path)
+    return complete(config.tracking.uri) if config.tracking.uri else default_uri(run.path)
 
 
 def open_client(uri: str, experiment: str):
@@ -112,4 +115,4 @@ def reason(error: Exception) -> str:
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)
     told = next((e for e in reversed(chain) if isinstance(e, OSError)), error)
-    return without_credentials(f"{type(told).__name__}: {' '.join(str(told).split())}")[:300]
+    return redacted(f"{type(told).__name__}: {' '.join(str(told).split())}")[:300]
