@@ -317,7 +317,7 @@ class Eval(Section):
     validation_images: Positive = 256
     """the first held-out images, for bpd and the loss by noise level"""
     features: Place = "auto"
-    """inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"""
+    """inception, effnet_lite0, pixels, a TorchScript file (net.pt#sha256=… pins it), or auto: the first that is here"""
     weights: Place | None = None
     """Inception's file or its folder; null: DTRAIN_WEIGHTS, then ~/.cache/dtrain"""
     resize: Literal["clean", "tensorflow"] | None = None
@@ -358,7 +358,10 @@ class Eval(Section):
     @field_validator("features")
     @classmethod
     def _known_features(cls, value: str) -> str:
-        if value not in ("auto", "inception", "effnet_lite0", "pixels") and not value.endswith((".pt", ".pth", ".ts")):
+        path, pin, sha256 = value.partition("#sha256=")
+        if pin and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+            raise ValueError(f"{value!r} pins no hash: after #sha256= come 64 hexadecimal digits, as sha256sum prints")
+        if value not in ("auto", "inception", "effnet_lite0", "pixels") and not path.endswith((".pt", ".pth", ".ts")):
             raise ValueError(
                 f"{value!r} is none of auto, inception, effnet_lite0, pixels, and no TorchScript file (.pt, .pth, .ts)"
             )

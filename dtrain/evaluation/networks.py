@@ -6,6 +6,7 @@ channel by channel in floating point, clipped to [0, 255] and not rounded again.
 """
 
 import hashlib
+import io
 import re
 import warnings
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dtrain.errors import UserError
 from dtrain.evaluation.names import CLEAN, TENSORFLOW
-from dtrain.evaluation.requirements import check_torchscript
+from dtrain.evaluation.torchscript import check_graphs, read_program
 from dtrain.files import as_file_name
 
 OUR_NAMES = ("inception", "inception_tf", "effnet_lite0", "pixels")
@@ -79,12 +80,13 @@ class Inception(Network):
         """resize: clean, or tensorflow, which the file does itself: bilinear, not antialiased, corners not aligned."""
         super().__init__(device)
         self._network = load_torchscript(path, self.device)
+        digest = _sha256(path)
         self._resizes_itself = resize == TENSORFLOW
         if self._resizes_itself:
             self.name = "inception_tf"
-            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", path, "its own tensorflow bilinear")
+            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", digest, "its own tensorflow bilinear")
         else:
-            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", path)
+            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", digest)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self._resizes_itself:
@@ -122,7 +124,7 @@ class EfficientNetLite0(Network):
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(path, weights_only=True))
         self._network = network.eval().to(self.device)
-        self.fingerprint = _fingerprint("effnet_lite0 (x-127)/128 at 224, mean of extract_features", path)
+        self.fingerprint = _fingerprint("effnet_lite0 (x-127)/128 at 224, mean of extract_features", _sha256(path))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self._network.extract_features((pixels - 127) / 128).mean((2, 3))  # (n, 1280)
@@ -138,16 +140,20 @@ class EfficientNetLite0(Network):
 class UserNetwork(Network):
     """A TorchScript file of the user's: float32 levels 0…255, (n, 3, size, size), to features (n, D).
 
-    `size` is the module's own attribute of that name, else 299. Goes by the file's name, never by one of ours.
+    It is named as `net.pt` or `net.pt#sha256=…`, and not run where its code could do more than compute. `size` is the
+    module's own attribute of that name, else 299. Goes by the file's name, never by one of ours.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
         super().__init__(device)
-        self._network = load_torchscript(Path(path), self.device)
-        name = as_file_name(re.sub(r"\W+", "_", Path(path).stem).lower())
+        program = read_program(path)
+        path = program.path
+        self._network = load_torchscript(path, self.device, program.data)
+        check_graphs(path, self._network)
+        name = as_file_name(re.sub(r"\W+", "_", path.stem).lower())
         self.name = f"file_{name}" if name in OUR_NAMES else name
         self.size = int(getattr(self._network, "size", 299))
-        self.fingerprint = _fingerprint(f"torchscript at {self.size}", Path(path))
+        self.fingerprint = _fingerprint(f"torchscript at {self.size}", program.sha256)
         try:
             with torch.inference_mode():
                 found = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.device))
@@ -162,18 +168,20 @@ class UserNetwork(Network):
         return self._network(pixels)
 
 
-def load_torchscript(path: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Raises UserError for a file that is missing or no TorchScript."""
-    check_torchscript(path)
+def load_torchscript(path: Path, device: torch.device, data: bytes | None = None) -> torch.jit.ScriptModule:
+    """What the file holds, or `data` that was read of it. Raises UserError for what is no TorchScript."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch would have torch.export; these files exist
-            return torch.jit.load(path, map_location=device).eval()
+            return torch.jit.load(path if data is None else io.BytesIO(data), map_location=device).eval()
     except RuntimeError as e:
         raise UserError(f"{path} cannot be read as TorchScript ({str(e).strip().splitlines()[0]})") from None
 
 
-def _fingerprint(definition: str, path: Path, resizing: str = "clean-fid bicubic") -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fingerprint(definition: str, digest: str, resizing: str = "clean-fid bicubic") -> str:
     return hashlib.sha256(f"{definition}, {resizing}, weights {digest}".encode()).hexdigest()

@@ -24,6 +24,7 @@ from dtrain.evaluation.names import (
     metric_names,
     resize_of_reference,
 )
+from dtrain.evaluation.torchscript import read_program
 
 OF_MOMENTS = {"fd"}
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
@@ -143,7 +144,7 @@ def known_features(config: Config) -> Known | None:
         return Known("inception_tf" if resize == TENSORFLOW else "inception", 2048, 1008)
     if name in ("auto", "effnet_lite0"):
         return Known("effnet_lite0", 1280, 1000)
-    check_torchscript(Path(name))
+    read_program(name)
     return None
 
 
