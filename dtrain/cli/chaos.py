@@ -13,6 +13,7 @@ import typer
 from dtrain.cli.arguments import Overrides
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED
+from dtrain.terminal import say
 
 
 def chaos(
@@ -55,10 +56,10 @@ def chaos(
             done = (len(results), faults) if faults else (round(time.monotonic() - began), round(60 * minutes))
             show(*done)
             if not result.survived:
-                print(f"not survived: {result.plan.what}: {'; '.join(result.problems)}", flush=True)
+                say(f"not survived: {result.plan.what}: {'; '.join(result.problems)}")
     command = shlex.join(["dtrain", *sys.argv[1:]])
     out.write_text(markdown(job, results, command, seed, machine()))
     survived = sum(result.survived for result in results)
-    print(f"{out}: {survived} of {len(results)} survived; the attempts' logs are in {work}")
+    say(f"{out}: {survived} of {len(results)} survived; the attempts' logs are in {work}")
     if survived < len(results):
         raise typer.Exit(DAMAGED)

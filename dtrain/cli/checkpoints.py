@@ -8,6 +8,7 @@ import typer
 from dtrain.cli.arguments import RunName
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED
+from dtrain.terminal import say
 
 checkpoints = typer.Typer(help="List, verify, prune and export a run's checkpoints.", no_args_is_help=False)
 
@@ -18,7 +19,7 @@ def list_checkpoints(run: RunName) -> None:
     from dtrain.checkpoint.inspect import table
     from dtrain.run import RunDirectory
 
-    print(table(RunDirectory.find(run)))
+    say(table(RunDirectory.find(run)))
 
 
 @checkpoints.command("verify")
@@ -29,7 +30,7 @@ def verify_checkpoints(run: RunName) -> None:
 
     with progress("verifying") as on_checkpoint:
         damaged, report = verify(RunDirectory.find(run), on_checkpoint)
-    print(report)
+    say(report)
     if damaged:
         raise typer.Exit(DAMAGED)
 
@@ -45,7 +46,7 @@ def prune_checkpoints(
     from dtrain.checkpoint.inspect import prune
     from dtrain.run import RunDirectory
 
-    print(prune(RunDirectory.find(run), keep_last, keep_every, keep_best))
+    say(prune(RunDirectory.find(run), keep_last, keep_every, keep_best))
 
 
 @checkpoints.command("export")
@@ -63,4 +64,4 @@ def export_checkpoint(
     from dtrain.checkpoint.export import export
     from dtrain.run import RunDirectory
 
-    print(export(RunDirectory.find(run), out, step, ema, dtype, format))
+    say(export(RunDirectory.find(run), out, step, ema, dtype, format))

@@ -8,6 +8,7 @@ import typer
 
 from dtrain.cli.arguments import values, with_eval
 from dtrain.errors import UserError
+from dtrain.terminal import say
 
 
 def submit(
@@ -56,10 +57,10 @@ def submit(
         typer.echo(script, nl=False)
         return
     number = slurm.submit(job, script)
-    print(f"job {number}: {nodes} nodes with {gpus_per_node} ranks on each, {time} at a time")
-    print(f"script: {job.log(number).with_suffix('.sbatch')}")
-    print(f"log: {job.log(f'{number}_*' if job.parts else number)}")
-    print(f"run: {job.run}")
+    say(f"job {number}: {nodes} nodes with {gpus_per_node} ranks on each, {time} at a time")
+    say(f"script: {job.log(number).with_suffix('.sbatch')}")
+    say(f"log: {job.log(f'{number}_*' if job.parts else number)}")
+    say(f"run: {job.run}")
 
 
 def status(
@@ -68,7 +69,7 @@ def status(
     """How runs are doing, from their journals and, where there is a SLURM, its queue."""
     from dtrain.cluster.status import known_runs, table
 
-    print(table(known_runs(runs or [])))
+    say(table(known_runs(runs or [])))
 
 
 def _training(words: list[str], request):

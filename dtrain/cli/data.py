@@ -9,6 +9,7 @@ from dtrain.cli.arguments import Overrides, RunName, this_command
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED
 from dtrain.interrupt import ctrl_c
+from dtrain.terminal import printable, say
 
 
 def pack(
@@ -44,7 +45,7 @@ def pack(
     choice = Choice(split, label_column, image_column, root, download)
     with progress("packing") as on_sample:
         packed = run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample, choice=choice)
-    print(packed.report)
+    say(packed.report)
 
 
 def index(
@@ -58,11 +59,10 @@ def index(
     from dtrain.data.indexing import index as run
 
     manifest = run(shards, out)
-    print(
-        f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({', '.join(manifest.fields)})"
-    )
+    fields = ", ".join(manifest.fields)
+    say(printable(f"{manifest.path}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({fields})"))
     for remark in manifest.remarks:
-        print(remark)
+        say(printable(remark))
 
 
 def verify(
@@ -78,8 +78,8 @@ def verify(
     with bytes_bar(f"verifying {len(found.shards):,} shards", sum(s.bytes for s in found.shards)) as progress:
         problems = run(found, shards or found.path.parent, progress)
     for place, problem in problems.items():
-        print(f"{place} {problem}")
-    print(f"{found.path}: {len(problems):,} of {len(found.shards):,} shards damaged")
+        say(printable(f"{place} {problem}"))
+    say(f"{found.path}: {len(problems):,} of {len(found.shards):,} shards damaged")
     if problems:
         raise typer.Exit(DAMAGED)
 
@@ -94,7 +94,7 @@ def audit_data(run: RunName) -> None:
     from dtrain.run import RunDirectory
 
     found = audit(RunDirectory.find(run))
-    print(found)
+    say(found)
     if found.problems:
         raise typer.Exit(DAMAGED)
 
@@ -109,4 +109,4 @@ def bench_data(
     from dtrain import config as configuration
     from dtrain.data.bench import bench, report
 
-    print(report(bench(configuration.load(config, overrides or []), seconds)))
+    say(report(bench(configuration.load(config, overrides or []), seconds)))

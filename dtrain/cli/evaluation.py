@@ -31,6 +31,7 @@ from dtrain.cli.arguments import (
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
+from dtrain.terminal import printable, say
 
 
 def nothing_drawn() -> str:
@@ -41,7 +42,7 @@ def say_on_rank_0(line: str | None) -> None:
     from dtrain import distributed
 
     if line and distributed.rank() == 0:
-        print(f"dtrain: {line}", file=sys.stderr, flush=True)
+        print(f"dtrain: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def evaluate(
@@ -105,9 +106,9 @@ def evaluate(
         unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
         scratch.remove()
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
-        print(f"{directory.path} step {opened.step}: {shown}  ({how['n']} samples of {how['ema']})")
+        say(f"{directory.path} step {opened.step}: {shown}  ({how['n']} samples of {how['ema']})")
         if unsent:
-            print(unsent)
+            say(unsent)
         if as_json:
             about = {"step": opened.step, "images": opened.images}
             print(json.dumps(about | {"metrics": found, "context": how}))
@@ -169,21 +170,21 @@ def sweep(
 
     def conclude() -> None:
         rows, metric, context = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]
-        print(sweeps.table(rows))
+        say(sweeps.table(rows))
         name, comparable = context["features"], is_comparable(context["features"], context.get("reference_resize"))
         winner = sweeps.best(rows, metric, name, comparable)
         key = metric_name(metric, name, comparable=comparable)
         shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
-        print(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
+        say(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
         picture = out or directory.path / "sweep.png"
         try:
             if sweeps.heat_map(rows, key, picture):
-                print(f"heat map: {picture}")
+                say(f"heat map: {picture}")
         except (OSError, ValueError) as e:  # a ValueError: matplotlib writes no such format
             problem = getattr(e, "strerror", None) or e
             raise UserError(f"cannot write {picture}: {problem}; name a .png in a writable place with --out") from None
         if unsent := ship(directory):
-            print(unsent)
+            say(unsent)
 
     distributed.on_rank_0(conclude)
     distributed.finalize()
@@ -211,7 +212,7 @@ def reference(
     with progress("reading") as on_block:
         done = make(shards, features, weights, image_size, out, on_block, exif == "apply", resize)
     if distributed.rank() == 0:
-        print(done)
+        say(done)
     distributed.finalize()
 
 
@@ -252,7 +253,7 @@ def sample(
     with progress("sampling, evaluations of the network") as on_progress:
         draw_to_file(directory, settings, n, label, step, out, kind, on_progress)
     if distributed.rank() == 0:
-        print(f"{n} images in {out}")
+        say(f"{n} images in {out}")
     distributed.finalize()
 
 
@@ -272,4 +273,4 @@ def report(
         from dtrain import distributed
 
         distributed.prepare()
-    print(write_report(runs, out, neighbours, features, weights, progress))
+    say(write_report(runs, out, neighbours, features, weights, progress))

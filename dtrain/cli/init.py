@@ -10,6 +10,7 @@ import typer
 
 from dtrain.cli.progress import progress
 from dtrain.interrupt import ctrl_c
+from dtrain.terminal import printable
 
 
 def init(
@@ -39,7 +40,7 @@ def init(
         raise UserError(f"--name {name!r}: a name has letters, digits, `_` and `-`, and dots among them")
 
     def say(line: str) -> None:
-        print(f"dtrain: {line}", file=sys.stderr, flush=True)
+        print(f"dtrain: {printable(line)}", file=sys.stderr, flush=True)
 
     file = _file()
     ctrl_c.kept(f"ended before the config was written; where the shell has made {file}, it is empty: start again")

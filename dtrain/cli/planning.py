@@ -12,6 +12,7 @@ import typer
 from dtrain.cli.arguments import Overrides
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED, UserError
+from dtrain.terminal import printable, say
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -129,7 +130,7 @@ def doctor(
         print(json.dumps([asdict(f) for f in findings]))
     else:
         _show_findings(findings)
-        print(verdict(findings))
+        say(verdict(findings))
     if any(f.status == "bad" for f in findings):
         raise typer.Exit(DAMAGED)
 
@@ -151,5 +152,9 @@ def _show_findings(findings) -> None:
     colours = {"ok": "green", "warning": "yellow", "bad": "bold red"}
     for f in findings:
         advice = f"\n→ {f.advice}" if f.advice else ""
-        table.add_row(f"[{colours[f.status]}]{f.status}[/]", f.check, escape(f.found + advice))
+        table.add_row(
+            f"[{colours[f.status]}]{f.status}[/]",
+            f.check,
+            escape("\n".join(map(printable, (f.found + advice).split("\n")))),
+        )
     Console(width=None if sys.stdout.isatty() else 110).print(table)

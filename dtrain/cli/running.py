@@ -8,6 +8,7 @@ import typer
 from dtrain.cli.arguments import Overrides, RunName, this_command
 from dtrain.errors import STOPPED
 from dtrain.interrupt import ctrl_c
+from dtrain.terminal import say
 
 
 def train(
@@ -27,7 +28,7 @@ def train(
     if check:
         from dtrain.training.check import check_start
 
-        print(check_start(settings, ranks))
+        say(check_start(settings, ranks))
         return
 
     ctrl_c.at_once("ended before its first step; nothing is lost")
@@ -41,9 +42,9 @@ def train(
     ctrl_c.at_once()
     if distributed.rank() == 0:
         if said := summary(settings.run.path):
-            print(said)
+            say(said)
         if outcome == "stopped":
-            print(f"go on with: {this_command()}")
+            say(f"go on with: {this_command()}")
     distributed.finalize()
     if outcome == "stopped":
         raise typer.Exit(STOPPED)
@@ -54,4 +55,4 @@ def sync(run: RunName) -> None:
     from dtrain.run import RunDirectory
     from dtrain.tracking.tracker import sync as run_sync
 
-    print(f"{run_sync(RunDirectory.find(run))} journal lines sent")
+    say(f"{run_sync(RunDirectory.find(run))} journal lines sent")

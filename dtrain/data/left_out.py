@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dtrain.data.manifest import replacing
 from dtrain.files import read_bytes
+from dtrain.terminal import printable
 
 LARGEST = 1 << 30  # bytes of it
 TABLE = "left-out.tsv"  # in the packed folder: name, kind, reason
@@ -32,7 +33,8 @@ class LeftOut:
 def write(folder: Path, left_out: Iterable[LeftOut]) -> None:
     """One line for each, by name. Where there is none there is no table."""
     left_out = sorted(left_out, key=lambda one: one.name)
-    lines = ["\t".join(_escaped(part) for part in (one.name, one.kind, one.reason)) + "\n" for one in left_out]
+    # Names may hold tabs, line breaks and bytes that are no UTF-8.
+    lines = ["\t".join(printable(part) for part in (one.name, one.kind, one.reason)) + "\n" for one in left_out]
     if lines:
         with replacing(folder / TABLE) as file:
             file.writelines(line.encode() for line in lines)
@@ -54,13 +56,8 @@ def summary(left_out: Iterable[LeftOut]) -> list[str]:
     ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     lines = []
     for (kind, reason), names in ordered[:_KINDS]:
-        shown = [_escaped(name) for name in names[:_FIRST]] + (["…"] if len(names) > _FIRST else [])
+        shown = [printable(name) for name in names[:_FIRST]] + (["…"] if len(names) > _FIRST else [])
         lines.append(f"{len(names):,} {kind} ({reason}): {', '.join(shown)}")
     if more := ordered[_KINDS:]:
         lines.append(f"{sum(len(names) for _, names in more):,} more of {len(more)} other kinds")
     return lines
-
-
-def _escaped(text: str) -> str:
-    """Names may hold tabs, line breaks and bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
