@@ -127,8 +127,9 @@ _pids: list[int] = []  # of all ranks on this machine, this one last
 _steps: dict[str, int] = {}  # by the part of a point's name before the colon: the step given last
 
 
-def scheduled() -> bool:
-    return bool(os.environ.get("DTRAIN_FAULTS", "").strip())
+def scheduled() -> str | None:
+    """The schedule that the environment holds, for whoever reads of this run; None without."""
+    return os.environ.get("DTRAIN_FAULTS", "").strip() or None
 
 
 def arm(rank: int, attempt: int, pids: list[int]) -> None:

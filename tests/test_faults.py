@@ -12,6 +12,7 @@ from dtrain.faults import POINTS, Fault
 from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks, start_ranks
+from tests.test_cli import command
 from tests.training.test_full_disk import small_disk
 from tests.training.test_loop import train
 
@@ -130,3 +131,14 @@ def test_ranks_are_killed_at_the_step_and_attempt_that_are_named(digits, tmp_pat
     assert max(trained_to) in (4, 5)  # a step's line is written one step later; the rank died before step 7
     run_ranks(train, 2, config, environment=schedule)  # the second attempt passes step 7
     assert len(losses(config)) == 20
+
+
+def test_a_training_that_is_armed_says_so_at_its_start_and_in_its_journal(digits, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path, "train.steps=2").dump())
+    schedule = "stall at=step step=2 seconds=0; sigkill at=step step=9"
+    ((code, text),) = run_ranks(command, 1, "train", tmp_path / "tiny.yaml", environment={"DTRAIN_FAULTS": schedule})
+    assert code == 0
+    assert text.splitlines()[0] == f"DTRAIN_FAULTS arms faults on purpose in this run: {schedule}"
+    run_ranks(command, 1, "train", tmp_path / "tiny.yaml", "train.steps=3")
+    attempts = [e["context"] for e in events(tmp_path / "tiny" / "journal.jsonl") if e["event"] == "attempt"]
+    assert [context.get("faults_on_purpose") for context in attempts] == [schedule, None]

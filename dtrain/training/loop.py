@@ -15,6 +15,7 @@ from dtrain.errors import SharedFailure, UserError
 from dtrain.interrupt import ctrl_c
 from dtrain.lock import RunLock
 from dtrain.run import Outcome, RunDirectory
+from dtrain.terminal import say
 from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.agreement import check_agreement
@@ -48,9 +49,11 @@ def train(config: Config) -> Outcome:
     lacking = distributed.on_rank_0(check_inputs, config, manifest)
     distributed.agree(shared_memory.check, config, world_size, distributed.local_world_size())
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
-    if faults.scheduled():
+    if scheduled := faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
         faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))
+        if rank == 0:
+            say(f"DTRAIN_FAULTS arms faults on purpose in this run: {scheduled}")
     lock = RunLock(run.lock_file)
     ctrl_c.on_leaving(lock.release)  # which does nothing where it was not acquired
     changes = distributed.on_rank_0(prepare, run, lock, config, manifest)

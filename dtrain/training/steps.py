@@ -109,6 +109,8 @@ class Steps:
         if isinstance(self.process, GaussianDiffusion):
             about["snr"] = self.process.schedule.snr_ends
         about |= {"skipped": self.bad_steps.skipped.ranges} | more
+        if scheduled := faults.scheduled():
+            about["faults_on_purpose"] = scheduled
         if self._is_rank_0:
             self.goodput.begin_attempt(lost_steps(self.run.journal_file, self.position))
         distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.engine.options)
