@@ -42,6 +42,7 @@ _TEXT = r"(?!.•)(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*')"
 _QUOTED = re.compile(rf"{_NAME}([\"']?\]?\s*(?::|=>?)\s*|[\"']\s*,\s*|\s*:\s*[\w\[\]|. ]+=\s*)[rbfu]{{0,2}}{_TEXT}")
 # `key=value`, and `key: value` where the value has a digit: prose has colons too.
 _BARE = re.compile(rf"{_NAME}(=(?!=)|:\s+(?=[^\s\"']*\d))(?!•)([^\s&\"']*[^\s&\"',;)\]}}])")
+_PAIR = re.compile(r"\b(auth\s*=\s*\()(?=[\"'])[^)\n]*\)")  # of requests: user and password
 _LONG = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w\-+/~]{12,}=*")
 _KNOWN = re.compile(
     r"\b((?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w\-]{15,}"
@@ -49,6 +50,16 @@ _KNOWN = re.compile(
     r"|npm_[A-Za-z0-9]{30,}|pypi-[\w\-]{40,}|eyJ[\w\-]{10,}\.[\w\-]{10,}(?:\.[\w\-]*)?)"
 )
 _PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+
+
+_LEAST_HIDDEN = 8  # characters: a shorter word may stand anywhere
+_hidden: dict[str, str] = {}  # value → the variable that it was taken from
+
+
+def hide(name: str, value: str) -> None:
+    """What a secret variable of the environment put into a config: from now on `${NAME}` is shown in its place."""
+    if is_secret(name) and len(value) >= _LEAST_HIDDEN:
+        _hidden[value] = f"${{{name}}}"
 
 
 class Address(NamedTuple):
@@ -115,7 +126,11 @@ def _fragment(rest: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with each of its addresses as it is kept, and `pipe:•••` for a command. Nothing else of it changes."""
+    """`text` with each of its addresses as it is kept, `pipe:•••` for a command, and `${NAME}` for what such a variable
+    gave. Nothing else of it changes.
+    """
+    for value, name in _hidden.items():
+        text = str(text).replace(value, name)
     text = _PIPE.sub(lambda m: f"{m[1]}pipe:{MASK}{m[1]}" if m[1] else f"pipe:{MASK}", str(text))
     text = _QUOTE_IN_LOGIN.sub(r"\1", text)
     return _ADDRESS.sub(lambda m: without_login_and_query(m[0]), text)
@@ -129,6 +144,7 @@ def redacted(text: Any, code: bool = False) -> str:
     text = without_credentials(str(text))
     text = _COOKIE.sub(rf"\1{MASK}", _HEADER.sub(rf"\1{MASK}", _PRIVATE_KEY.sub(rf"\1{MASK}", text)))
     text = _LOGIN_OPTION.sub(rf"\1{MASK}", _OPTION.sub(lambda m: f"{m[1]}{MASK}" if is_secret(m[2]) else m[0], text))
+    text = _PAIR.sub(rf"\1{MASK})", text)
     text = _QUOTED.sub(lambda m: f"{m[1]}{m[2]}{m[3][0]}{MASK}{m[3][0]}" if is_secret(m[1]) else m[0], text)
     text = _BARE.sub(
         lambda m: f"{m[1]}{m[2]}{MASK}" if is_secret(m[1]) and not (code and not _LONG.fullmatch(m[3])) else m[0], text

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config import flat, identity, load
+from dtrain.config import flat, identity, load, load_kept
 from dtrain.data.manifest import load_all
 from dtrain.errors import UserError
 from dtrain.training.check import check_source
@@ -178,3 +178,19 @@ def test_an_empty_config_says_that_init_may_not_have_finished(tmp_path):
         UserError, match=r"mine.yaml is empty; where `dtrain init` was to write it, that did not finish"
     ):
         load(tmp_path / "mine.yaml")
+
+
+def test_what_a_secret_variable_gave_is_kept_as_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "t0ken-0f-a-team")
+    monkeypatch.setenv("NUMBER", "12345678")
+    given = tmp_path / "mine.yaml"
+    given.write_text(DIGITS.read_text())
+    config = load(given, ["data.shards=https://host/${API_TOKEN}/${NUMBER}", "data.manifest=m.json"])
+    assert config.data.shards == "https://host/t0ken-0f-a-team/12345678"
+    (tmp_path / "config.yaml").write_text(config.dump())
+    assert "https://host/${API_TOKEN}/12345678" in config.dump()
+    assert load_kept(tmp_path / "config.yaml").data.shards == config.data.shards
+    with pytest.raises(UserError, match=r"no shard https://host/\$\{API_TOKEN\}/1"):
+        raise UserError("there is no shard https://host/t0ken-0f-a-team/1")
+    monkeypatch.delenv("API_TOKEN")
+    assert load_kept(tmp_path / "config.yaml").data.shards == "https://host/${API_TOKEN}/12345678"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dtrain.config.addresses import problem_of
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
+from dtrain.credentials import hide
 from dtrain.errors import UserError
 from dtrain.files import MOST_DEPTH, read_bytes
 
@@ -56,7 +57,7 @@ def _check_address(config: Config, source: str, overridden: list[str]) -> None:
 def load_kept(path: str | Path) -> Config:
     """The config.yaml of a run; a key that it lacks means what was done before the key existed. Raises as `load`."""
     path = Path(path)
-    return validate(with_earlier_values(_expand(read_tree(path), str(path))), str(path))
+    return validate(with_earlier_values(_expand(read_tree(path), str(path), required=False)), str(path))
 
 
 def continued(config: Config, kept: str | Path) -> Config:
@@ -201,17 +202,21 @@ def _override(tree: dict, item: str) -> str:
     return key
 
 
-def _expand(node: Any, source: str) -> Any:
+def _expand(node: Any, source: str, required: bool = True) -> Any:
+    """Each ${NAME} by its value. required: raises UserError for one that is not set, which else stays as it is."""
     if isinstance(node, dict):
-        return {k: _expand(v, source) for k, v in node.items()}
+        return {k: _expand(v, source, required) for k, v in node.items()}
     if isinstance(node, list):
-        return [_expand(v, source) for v in node]
+        return [_expand(v, source, required) for v in node]
     if not isinstance(node, str):
         return node
 
     def value(match: re.Match) -> str:
+        if match[1] not in os.environ and not required:
+            return match[0]  # a secret, that a run's config is kept without: most commands do not need it
         if match[1] not in os.environ:
             raise UserError(f"{source} uses ${{{match[1]}}}, but the environment variable {match[1]} is not set")
+        hide(match[1], os.environ[match[1]])
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", value, node)

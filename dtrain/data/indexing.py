@@ -49,6 +49,9 @@ def index_shards(
     if len(set(places)) < len(places):
         twice = next(s for n, s in enumerate(places) if s in places[:n])
         raise UserError(f"{twice} is named twice; name every shard once")
+    for place in places:
+        if place != place.encode(errors="ignore").decode():
+            raise UserError(f"the shard {place} has a name that is no UTF-8, which a manifest cannot keep; rename it")
     root = common_folder(places)
     partial_folder = destination.with_name(f".{destination.name}.partial")
     try:

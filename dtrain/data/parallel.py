@@ -79,7 +79,11 @@ def in_order(
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Spawned, not forked: the caller may have threads, of a progress bar or of fsspec. They can open what it can."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, spawn, initializer=os.environ.update, initargs=(addresses.environment(),))
+    return ProcessPoolExecutor(processes, spawn, initializer=_lend, initargs=(addresses.environment(),))
+
+
+def _lend(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

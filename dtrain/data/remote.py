@@ -180,7 +180,7 @@ def _retried(url: str, once):
         except FileNotFoundError:
             raise BadSample(f"there is no shard {url}; restore it or run `dtrain index` again") from None
         except PermissionError as e:
-            raise UserError(f"{url} may not be read ({_reason(e)}); {_CREDENTIALS}") from None
+            raise UserError(f"{url} may not be read ({_reason(e)}); check {_CREDENTIALS}") from None
         except ValueError as e:
             if "range" in str(e):
                 raise UserError(
