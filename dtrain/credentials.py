@@ -6,13 +6,14 @@ that secrets are given. A password under an innocent name in a program of the us
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 MASK = "•••"
 _SECRET_KEY = re.compile(
     r"password|passwd|passphrase|secret|credential|"
     r"(^|[_.\-])(pass|pwd|tokens?|authorization|auth|bearer|jwt|cookie|signature|sig|sas|"
-    r"(api|access|account|private|storage|ssh|aws|shared_access|encryption)_?keys?(_id)?)($|[_.\-])",
+    r"(api|access|account|private|storage|ssh|aws|shared_access|encryption)[_\-]?keys?([_\-]id)?)($|[_.\-])",
     re.IGNORECASE,
 )
 # To the next address, where several stand in a row.
@@ -30,7 +31,9 @@ _DATABASE = re.compile(
 _PORT = re.compile(r"\d{1,5}")
 _HOST = re.compile(r"[\w\-]+(\.[\w\-]+)+(:\d+)?|localhost(:\d+)?|\[.*\](:\d+)?|[\w.\-]+:\d+", re.IGNORECASE)
 _USER_KEY = re.compile(r"user(name)?|uid|login", re.IGNORECASE)
-_HEADER = re.compile(r"((?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?)(?!\s*•)[^\"'\n]+", re.IGNORECASE)
+_HEADER = re.compile(
+    r"((?:proxy-)?authorization[\"']?\s*[:=](?>\s*(?:[rbfu]{0,2}[\"'])?))(?!•)[^\"'\n]+", re.IGNORECASE
+)
 _COOKIE = re.compile(r"\b((?:set-)?cookie:\s*)(?!\s*•)[^\"'\n]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer|basic|token)\s+(?=\S*\d)[\w.~+/\-]{8,}=*", re.IGNORECASE)
 _OPTION = re.compile(r"(--([\w\-]+)[ =])(?!•)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
@@ -41,8 +44,10 @@ _TEXT = r"(?!.•)(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*')"
 # `"key": "value"`, `key = "value"`, `["key"] = "value"`, `("key", "value")`, `key: str = "value"`
 _QUOTED = re.compile(rf"{_NAME}([\"']?\]?\s*(?::|=>?)\s*|[\"']\s*,\s*|\s*:\s*[\w\[\]|. ]+=\s*)[rbfu]{{0,2}}{_TEXT}")
 # `key=value`, and `key: value` where the value has a digit: prose has colons too.
-_BARE = re.compile(rf"{_NAME}(=(?!=)|:\s+(?=[^\s\"']*\d))(?!•)([^\s&\"']*[^\s&\"',;)\]}}])")
+_BARE = re.compile(rf"{_NAME}(=(?!=)|:\s+(?=[^\s\"']*\d))(?!\(?•)([^\s&\"']{{0,4000}}[^\s&\"',;)\]}}])")
 _PAIR = re.compile(r"\b(auth\s*=\s*\()(?=[\"'])[^)\n]*\)")  # of requests: user and password
+_NETRC = re.compile(r"(\bmachine\s+\S+(?:\s+\S+\s+\S+)??\s+password\s+)(?!•)\S+")
+_HEADER_OPTION = re.compile(r"([\"'])([\w\-]+)(:\s*)(?![\s•])[^\"'\n]+\1")
 _LONG = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w\-+/~]{12,}=*")
 _KNOWN = re.compile(
     r"\b((?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w\-]{15,}"
@@ -81,8 +86,8 @@ def parts(address: str) -> Address | None:
         return None
     end = _login_end(scheme, body)
     login, rest = (None, body) if end < 0 else (body[:end], body[end + 1 :])
-    place, mark, query = rest.partition("?")
-    if "#" in place or not mark or not (_WEB.fullmatch(scheme) or "=" in query or query == MASK):
+    place, _, query = rest.partition("?")
+    if "#" in place or not query or not (_WEB.fullmatch(scheme) or "=" in query or query == MASK):
         return Address(scheme, login, rest, None)  # a page of a site, or a pattern such as s3://bucket/x-0?.tar
     return Address(scheme, login, place, query)
 
@@ -144,12 +149,21 @@ def redacted(text: Any, code: bool = False) -> str:
     text = without_credentials(str(text))
     text = _COOKIE.sub(rf"\1{MASK}", _HEADER.sub(rf"\1{MASK}", _PRIVATE_KEY.sub(rf"\1{MASK}", text)))
     text = _LOGIN_OPTION.sub(rf"\1{MASK}", _OPTION.sub(lambda m: f"{m[1]}{MASK}" if is_secret(m[2]) else m[0], text))
-    text = _PAIR.sub(rf"\1{MASK})", text)
-    text = _QUOTED.sub(lambda m: f"{m[1]}{m[2]}{m[3][0]}{MASK}{m[3][0]}" if is_secret(m[1]) else m[0], text)
-    text = _BARE.sub(
-        lambda m: f"{m[1]}{m[2]}{MASK}" if is_secret(m[1]) and not (code and not _LONG.fullmatch(m[3])) else m[0], text
-    )
-    return _KNOWN.sub(MASK, _BEARER.sub(rf"\1 {MASK}", text))
+    text = _NETRC.sub(rf"\1{MASK}", _PAIR.sub(rf"\1{MASK})", text))
+    text = _HEADER_OPTION.sub(lambda m: f"{m[1]}{m[2]}{m[3]}{MASK}{m[1]}" if is_secret(m[2]) else m[0], text)
+    text = _of_secret_names(_QUOTED, text, lambda value: f"{value[0]}{MASK}{value[0]}")
+    return _KNOWN.sub(MASK, _BEARER.sub(rf"\1 {MASK}", _of_secret_names(_BARE, text, lambda value: MASK, code)))
+
+
+def _of_secret_names(pattern: re.Pattern, text: str, mask: Callable[[str], str], only_long: bool = False) -> str:
+    """Values by `mask` where the name is secret; behind another name the search goes on within its value."""
+    found, kept, at = [], 0, 0
+    while match := pattern.search(text, at):
+        at = match.end(2)
+        if is_secret(match[1]) and not (only_long and not _LONG.fullmatch(match[3])):
+            found += [text[kept : match.start(3)], mask(match[3])]
+            kept = at = match.end(3)
+    return "".join(found) + text[kept:]
 
 
 def is_secret(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dtrain.addresses import complete
 from dtrain.config import load, load_kept
 from dtrain.errors import UserError
 from tests.digits import CONFIG, tiny
@@ -22,7 +23,7 @@ REFUSED = {
     "sqlite:mlflow.db": "names no file; write sqlite:////FOLDER/mlflow.db",
     "sqlite://": "names no file",
     "sqlite:///:memory:": "names no file",
-    "postgresql:me@host/db": "is not written as postgresql://USER@HOST/NAME",
+    "postgresql:me@host/db": "is not written as postgresql://HOST/NAME",
 }
 
 
@@ -37,7 +38,7 @@ def test_an_address_that_cannot_work_is_refused_in_one_line(uri, message, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI in the environment: "):
         load(CONFIG, ["tracking.enabled=true"])
-    assert load(CONFIG, ["tracking.enabled=false"]).tracking.uri == uri  # nobody asks it
+    assert complete(load(CONFIG, ["tracking.enabled=false"]).tracking.uri) == uri  # nobody asks it
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_an_address_that_cannot_work_is_refused_in_one_line(uri, message, monkey
     ],
 )
 def test_an_address_that_may_work_is_taken(uri):
-    assert load(CONFIG, [f"tracking.uri='{uri}'"]).tracking.uri == uri
+    assert complete(load(CONFIG, [f"tracking.uri='{uri}'"]).tracking.uri) == uri
 
 
 def test_mlflow_itself_refuses_what_is_refused_here(monkeypatch):

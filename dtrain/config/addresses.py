@@ -46,4 +46,4 @@ def _problem_of_database(uri: str, shown: str, scheme: str) -> str | None:
         if place == uri or place in ("", ":memory:"):
             return f"{shown!r} names no file; write sqlite:////FOLDER/mlflow.db, with four slashes before the folder"
         return None
-    return None if "://" in uri else f"{shown!r} is not written as {scheme}://USER@HOST/NAME"
+    return None if "://" in uri else f"{shown!r} is not written as {scheme}://HOST/NAME"

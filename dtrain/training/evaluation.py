@@ -1,7 +1,6 @@
 """The evaluation within training: the EMA gathered once into a plain module, samples on all ranks, a grid on rank 0."""
 
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dtrain.models.build import allocate
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
+from dtrain.training.output import traceback_of
 from dtrain.training.progress import TrainingProgress
 
 GRID_ROWS = 8
@@ -102,7 +102,7 @@ class Evaluation:
         """Write down and say that there are no numbers of this step, and why."""
         context = {"message": str(error), "ema": weights_name(self._config), "n": self._config.eval.num_samples}
         if error.__cause__ is not None:
-            lines = "".join(traceback.format_exception(error.__cause__))
+            lines = traceback_of(error.__cause__)
             context["traceback"] = lines[-LONGEST_TRACEBACK:]
             if distributed.rank() != 0:
                 print(lines, end="", flush=True)  # into this rank's log: rank 0 has but the message

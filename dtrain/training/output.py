@@ -56,13 +56,18 @@ def say_error(message: str, shared: bool = False) -> None:
 def clean_tracebacks() -> None:
     """From now on a traceback is shown without secrets: messages of libraries repeat the addresses that they got."""
 
-    def show(kind, error, trace) -> None:
-        lines = "".join(traceback.format_exception(kind, error, trace)).split("\n")
+    def show(error: BaseException) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print("\n".join(redacted(line, code=True) for line in lines), end="", file=sys.stderr, flush=True)
+            print(traceback_of(error), end="", file=sys.stderr, flush=True)
 
-    sys.excepthook = show
-    threading.excepthook = lambda thread: show(thread.exc_type, thread.exc_value, thread.exc_traceback)
+    sys.excepthook = lambda _, error, trace: show(error.with_traceback(trace))
+    threading.excepthook = lambda thread: show(thread.exc_value)
+
+
+def traceback_of(error: BaseException) -> str:
+    """As Python prints it, without secrets."""
+    lines = "".join(traceback.format_exception(error)).split("\n")
+    return "\n".join(redacted(line, code=True) for line in lines)
 
 
 def forgive_output() -> None:

@@ -8,6 +8,9 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dtrain.credentials import redacted
+from dtrain.terminal import printable
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -60,7 +63,7 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         if self.visible:
-            self.console.print(line, markup=False)
+            self.console.print(printable(redacted(line)), markup=False)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -15,6 +15,7 @@ from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
+from dtrain.terminal import say
 from dtrain.training.bad_steps import BadSteps
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.engine import Engine
@@ -73,7 +74,7 @@ def resume(
                 bad_steps.load_state(checkpoint.meta.get("bad_steps", {}))
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
         if distributed.rank() == 0:
-            print(f"skipping a checkpoint that cannot be used: {problem}", flush=True)
+            say(f"skipping a checkpoint that cannot be used: {problem}")
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {run.checkpoints} is whole and this run's own: {problem}; "

@@ -19,6 +19,7 @@ from pathlib import Path
 from dtrain.errors import UserError
 from dtrain.interrupt import SAME_PRESS_SECONDS, ctrl_c, is_ignored
 from dtrain.launcher import slurm_job
+from dtrain.terminal import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
 FIRST_CTRL_C = "stopping after this step, with a checkpoint; Ctrl-C again ends at once, without one"
@@ -112,7 +113,7 @@ def deadline(configured: str | None, started: float) -> float | None:
         end = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as e:
         problem = (getattr(e, "stderr", None) or str(e)).strip()
-        print(f"no deadline is known, so the run will not stop by itself: squeue did not answer: {problem}", flush=True)
+        say(f"no deadline is known, so the run will not stop by itself: squeue did not answer: {problem}")
         return None
     if end in ("", "N/A", "NONE"):
         return None  # no limit

@@ -62,17 +62,16 @@ def changed_code(folder) -> dict[str, str]:
     return {"GIT_DIR": str(folder / ".git"), "GIT_WORK_TREE": str(folder)}
 
 
-def test_nothing_that_a_run_leaves_or_prints_holds_any_of_ten_secrets(digits, server, tmp_path, monkeypatch):
+def test_nothing_that_a_run_leaves_or_prints_holds_any_of_ten_secrets(digits, server, tmp_path):
     server.start()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "run" / "cache"))
-    monkeypatch.delenv("DTRAIN_CREDENTIALS", raising=False)
+    own = {"XDG_CACHE_HOME": tmp_path / "run" / "cache", "DTRAIN_CREDENTIALS": "", "NETRC": tmp_path / "none"}
     manifests = {}
     for split in ("train", "holdout"):
         manifests[split] = tmp_path / split / "manifest.json"
         shutil.copytree(digits / split, tmp_path / split, ignore=shutil.ignore_patterns("*.tar", "*.npz", ".*"))
     signed = [f"sig={SECRETS[name]}" for name in ("the key of a signed address", "the same renewed")]
     login = f"me:{SECRETS['a password with a slash']}"
-    environment = changed_code(tmp_path / "repository")
+    environment = own | changed_code(tmp_path / "repository")
     with guarded(digits, login, set(signed)) as host:
         shards = [f"http://{login}@{host}/train?{one}" for one in signed]
         held_out = f"http://{SECRETS['a login without a password']}@{host}/holdout"
@@ -97,21 +96,25 @@ def test_nothing_that_a_run_leaves_or_prints_holds_any_of_ten_secrets(digits, se
         printed += run_ranks(command, 1, "train", config, *renewed, environment=environment)
         assert [code for code, _ in printed] == [0, 0], printed
 
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        assert written["data"]["shards"] == f"http://{host}/train?•••"
+        assert written["deepspeed"]["extra"] == {"comet": {"enabled": False, "api_key": "•••"}}
+
         # The config is kept without: later commands are told by what stands in the environment.
-        without = run_ranks(command, 1, "evaluate", run)
+        without = run_ranks(command, 1, "evaluate", run, environment=own)
         assert [(code, text.count("\n")) for code, text in without] == [(2, 1)]
         assert "HTTP 403" in without[0][1]
         assert "DTRAIN_CREDENTIALS" in without[0][1]
-        lent = {"DTRAIN_CREDENTIALS": f"{shards[1]} http://{SECRETS['a login without a password']}@{host}/"}
+        lent = own | {"DTRAIN_CREDENTIALS": f"{shards[1]} http://{SECRETS['a login without a password']}@{host}/"}
         printed += run_ranks(command, 1, "evaluate", run, environment=lent)
-        printed += run_ranks(command, 1, "report", run)
+        printed += run_ranks(command, 1, "report", run, environment=own)
         assert [code for code, _ in printed] == [0, 0, 0, 0], printed
 
         refused = f"data.shards=http://me:{SECRETS['a login without a password']}@{host}/train"
         anew = f"data.cache_dir={tmp_path}/run/another-cache"  # in the first one lies all that was read
-        printed += without + run_ranks(command, 1, "train", config, refused, anew, "train.steps=8")
-        printed += run_ranks(command, 1, "train", config, f"data.shards=[{shards[0]}]")
-        printed += run_ranks(command, 1, "train", config, shards[0])
+        printed += without + run_ranks(command, 1, "train", config, refused, anew, "train.steps=8", environment=own)
+        printed += run_ranks(command, 1, "train", config, f"data.shards=[{shards[0]}]", environment=own)
+        printed += run_ranks(command, 1, "train", config, shards[0], environment=own)
         assert [code for code, _ in printed[-3:]] == [2, 2, 2], printed
 
     files = [path for place in (tmp_path / "run", server.folder) for path in place.rglob("*") if path.is_file()]
@@ -127,9 +130,6 @@ def test_nothing_that_a_run_leaves_or_prints_holds_any_of_ten_secrets(digits, se
     keys = {"tracking.enabled", "tracking.uri", "tracking.experiment", "train.steps", "train.keep_last"}
     assert changed[0].keys() == keys
     assert changed[0]["tracking.uri"][0] == "mysql://away/db?charset=utf8"
-    written = yaml.safe_load((run / "config.yaml").read_text())
-    assert written["data"]["shards"] == f"http://{host}/train?•••"
-    assert written["deepspeed"]["extra"] == {"comet": {"enabled": False, "api_key": "•••"}}
     (difference,) = {path.read_text() for path in run.glob("attempts/*/uncommitted.diff")}
     assert "+lr = 2e-4\n" in difference
     assert "+steps: 40\n" in difference
@@ -139,7 +139,7 @@ def test_nothing_that_a_run_leaves_or_prints_holds_any_of_ten_secrets(digits, se
     assert load_manifest(manifests["train"]).samples == 1437
 
 
-def test_what_an_address_needs_comes_from_the_environment_or_netrc(digits, tmp_path, monkeypatch):
+def test_what_an_address_needs_comes_from_the_environment_or_netrc(digits, tmp_path):
     """An index made with a login in the address, and a verification with one in a netrc file."""
     with guarded(digits, "me:pa/ss", {"sig=1"}) as host:
         patterns = f"http://me:pa/ss@{host}/train/train-{{000000..000001}}.tar?sig=1"
@@ -150,8 +150,7 @@ def test_what_an_address_needs_comes_from_the_environment_or_netrc(digits, tmp_p
         (tmp_path / "netrc").write_text(f"machine {host.split(':')[0]} login me password pa/ss\n")
         place = f"http://{host}/holdout"
         arguments = ("verify", digits / "holdout", "--shards", place)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert run_ranks(command, 1, *arguments)[0][0] == 2
+        assert run_ranks(command, 1, *arguments, environment={"NETRC": tmp_path / "none"})[0][0] == 2
         assert run_ranks(command, 1, *arguments, environment={"NETRC": tmp_path / "netrc"})[0][0] == 0
 
 
