@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.errors import UserError, from_where
+from dtrain.files import read_bytes
 
 PIN = "#sha256="
 # Operators and classes of torch itself that compute and do no more; all others could do anything.
 LIBRARIES = {"aten", "prim", "prims", "quantized", "_quantized", "sparse", "mkl", "mkldnn", "onednn"}
 FILES = {"save", "from_file", "load", "read_file", "write_file", "load_tensor", "_load_for_lite_interpreter"}
+MOST_BYTES = 16 << 30  # of a file
 MOST_CODE = 32 << 20  # bytes
 _OPERATOR = re.compile(r"\b(\w+)::(\w+)\(")
 
@@ -45,7 +47,7 @@ def read_program(features: str) -> Program:
     """
     path, pinned = file_of(features)
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         raise UserError(
             f"there is no TorchScript file {path}{from_where(path)}; eval.features is inception, effnet_lite0, pixels "
