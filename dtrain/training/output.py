@@ -61,7 +61,8 @@ def clean_tracebacks() -> None:
             print(traceback_of(error), end="", file=sys.stderr, flush=True)
 
     sys.excepthook = lambda _, error, trace: show(error.with_traceback(trace))
-    threading.excepthook = lambda thread: show(thread.exc_value)
+    # A thread that leaves by sys.exit says nothing, as Python has it.
+    threading.excepthook = lambda it: show(it.exc_value) if it.exc_type is not SystemExit else None
 
 
 def traceback_of(error: BaseException) -> str:
