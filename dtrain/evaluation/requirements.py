@@ -160,14 +160,6 @@ def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
         )
 
 
-def check_torchscript(path: Path) -> None:
-    """Raises UserError where there is no such file."""
-    if not path.is_file():
-        raise UserError(
-            f"there is no TorchScript file {path}; eval.features is inception, effnet_lite0, pixels or a path"
-        )
-
-
 def check_guidance(config: Config) -> None:
     """Raises UserError where guidance would contrast with a model that nothing has trained."""
     guidance, dropout = config.eval.guidance, config.diffusion.label_dropout
