@@ -42,6 +42,7 @@ EARLIER: dict[str, Earlier] = {
     "train.activation_checkpointing": Earlier(False),
     "train.compile": Earlier(False),
     "train.spike_factor": Earlier(0.0),  # no step was refused for its norm
+    "train.start_limit": Earlier(1800.0),
     "eval.clip": Earlier(False),
     "eval.bpd_clip": Earlier(False),
     "eval.guidance_interval": Earlier([0.0, 1.0]),
