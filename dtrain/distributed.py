@@ -173,6 +173,11 @@ def gather_objects(thing) -> list:
     return everything
 
 
+def ranks_here() -> int:
+    """How many ranks share this machine, or container, whatever the environment says of it. A collective."""
+    return gather_objects(socket.gethostname()).count(socket.gethostname())
+
+
 def on_rank_0(function, *args):
     """Call on rank 0 only; every rank gets its result, or raises what it met, as of `agree`."""
     result, met = None, None

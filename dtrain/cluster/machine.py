@@ -74,7 +74,7 @@ def shared_memory(config: Config) -> Finding:
 
     name = "shared memory"
     if distributed.world_size() > 1:
-        world_size, ranks = distributed.world_size(), distributed.local_world_size()
+        world_size, ranks = distributed.world_size(), distributed.ranks_here()
     else:
         world_size = ranks = max(1, torch.cuda.device_count())
     needed, there = shm.of_ranks(config, world_size, ranks), shm.free()

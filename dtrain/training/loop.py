@@ -47,7 +47,7 @@ def train(config: Config) -> Outcome:
     distributed.initialize()
     check_agreement(config, manifest)
     lacking = distributed.on_rank_0(check_inputs, config, manifest)
-    distributed.agree(shared_memory.check, config, world_size, distributed.local_world_size())
+    distributed.agree(shared_memory.check, config, world_size, distributed.ranks_here())
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if scheduled := faults.scheduled():
         attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))

@@ -63,7 +63,8 @@ def shared_memory_in(size, config):
 def test_too_small_a_dev_shm_is_bad_alone_and_under_a_launcher_and_says_what_to_do(work):
     for ranks in (1, 2):
         config = tiny(work / "digits", work / "runs", f"data.batch_size={720 * ranks}", "data.workers=2")
-        found = run_ranks(shared_memory_in, ranks, "1m", config)[0]
+        unsaid = {"LOCAL_WORLD_SIZE": "1"}  # as where a launcher leaves it out
+        found = run_ranks(shared_memory_in, ranks, "1m", config, environment=unsaid)[0]
         assert (found.check, found.status) == ("shared memory", "bad")
         assert "has 1.0 MiB free, and batches made ahead take up to" in found.found
         assert f"(5 of 0.4 MiB for each of {ranks} ranks)" in found.found
