@@ -21,6 +21,7 @@ from dtrain.data.shards import ShardReader
 from dtrain.data.tar import MEMBER
 from dtrain.data.verify import verify
 from dtrain.errors import BadSample, UserError
+from dtrain.evaluation import statistics
 from dtrain.evaluation.scratch import Scratch
 from dtrain.lock import RunLock
 from dtrain.report.pictures import grids
@@ -109,6 +110,12 @@ def test_fifos_in_a_data_set_are_refused_by_name(tmp_path):
             fifo_at(tmp_path / name)
             with pytest.raises(UserError, match=f"{name}.*is not a regular file"):
                 load(tmp_path / "manifest.json")
+
+
+def test_a_fifo_in_place_of_statistics_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    with within_seconds(5), pytest.raises(UserError, match="no statistics file"):
+        statistics.read(tmp_path / "x.npz")
 
 
 def test_a_small_file_of_many_gigabytes_is_not_read(tmp_path):

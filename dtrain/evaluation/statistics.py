@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dtrain.errors import UserError
-from dtrain.files import replacing
+from dtrain.files import opener, replacing
 
 # What numpy.load raises for damaged bytes; the header of an array is read as a piece of Python.
 DAMAGES = (OSError, ValueError, KeyError, EOFError, SyntaxError, RuntimeError, TokenError, BadZipFile, zlib.error)
@@ -173,7 +173,7 @@ class Stored:
 def read(path: str | Path) -> Stored:
     """Read what `save`, clean-fid, pytorch-fid or EDM wrote. Raises UserError for no such file or a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with open(path, "rb", opener=opener) as file, np.load(file, allow_pickle=False) as f:
             mean, cov = f["mu"], f["sigma"]
             if {mean.dtype.kind, cov.dtype.kind} - set("fiu"):
                 raise ValueError("mu and sigma are not real numbers")
