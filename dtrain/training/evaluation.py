@@ -46,6 +46,7 @@ class Evaluation:
         self._run, self._config, self._process = run, config, process
         self._tracker, self._progress, self._stop_wanted = tracker, progress, stop_wanted
         self._reference: Reference | None = None
+        self.gave_numbers = False  # of the last call of `run`
 
     def open(self, position: Position) -> bool:
         """Read what samples are compared with; False where it gave way. A collective.
@@ -65,8 +66,12 @@ class Evaluation:
 
         The gathered module is freed when it returns.
         """
+        self.gave_numbers = False
         try:
-            return self._unless_stopped("evaluating", lambda on_progress: self._evaluate(engine, position, on_progress))
+            self.gave_numbers = self._unless_stopped(
+                "evaluating", lambda on_progress: self._evaluate(engine, position, on_progress)
+            )
+            return self.gave_numbers
         except (SharedError, SharedFailure) as e:
             self._failed(position, e)
             return True

@@ -115,7 +115,7 @@ class Steps:
             self.goodput.begin_attempt(lost_steps(self.run.journal_file, self.position))
         distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.engine.options)
         self.watchdog.attempt = self.tracker.attempt if self._is_rank_0 else None
-        self.feed.begin(self.position.images, self.bad_steps.skipped)
+        distributed.agree(self.feed.begin, self.position.images, self.bad_steps.skipped)
 
     def _step(self) -> None:
         """A batch and what is due after it: word from all ranks, a checkpoint, an evaluation, a way back."""
@@ -273,8 +273,9 @@ class Steps:
             self._open_evaluation()
         self._owes_evaluation = self._stopping
         if not self._stopping:
-            with self.watchdog.during("evaluation"), self.goodput.during("evaluation_s"):
+            with self.watchdog.during("evaluation") as now, self.goodput.during("evaluation_s"):
                 self._owes_evaluation = self._stopping = not self._evaluation.run(self.engine, self.position)
+                now.whole = self._evaluation.gave_numbers
         self._meter.restart()
 
     def _go_back(self) -> None:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from dtrain.errors import HANG
@@ -35,6 +36,11 @@ class Limit(NamedTuple):
 
     seconds: float
     why: str
+
+
+@dataclass
+class During:
+    whole: bool = True  # the phase did all that it is for
 
 
 class Watchdog:
@@ -64,14 +70,17 @@ class Watchdog:
         self._recent["step"].append(max(seconds))
 
     @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Not a step but "start", "saving" or "evaluation", in which limits are others."""
-        outer, started = self._phase, time.monotonic()
+    def during(self, phase: str) -> Iterator["During"]:
+        """Not a step but "start", "saving" or "evaluation", in which limits are others.
+
+        Who is within says by what is yielded where it came to no end that later limits can be learned from.
+        """
+        outer, started, now = self._phase, time.monotonic(), During()
         self._enter(phase)
         try:
-            yield
+            yield now
         finally:
-            if phase in self._recent:
+            if phase in self._recent and now.whole:
                 self._recent[phase].append(time.monotonic() - started)
             self._enter(outer)
 

@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.errors import HANG
 from dtrain.run import RunDirectory
-from dtrain.training.watchdog import Watchdog
+from dtrain.training.watchdog import FIRST_EVALUATION, Watchdog
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks, start_ranks
@@ -204,3 +204,13 @@ def test_a_first_step_that_never_comes_ends_after_the_limit_that_the_config_give
     message = assert_left_in_time(started, config, time.monotonic())["message"]
     assert "hangs after step 0" in message
     assert "nothing happened for 4 s (train.start_limit, which is for the start, the first step" in message
+
+
+def test_an_evaluation_that_gave_no_numbers_teaches_no_limit(tmp_path):
+    watchdog = Watchdog(RunDirectory(tmp_path), 0, floor=0, start=1.0)
+    with watchdog.during("evaluation") as now:
+        now.whole = False  # it failed at once
+    assert watchdog.limit_of("evaluation").seconds == FIRST_EVALUATION
+    with watchdog.during("evaluation"):
+        pass
+    assert watchdog.limit_of("evaluation").seconds < 1.0
