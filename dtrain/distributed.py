@@ -186,8 +186,11 @@ def on_rank_0(function, *args):
             result = function(*args)
         except Exception as e:
             met = e
-    value, said = gather_objects((result, _said(met)))[0]
-    _raise_together([said], met)
+    try:
+        value, said = gather_objects((result, _said(met)))[0]
+        _raise_together([said], met)
+    finally:
+        del met  # else its traceback holds this frame, and so all that `function` held, until garbage is collected
     return value
 
 
@@ -202,7 +205,10 @@ def agree(function, *args):
         result = function(*args)
     except Exception as e:
         met = e
-    _raise_together(gather_objects(_said(met)), met)
+    try:
+        _raise_together(gather_objects(_said(met)), met)
+    finally:
+        del met  # as in `on_rank_0`
     return result
 
 

@@ -1,12 +1,16 @@
 """What a process sets for itself before it computes."""
 
+import gc
 import socket
 import subprocess
 import sys
+import weakref
+from contextlib import suppress
 
 import pytest
 
-from dtrain.errors import told
+from dtrain import distributed
+from dtrain.errors import SharedFailure, told
 from tests.ranks import run_ranks
 
 FAULTS = """
@@ -82,3 +86,23 @@ def test_a_refusal_that_names_no_file_stays_what_it_is():
     with pytest.raises(PermissionError) as met:
         told(refusal)
     assert met.value is refusal
+
+
+def test_what_a_part_held_that_failed_is_freed_before_any_garbage_is_collected():
+    class Large:
+        pass
+
+    def fail(seen):
+        held = Large()
+        seen.append(weakref.ref(held))
+        raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        for together in (distributed.agree, distributed.on_rank_0):
+            seen = []
+            with suppress(SharedFailure):
+                together(fail, seen)
+            assert seen[0]() is None
+    finally:
+        gc.enable()
