@@ -139,8 +139,13 @@ class _Workers:
             pin_memory=torch.cuda.is_available(),
         )
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # till `_detach` has run, in the workers
+        before = set(multiprocessing.active_children())
         try:
             self._iterator = iter(loader)
+        except (OSError, RuntimeError):
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()  # torch would ask them to end, and wait: they do not listen
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes: list[BaseProcess] = self._iterator._workers if number else []
@@ -265,7 +270,7 @@ class _Queue(multiprocessing.queues.Queue):
             os._exit(1)
         shared_memory.remove_left(os.getpid())
         if "No space left on device" in str(error):
-            reason = shared_memory.full("No space left on device")
+            reason = LoaderFailure(shared_memory.full("No space left on device"))
         else:
             reason = _failure(error, "a data worker could not hand over its batch")
         self.put((item[0], reason))

@@ -82,9 +82,12 @@ def advice(needed: int) -> str:
     )
 
 
-def full(problem: str) -> UserError:
-    """The error of a worker that could not put its batch there. problem: as the system says it."""
-    return UserError(
+def full(problem: str) -> str:
+    """Why a worker could not put its batch there. problem: as the system says it.
+
+    There was room at the start, so it is the surroundings that have changed: starting again may do.
+    """
+    return (
         f"/dev/shm of {socket.gethostname()} is full ({problem}), so a data worker could not hand over its batch: "
         "see what else lies there, give the container more, as with --shm-size=8g or --ipc=host, or take data.workers=0"
     )

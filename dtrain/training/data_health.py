@@ -4,6 +4,7 @@ workers that had to be started again."""
 from collections.abc import Callable
 from dataclasses import asdict
 
+from dtrain import distributed, terminal
 from dtrain.config import Config
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
@@ -48,6 +49,8 @@ class DataHealth:
             self._events.append(("bad_sample", after, context))
         for message in read.restarts:
             self._say(message)
+            if distributed.rank() != 0:
+                terminal.say(message)  # into this rank's log
             self._events.append(("fault", after, {"kind": "worker", "message": message}))
 
     def heard(self, sums: StepSums) -> None:

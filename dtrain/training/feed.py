@@ -13,11 +13,13 @@ import torch
 
 from dtrain import distributed
 from dtrain.config import Config
+from dtrain.credentials import redacted
 from dtrain.data.loader import Batches, LoaderFailure
 from dtrain.data.manifest import Manifest
 from dtrain.data.skipped import Skipped
 from dtrain.data.stream import Report, train_batches
 from dtrain.errors import SharedError, SharedFailure, UserError
+from dtrain.files import opener
 from dtrain.run import RunDirectory
 
 
@@ -64,7 +66,8 @@ class Feed:
         path = RunDirectory(self._config.run.path).logs / f"rank-{distributed.rank()}.traceback"
         with suppress(OSError):
             if error.details:
-                path.write_text(error.details)
+                with open(path, "w", opener=opener) as file:
+                    file.write("\n".join(redacted(line, code=True) for line in error.details.split("\n")))
                 return LoaderFailure(f"{error} (rank {distributed.rank()}; its traceback is in {path})")
         return error
 
