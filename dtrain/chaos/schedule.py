@@ -74,7 +74,7 @@ def everything(job: Job) -> list[Draw]:
             draws.append(partial(kill_in_a_save, job, point, who, victims))
         draws += [partial(kill_in_a_step, point, victims) for point in STEP_POINTS]
         draws += [partial(kill_while_loading, point, victims) for point in LOAD_POINTS]
-        draws.append(partial(kill_while_replacing, victims))
+        draws.append(partial(kill_while_replacing, job, victims))
         if job.config.eval.every:
             draws += [partial(kill_in_an_evaluation, job, p, who, victims) for p, who in EVALUATION_POINTS.items()]
     draws += [partial(damage_after_a_kill, kind) for kind in DAMAGES]
@@ -127,9 +127,9 @@ def kill_while_loading(point: str, victims: str, state: State, rng) -> Plan | No
     )
 
 
-def kill_while_replacing(victims: str, state: State, rng) -> Plan | None:
-    """While a damaged checkpoint that a save comes by again gives way to a whole one."""
-    ahead = [s for s in state.damaged if s > state.step]
+def kill_while_replacing(job: Job, victims: str, state: State, rng) -> Plan | None:
+    """While a damaged checkpoint that a save comes by again gives way to a whole one; by one of a stop none comes."""
+    ahead = [s for s in state.damaged if s > state.step and s % job.config.train.checkpoint_every == 0]
     if not ahead:
         return None
     what = told(victims, 0, f"save:replace of step {ahead[0]}")

@@ -29,7 +29,7 @@ VICTIMS = ("one", "all")
 def in_saves(job: Job) -> list[Draw]:
     """One of each point and victims, and a damage for each kill in the place of a damaged checkpoint: 24 kills."""
     draws = [partial(kill_in_a_save, job, point, who, v) for point, who in SAVE_POINTS.items() for v in VICTIMS]
-    return draws + [partial(kill_while_replacing, v) for v in VICTIMS]
+    return draws + [partial(kill_while_replacing, job, v) for v in VICTIMS]
 
 
 def damages(number: int) -> list[Draw]:

@@ -26,16 +26,16 @@ def rows(report):
 CHAOS = ("-c", "from dtrain.cli import main; main()", "chaos")
 
 
-def test_four_faults_and_their_report(tmp_path):
-    done = run(tmp_path, *CHAOS, "--faults", "4", "--seed", "3", "--out", "report.md")
+def test_three_faults_and_their_report(tmp_path):
+    done = run(tmp_path, *CHAOS, "--faults", "3", "--seed", "3", "--out", "report.md")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "report.md: 4 of 4 survived" in done.stdout
+    assert "report.md: 3 of 3 survived" in done.stdout
     report = (tmp_path / "report.md").read_text()
-    assert report.splitlines()[-1] == "4 of 4 survived"
-    assert "--faults 4 --seed 3" in report
+    assert report.splitlines()[-1] == "3 of 3 survived"
+    assert "--faults 3 --seed 3" in report
     assert "seed 3" in report
     table = rows(report)
-    assert len(table) == 4
+    assert len(table) == 3
     for row in table:
         assert row[-1].strip(" |") == "yes"
         assert re.fullmatch(r"equal|within \de-\d\d", row[6])

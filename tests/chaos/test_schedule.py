@@ -1,13 +1,14 @@
 """The schedule: the same for a seed, every kind in it, each planned for a moment that the run still has before it."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 
 from dtrain.chaos.job import Job
 from dtrain.chaos.plan import State
-from dtrain.chaos.schedule import Schedule, everything
+from dtrain.chaos.schedule import Schedule, everything, kill_while_replacing
 from dtrain.faults import Fault
 from tests.digits import tiny
 
@@ -61,6 +62,13 @@ def test_every_kind_can_happen_and_is_planned_for_steps_that_are_to_come(job):
         *("full disk", "MLflow gone", "run deleted", "refused key", "NaN", "NaN feature", "stall"),
         *("worker killed", "lone failure", *(["small shm"] if os.geteuid() == 0 else [])),
     }
+
+
+def test_no_kill_waits_for_a_save_that_does_not_come(job):
+    draw = partial(kill_while_replacing, job, "one")
+    for damaged, possible in ((18, True), (15, False)):  # 15: of a stop
+        state = State(12, 2, (damaged,), job.shape, job.config.train.steps)
+        assert (draw(state, np.random.default_rng(0)) is not None) == possible
 
 
 def test_a_job_is_the_users_config_made_short_and_what_the_user_says_comes_last(job):

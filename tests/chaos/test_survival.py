@@ -4,9 +4,9 @@ from tests.chaos.kills import elsewhere, in_saves, killed, table
 
 
 def test_a_run_killed_at_every_point_of_a_save_goes_on_as_if_nothing_had_been(tmp_path):
-    results = killed(tmp_path, lambda job: [*in_saves(job)[:-2:2], *elsewhere(job)[1::4]], seed=2, change_shapes=False)
-    assert len(results) == 15
+    results = killed(tmp_path, lambda job: [*in_saves(job)[:-2:4], *elsewhere(job)[1::8]], seed=2, change_shapes=False)
+    assert len(results) == 8
     assert all(r.survived for r in results), table(results)
     assert all(r.exact and r.difference == 0 for r in results)
     assert {r.recovered_to % 6 for r in results} == {0}  # each time a checkpoint's step
-    assert sum(r.trained_to - r.recovered_to for r in results) > 15  # they did lose steps
+    assert sum(r.trained_to - r.recovered_to for r in results) > 8  # they did lose steps
