@@ -24,7 +24,7 @@ demo: .venv/ready
 	@$(activation)
 
 test: .venv/ready lint
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist worksteal tests
 
 test-slurm: .venv/ready
 	python -m pytest -m slurm tests/slurm
