@@ -100,19 +100,14 @@ class Reference:
         self.manifest = distributed.agree(split_of, config)
         distributed.agree(check_metrics, e, self.extractor, None if self.manifest is None else self.manifest.samples)
         keep = needs_reference_features(e)
-        self.labels = self.features = self.validation = self.kept = None
+        self.labels = self.features = self.validation = self.kept = cache = None
         self.upright = False
         if self.manifest is not None:
             distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
-            place, cache = self.manifest.place, cache_of(data, self.manifest.place)
+            place = self.manifest.place
+            cache = distributed.agree(cache_of, data, place)  # its folder may be refused on one machine alone
             self.upright = data.upright and distributed.on_rank_0(any_turned, self.manifest, place, cache)
-            self.labels = distributed.agree(read_labels, self.manifest, place, cache)
-            classes, most = config.model.num_classes, int(self.labels.max())
-            if classes and most >= classes:  # the next one after the last would be drawn without a class
-                raise UserError(
-                    f"{self.manifest.path} has labels up to {most}, but model.num_classes is {classes}, so they go "
-                    f"from 0 to {classes - 1}; name another data.holdout"
-                )
+            self.labels = distributed.agree(_labels, self.manifest, cache, config.model.num_classes)
             first = min(e.validation_images, self.manifest.samples)
             images, labels = distributed.agree(
                 read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache, data.upright
@@ -124,12 +119,12 @@ class Reference:
             self.statistics, self.hash, self.resize, self.about = stored
         self.comparable = is_comparable(self.extractor.name, self.resize)
         if stored is None or keep:
-            statistics, self.features = self._computed(config, device, keep, on_block)
+            statistics, self.features = self._computed(config, device, keep, cache, on_block)
             if stored is None:
                 self.statistics, self.hash = statistics, self.manifest.hash
 
     def _computed(
-        self, config: Config, device: torch.device, keep: bool, on_block: OnProgress
+        self, config: Config, device: torch.device, keep: bool, cache: BlockCache | None, on_block: OnProgress
     ) -> tuple[Statistics, Tensor | None]:
         """(statistics, features on rank 0 if they are to be kept) of the split, by this evaluation or an earlier one.
 
@@ -147,7 +142,6 @@ class Reference:
         if found is not None:
             path, statistics = found
             return statistics, store.features(path) if keep and distributed.rank() == 0 else None
-        cache = cache_of(data, manifest.place)
         statistics, features = compute(
             manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache, data.upright
         )
@@ -167,6 +161,18 @@ class Reference:
         found = read_reference(path, self.extractor, size, channels, manifest, data.upright)
         about = about_reference(self.extractor.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
         return *found, resize, about
+
+
+def _labels(manifest: Manifest, cache: BlockCache | None, classes: int) -> Tensor:
+    """int64 (M,) of a split. Raises UserError where one is no class of the model, of `classes`; 0: it has none."""
+    labels = read_labels(manifest, manifest.place, cache)
+    most = int(labels.max())
+    if classes and most >= classes:  # the next one after the last would be drawn without a class
+        raise UserError(
+            f"{manifest.path} has labels up to {most}, but model.num_classes is {classes}, so they go from 0 to "
+            f"{classes - 1}; name another data.holdout"
+        )
+    return labels
 
 
 def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from dtrain.errors import UserError
+from dtrain.errors import SharedError, UserError
 from dtrain.files import opener, replacing
 
 # What numpy.load raises for damaged bytes; the header of an array is read as a piece of Python.
@@ -66,10 +66,10 @@ class Moments(Metric):
         self._set(merge(self._triple(), moments(features.to(self.mean))))
 
     def compute(self) -> Statistics:
-        """The joint Statistics of all ranks. Raises UserError below two samples, of which there is no covariance."""
+        """The joint Statistics of all ranks. Raises SharedError below two samples, which have no covariance."""
         count = int(self.count)
         if count < 2:
-            raise UserError(f"a covariance needs at least 2 images, and there are {count}; raise eval.num_samples")
+            raise SharedError(f"a covariance needs at least 2 images, and there are {count}; raise eval.num_samples")
         return Statistics(count, self.mean.cpu().numpy(), (self.scatter / (count - 1)).cpu().numpy())
 
     def _triple(self) -> Triple:

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from dtrain import distributed
 from dtrain.data.cache import default_directory
-from dtrain.errors import UserError
+from dtrain.errors import SharedError, UserError
+from dtrain.evaluation.reference import Reference
 from dtrain.tracking.journal import read
 from dtrain.training.check import check_start
 from tests.data.servers import serve
@@ -62,3 +64,20 @@ def test_a_held_out_split_is_named_by_a_local_manifest(digits, tmp_path):
         tiny(digits, tmp_path, "data.holdout_shards='pipe:'")
     with pytest.raises(UserError, match=r"holdout_shards needs holdout"):
         tiny(digits, tmp_path, "data.holdout=null", "data.holdout_shards=/elsewhere")
+
+
+def refused(configs) -> str:
+    """What this rank raises, each rank with a config of its own, as a cache is of its own machine."""
+    with pytest.raises(SharedError) as raised:
+        Reference(configs[distributed.rank()], "cpu")
+    return str(raised.value)
+
+
+def test_a_cache_that_one_machine_alone_refuses_ends_the_reference_on_all_ranks(digits, tmp_path):
+    (tmp_path / "file").write_text("where no folder can be")
+    configs = [
+        tiny(digits, tmp_path, "data.holdout_shards=http://127.0.0.1:9/holdout", f"data.cache_dir={tmp_path}/{cache}")
+        for cache in ("cache", "file/cache")
+    ]
+    found = run_ranks(refused, 2, configs, timeout=30)
+    assert found == [f"cannot make data.cache_dir {tmp_path}/file/cache: Not a directory; name another"] * 2

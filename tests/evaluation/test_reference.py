@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dtrain.data.indexing import index
-from dtrain.errors import UserError
+from dtrain.errors import SharedError, UserError
 from dtrain.evaluation.frechet import frechet_distance
 from dtrain.evaluation.reference import Reference, compute, make
 from dtrain.evaluation.statistics import Statistics, read
+from tests.data.shard_files import data_set, picture
 from tests.digits import tiny
 
 CPU = torch.device("cpu")
@@ -214,3 +215,9 @@ def test_labels_that_the_model_has_no_class_for_are_refused(digits, tmp_path):
     index(str(unnamed))  # knows of no classes
     with pytest.raises(UserError, match=r"manifest.json has labels up to 9, but model.num_classes is 9, so"):
         Reference(tiny(digits, tmp_path, "model.num_classes=9", f"data.holdout={unnamed}/manifest.json"), CPU)
+
+
+def test_a_split_of_one_image_is_refused_as_what_all_ranks_meet_so_that_a_training_goes_on(tmp_path):
+    manifest = data_set(tmp_path, [{"png": picture(0, 8, 1), "cls": b"0"}])
+    with pytest.raises(SharedError, match="a covariance needs at least 2 images, and there are 1"):
+        Reference(tiny(tmp_path, tmp_path, f"data.holdout={manifest.path}", "eval.metrics=[bpd]"), CPU)

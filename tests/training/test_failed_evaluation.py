@@ -2,10 +2,11 @@
 
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read
+from tests.data.shard_files import data_set, picture
 from tests.digits import losses, tiny
 from tests.networks import Alone, Corner, saved
 from tests.ranks import run_ranks
-from tests.test_cli import command
+from tests.test_cli import command, failing
 from tests.training.test_loop import train_saying_into, trained
 
 NEVER, ALWAYS = 64.0, -1.0  # above black, below it
@@ -83,3 +84,17 @@ def test_what_one_rank_meets_in_an_evaluation_is_agreed_on_and_has_its_traceback
     assert all(m.startswith("rank 1 on ") and "one image alone" in m for _, m in failures(config))
     assert "Traceback" in (config.run.path / "logs" / "rank-1.log").read_text()
     assert RunDirectory(config.run.path).outcome()["outcome"] == "finished"
+
+
+def test_a_resumed_run_whose_held_out_labels_are_beyond_its_classes_goes_on_and_says_it_once(digits, tmp_path):
+    trained(tiny(digits, tmp_path, "train.steps=2"), 1)
+    manifest = data_set(tmp_path / "other", [{"png": picture(i, 8, 1), "cls": b"%d" % (i + 7)} for i in range(4)])
+    other = tiny(digits, tmp_path, "train.steps=4", "eval.every=4", f"data.holdout={manifest.path}")
+    assert len(trained(other, 2)) == 4
+    ((step, message),) = failures(other)
+    assert (step, message) == (
+        4,
+        f"{manifest.path} has labels up to 10, but model.num_classes is 10, so they go from 0 to 9; "
+        "name another data.holdout",
+    )
+    assert failing("evaluate", other.run.path, world_size=2) == message
