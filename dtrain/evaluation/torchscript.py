@@ -11,23 +11,22 @@ import hashlib
 import io
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.errors import UserError, from_where
+from dtrain.evaluation.torchscript_code import FILES, LIBRARIES, declared, harm_in, module_of
 from dtrain.files import read_bytes
 
 PIN = "#sha256="
-# Operators and classes of torch itself that compute and do no more; all others could do anything.
-LIBRARIES = {"aten", "prim", "prims", "quantized", "_quantized", "sparse", "mkl", "mkldnn", "onednn"}
-FILES = {"save", "from_file", "load", "read_file", "write_file", "load_tensor", "_load_for_lite_interpreter"}
 MOST_BYTES = 16 << 30  # of a file
 MOST_CODE = 32 << 20  # bytes
 _OPERATOR = re.compile(r"\b(\w+)::(\w+)\(")
 
 
 class Program(NamedTuple):
-    """A file's bytes, and their sha256 as hex."""
+    """An archive of exactly the members of a file that were looked at, and the sha256 of the file as hex."""
 
     path: Path
     data: bytes
@@ -58,75 +57,63 @@ def read_program(features: str) -> Program:
     found = hashlib.sha256(data).hexdigest()
     if pinned not in (None, found):
         raise UserError(f"{path} has the sha256 {found}, and eval.features pins {pinned}: it is another file")
-    _check_code(path, data)
-    return Program(path, data, found)
+    members = _members(path, data)
+    _check_code(path, {name: source for name, source in members.items() if _is_code(name)})
+    return Program(path, _archive(members), found)
 
 
-def _check_code(path: Path, data: bytes) -> None:
-    code = _code(path, data)
-    text = "\n".join(code.values())
+def _check_code(path: Path, code: dict[str, bytes]) -> None:
+    trees = {}
     for name, source in code.items():
         try:
-            tree = ast.parse(source)
+            trees[name] = ast.parse(source.decode())
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise UserError(f"{path}: its code in {name} cannot be read, so it is not run; script it anew") from None
-        for node in ast.walk(tree):
-            if what := _does_more(node):
-                _refuse(path, what)
+    classes = declared(trees)
+    for name, tree in trees.items():
+        for what in harm_in(tree, module_of(name), classes):
+            _refuse(path, what)
     # Loading runs this part of a file, so nothing like it may stand there, not even in a text.
+    text = "\n".join(source.decode() for source in code.values())
     if "__setstate__" in text and (found := re.search(rf"\b({'|'.join(sorted(FILES))})\b", text)):
         _refuse(path, found[0])
 
 
-def _code(path: Path, data: bytes) -> dict[str, str]:
+def _members(path: Path, data: bytes) -> dict[str, bytes]:
+    """Name → content of all members. Raises UserError where there is no code, or two readers could see another."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            parts = [one for one in archive.infolist() if _is_code(one.filename)]
-            if sum(one.file_size for one in parts) > MOST_CODE:
+            parts = [one for one in archive.infolist() if not one.is_dir()]
+            if sum(one.file_size for one in parts if _is_code(one.filename)) > MOST_CODE:
                 raise UserError(f"{path} has more than {MOST_CODE >> 20} MiB of code, so it is not run")
-            if any(one.filename.lower().endswith("/model.json") for one in archive.infolist()):
+            if sum(one.file_size for one in parts) > MOST_BYTES:
+                raise UserError(f"{path} has more than {MOST_BYTES >> 30} GiB in it, so it is not run")
+            if any(one.filename.lower().endswith("/model.json") for one in parts):
                 raise UserError(f"{path} is of a PyTorch before 1.4, whose code cannot be looked at; script it anew")
-            code = {one.filename: archive.read(one).decode() for one in parts}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
+            if len({one.filename.lower() for one in parts}) < len(parts):
+                raise UserError(f"{path} is not run: two of its members have the same name; script it anew")
+            members = {one.filename: archive.read(one) for one in parts}
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{path} cannot be read as TorchScript ({e})") from None
-    if not code:
+    if not any(map(_is_code, members)):
         raise UserError(f"{path} cannot be read as TorchScript (it holds no code)")
-    return code
+    return members
+
+
+def _archive(members: dict[str, bytes]) -> bytes:
+    """A new archive: torch parses ZIP files by another library, which could find other members in the same bytes."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return made.getvalue()
 
 
 def _is_code(name: str) -> bool:
     name = name.lower()
     return name.endswith(".py") or ("/code/" in name and not name.endswith(".debug_pkl"))
-
-
-def _does_more(node: ast.AST) -> str | None:
-    """What this part of a program could do beside computing."""
-    if isinstance(node, ast.Attribute):
-        if node.attr in FILES:
-            return ast.unparse(node)
-        words = _words(node)
-        if words[:1] == ["ops"] and len(words) > 1 and words[1] not in LIBRARIES:
-            return ".".join(words)
-        if "classes" in words[:-1] and words[words.index("classes") + 1] not in LIBRARIES | {"rnn", "xnnpack"}:
-            return ".".join(words)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-        name = node.args[1] if len(node.args) == 2 else None
-        if not isinstance(name, ast.Constant) or name.value in FILES:
-            return ast.unparse(node)
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return ast.unparse(node)
-    return None
-
-
-def _words(node: ast.expr) -> list[str]:
-    """`ops.image.read_file` as its parts; empty where it is of a value."""
-    words: list[str] = []
-    while isinstance(node, ast.Attribute):
-        words.insert(0, node.attr)
-        node = node.value
-    return [node.id, *words] if isinstance(node, ast.Name) else []
 
 
 def check_graphs(path: Path, network) -> None:
