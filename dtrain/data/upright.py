@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 
 from dtrain.data.cache import BlockCache, default_directory
 from dtrain.data.exif import AS_STORED
@@ -20,15 +22,21 @@ _LONG = 1.0  # seconds after which the answer is kept on this machine
 def any_turned(manifest: Manifest, directory: str, cache: BlockCache | None = None) -> bool:
     """Reads the pictures of a split until one is found. A damaged one is passed over: whoever uses it names it.
 
-    The answer belongs to the manifest's hash. Where it took long it is kept in ~/.cache/dtrain.
+    The answer belongs to the manifest's hash. Where it took long it is kept in ~/.cache/dtrain, but not that none is
+    where some could not be read: they may be restored.
     """
     kept = default_directory() / f"turned-{manifest.hash[:32]}"
     with suppress(OSError, ValueError):
         return json.loads(kept.read_bytes()) is True
     started, reader = time.perf_counter(), ShardReader(manifest, directory, cache)
     starts = range(0, manifest.samples, _READ)
-    found = any(_turned(reader, first, min(first + _READ, manifest.samples)) for first in starts)
-    if time.perf_counter() - started > _LONG:
+    found, whole = False, True
+    for orientation in chain.from_iterable(_orientations(reader, first, manifest.samples) for first in starts):
+        whole = whole and orientation is not None
+        if orientation not in (None, AS_STORED):
+            found = True
+            break
+    if (found or whole) and time.perf_counter() - started > _LONG:
         with suppress(OSError):  # a home that cannot be written costs time and nothing else
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as file:
@@ -36,11 +44,13 @@ def any_turned(manifest: Manifest, directory: str, cache: BlockCache | None = No
     return found
 
 
-def _turned(reader: ShardReader, first: int, end: int) -> bool:
-    reader.prefetch(range(first, end), IMAGE_FIELDS)
-    for sample in range(first, end):
-        with suppress(BadSample):
+def _orientations(reader: ShardReader, first: int, samples: int) -> Iterator[int | None]:
+    """Of a block of samples from `first` on; None for a damaged one."""
+    block = range(first, min(first + _READ, samples))
+    reader.prefetch(block, IMAGE_FIELDS)
+    for sample in block:
+        try:
             data = next(iter(reader.read(sample, IMAGE_FIELDS).values()), b"")
-            if header(data).orientation != AS_STORED:
-                return True
-    return False
+            yield header(data).orientation
+        except BadSample:
+            yield None
