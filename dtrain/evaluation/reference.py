@@ -1,7 +1,8 @@
 """What samples are compared with: the features of a held-out split, computed by all ranks together or read from a file.
 
-`dtrain reference SHARDS` writes `reference-<features>-<size>px.npz` beside the shards. It names the data, the extractor
-and the preprocessing it was made from; where one of them has changed it is stale and refused, never used or replaced.
+`dtrain reference SHARDS` writes `reference-<features>-<size>px.npz` beside the shards, `…px-upright.npz` where pictures
+were turned by their EXIF data. It names the data, the extractor and the preprocessing it was made from; where one of
+them has changed it is stale and refused, never used or replaced.
 What an evaluation computes is kept too, for the next one (`reference_store`).
 """
 
@@ -134,7 +135,7 @@ class Reference:
         store = ReferenceStore(
             Source.of(manifest, self.extractor, data.image_size, data.channels, self.upright),
             manifest.path.parent,
-            stored_path(manifest.path.parent, self.extractor, data.image_size).stem,
+            stored_path(manifest.path.parent, self.extractor, data.image_size, self.upright).stem,
             manifest.samples,
             self.extractor.dimensions,
         )
@@ -154,7 +155,7 @@ class Reference:
         size, channels = data.image_size, data.channels
         path, manifest = Path(e.reference or ""), None
         if not e.reference:
-            path, manifest = stored_path(self.manifest.path.parent, self.extractor, size), self.manifest
+            path, manifest = stored_path(self.manifest.path.parent, self.extractor, size, self.upright), self.manifest
             if not path.exists():
                 return None
         resize = resize_of_reference(e, self.extractor.name, path)
@@ -175,8 +176,11 @@ def _labels(manifest: Manifest, cache: BlockCache | None, classes: int) -> Tenso
     return labels
 
 
-def stored_path(directory: Path, features: Extractor, image_size: int) -> Path:
-    return directory / f"reference-{features.name}-{image_size}px.npz"
+def stored_path(directory: Path, features: Extractor, image_size: int, upright: bool) -> Path:
+    """upright: some picture of the split was turned by its EXIF data. Runs that turn them and runs that do not share
+    a split, and each has a file of its own.
+    """
+    return directory / f"reference-{features.name}-{image_size}px{'-upright' if upright else ''}.npz"
 
 
 def read_reference(
@@ -193,7 +197,7 @@ def read_reference(
     whether the run turns pictures by their EXIF data, which matters where the data have some. Raises UserError for a
     stale or damaged file.
     """
-    stored = read(path)
+    stored, named = read(path), manifest is None
     if stored.source:
         try:
             source = Source(**json.loads(stored.source))
@@ -209,9 +213,11 @@ def read_reference(
             was, is_now = getattr(source, part), getattr(now, part)
             if was != is_now:
                 ignored = "" if upright else " --exif ignore"
+                other = named and turned != source.preprocessing.startswith(UPRIGHT)  # which has a name of its own
+                then = "and name its file in eval.reference" if other else "again"
                 raise UserError(
                     f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
-                    f"run `dtrain reference {Path(source.manifest).parent} {options_of(features.name)}{ignored}` again"
+                    f"run `dtrain reference {Path(source.manifest).parent} {options_of(features.name)}{ignored}` {then}"
                 )
     if stored.statistics.dimensions != features.dimensions:
         raise UserError(
@@ -289,7 +295,7 @@ def make(
     features = distributed.agree(extractor, name, size, channels, weights, device, resize)
     turned = upright and distributed.on_rank_0(any_turned, manifest, manifest.place)
     source = Source.of(manifest, features, size, channels, turned)
-    target = out or stored_path(path.parent, features, size)
+    target = out or stored_path(path.parent, features, size, turned)
     statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block, upright=upright)
 
     def write() -> None:

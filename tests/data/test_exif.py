@@ -20,6 +20,7 @@ from dtrain.data.transforms import centre_crop, decode, normalize
 from dtrain.data.upright import any_turned
 from dtrain.errors import UserError
 from dtrain.evaluation.reference import Reference, make
+from dtrain.evaluation.statistics import read
 from dtrain.report.neighbours import _held_out
 from dtrain.training.check import check_start
 from tests.data.shard_files import configuration, data_set
@@ -210,17 +211,55 @@ def test_a_reference_is_another_one_where_pictures_are_turned_and_the_same_where
     assert compared(plain, tmp_path, "data.exif=apply").kept is None
 
 
-def test_a_reference_file_of_pictures_that_lay_otherwise_is_refused_with_the_command_that_makes_the_right_one(
+def test_runs_that_turn_pictures_and_runs_that_do_not_have_each_a_reference_file_beside_one_split(
     photographs, tmp_path
 ):
-    folder = photographs.path.parent
-    make(str(folder), "pixels", None, 8, None)
-    compared(photographs, tmp_path)
-    with pytest.raises(
-        UserError, match=r"is stale: its preprocessing was turned upright, .*, is centre .* --exif ignore` again"
-    ):
-        compared(photographs, tmp_path, "data.exif=ignore")
-    make(str(folder), "pixels", None, 8, None, upright=False)
+    folder, files = photographs.path.parent, {}
+    for exif in ("apply", "ignore"):
+        files[exif] = make(str(folder), "pixels", None, 8, None, upright=exif == "apply").partition(": ")[0]
+    assert files == {
+        "apply": f"{folder}/reference-pixels-8px-upright.npz",
+        "ignore": f"{folder}/reference-pixels-8px.npz",
+    }
+    for exif, file in files.items():  # neither has computed it anew
+        found = compared(photographs, tmp_path, f"data.exif={exif}")
+        assert (found.kept, found.statistics.mean.tolist()) == (None, read(file).statistics.mean.tolist())
+
+
+def test_a_file_from_before_pictures_were_turned_serves_its_own_runs_and_stops_no_new_one(photographs, tmp_path):
+    make(str(photographs.path.parent), "pixels", None, 8, None, upright=False)
+    assert compared(photographs, tmp_path).kept is not None
     assert compared(photographs, tmp_path, "data.exif=ignore").kept is None
-    with pytest.raises(UserError, match=r"is stale: its preprocessing was centre .*--features pixels` again"):
-        compared(photographs, tmp_path)
+
+
+def test_a_named_reference_of_pictures_that_lay_otherwise_is_refused_with_the_command_that_makes_the_right_one(
+    photographs, tmp_path
+):
+    folder = str(photographs.path.parent)
+    for other, own, was in (("apply", "ignore", "turned upright, .*, is centre"), ("ignore", "apply", "centre")):
+        file = make(folder, "pixels", None, 8, None, upright=other == "apply").partition(": ")[0]
+        option = " --exif ignore" if own == "ignore" else ""
+        fix = rf"run `dtrain reference {folder} --features pixels{option}` and name its file in eval\.reference"
+        with pytest.raises(UserError, match=rf"is stale: its preprocessing was {was} .*; {fix}"):
+            compared(photographs, tmp_path, f"data.exif={own}", f"eval.reference={file}")
+
+
+def test_that_no_picture_is_turned_is_kept_only_where_all_could_be_read(photographs, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("dtrain.data.upright._LONG", 0.0)  # as of a split that takes long
+    whole = {shard: shard.read_bytes() for shard in photographs.path.parent.glob("*.tar")}
+    for shard, data in whole.items():
+        shard.write_bytes(data.replace(b"\xff\xd8\xff", b"bad"))  # where JPEG files begin
+    assert not any_turned(photographs, photographs.place)
+    for shard, data in whole.items():
+        shard.write_bytes(data)
+    assert any_turned(photographs, photographs.place)
+    for shard in whole:
+        shard.unlink()
+    assert any_turned(photographs, photographs.place)  # this answer is kept
+
+    plain = data_set(tmp_path / "plain", [{"jpg": photograph(n, 1)} for n in range(8)])
+    assert not any_turned(plain, plain.place)
+    for shard in (tmp_path / "plain").glob("*.tar"):
+        shard.unlink()
+    assert not any_turned(plain, plain.place)  # and so is this one
