@@ -30,7 +30,7 @@ from dtrain.evaluation.evaluate import (
     weights_name,
 )
 from dtrain.evaluation.generate import OnProgress, quiet
-from dtrain.evaluation.names import metric_name
+from dtrain.evaluation.names import OF_STATISTICS, metric_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better
@@ -201,7 +201,11 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
 
 def _key(checkpoint: str, config: Config, reference: Reference) -> str:
     e = config.eval
-    of = {k: v for k, v in of_the_reference(e, reference).items() if (k, v) != ("bpd_clip", False)}  # unsaid at first
+    of = of_the_reference(e, reference)
+    if of.get("bpd_clip") is False:  # what it was before there was the key, and unsaid
+        del of["bpd_clip"]
+    if reference.comparable or not OF_STATISTICS & set(e.metrics):  # else it is in the name of a distance
+        of.pop("reference_resize", None)
     what = identity(checkpoint, config, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),

@@ -8,7 +8,7 @@ from dtrain.report.evaluations import metrics_of
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.runs import Line, Run
-from dtrain.tracking.best import better, higher_is_better
+from dtrain.tracking.best import better, higher_is_better, settings_of
 
 MOST_CELLS = 20_000  # of a sweep's tables
 AXES = {"step": "checkpoint", "ema": "weights", "guidance": "guidance", "eta": "η", "steps": "steps S"}
@@ -20,7 +20,7 @@ def html(runs: list[Run]) -> str:
     for run in runs:
         groups: dict[str, list[Line]] = {}
         for line in run.sweeps:
-            same = {k: v for k, v in line["context"].items() if k not in AXES and k != "seed"}
+            same = {k: v for k, v in settings_of(line).items() if k not in AXES and k != "seed"}
             groups.setdefault(json.dumps(same, sort_keys=True), []).append(line)
         for lines in groups.values():
             for metric in metrics_of(lines[0]):

@@ -9,7 +9,9 @@ from typing import Any
 from dtrain.config.sections import HIGHER_IS_BETTER
 from dtrain.tracking.journal import read
 
-NOT_SETTINGS = ("artifact", "differs", "batch_size")  # the size of a block changes no more than the rounding
+# The size of a block changes no more than the rounding. What the resizing of a reference matters to, a distance, is in
+# its name, and evaluations of one reference were made before its context said it.
+NOT_SETTINGS = ("artifact", "differs", "batch_size", "reference_resize")
 
 
 def higher_is_better(metric: str) -> bool:

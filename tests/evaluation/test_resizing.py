@@ -1,6 +1,7 @@
 """Inception's two resizings, and what a distance is called when its two sides are known to be alike, or are not."""
 
 import hashlib
+import json
 import warnings
 from pathlib import Path
 
@@ -12,16 +13,25 @@ from PIL import Image
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation import weights
-from dtrain.evaluation.evaluate import evaluate
+from dtrain.evaluation.combinations import configured
+from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, weights_name
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.names import is_comparable, metric_name, metric_names, resize_of_reference
 from dtrain.evaluation.networks import Inception
 from dtrain.evaluation.reference import Reference, make
 from dtrain.evaluation.requirements import about_names, check_evaluation, known_features
+from dtrain.evaluation.sweep import _key, sweep
 from dtrain.evaluation.weights import WeightFile
+from dtrain.report.evaluations import curves
+from dtrain.report.runs import Run
+from dtrain.run import RunDirectory
+from dtrain.tracking.best import best_step
+from dtrain.tracking.journal import Journal
 from dtrain.training.check import check_start
 from tests.digits import tiny
 from tests.evaluation.test_networks import Layers, saved
+from tests.ranks import run_ranks
+from tests.training.test_loop import train
 
 CPU = torch.device("cpu")
 FORTY_EIGHT = Path(__file__).parent.parent / "golden" / "data" / "holdout"
@@ -277,3 +287,58 @@ def test_keep_best_of_a_metric_that_is_called_otherwise_says_the_name_to_take(
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     assert take in "".join(about_names(begun))
+
+
+def journaled(config, lines) -> RunDirectory:
+    """A run with these (step, metrics, context) as its evaluations."""
+    folder = config.run.path
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump())
+    journal = Journal(folder / "journal.jsonl")
+    journal.begin_attempt(0, 0, {})
+    for step, metrics, context in lines:
+        journal.append("eval", step, 64 * step, metrics, context)
+    journal.close()
+    return RunDirectory(folder)
+
+
+@pytest.mark.parametrize("name", ["cifar10_clean_train_32.npz", "cifar10_legacy_pytorch_train_32.npz"])
+def test_evaluations_from_before_the_context_said_the_resizing_still_count(digits, tmp_path, inception, theirs, name):
+    """Of one reference and of one name, so that the best checkpoint stays and the curve is one."""
+    chosen = with_reference(digits, tmp_path, inception, theirs(name), None, "eval.metrics=[fd,is]")
+    metrics, context, _ = evaluated(chosen)
+    distance = "fid" if "_clean_" in name else "fd_inception"
+    assert {distance, "is_inception"} <= set(metrics)
+    before = {key: value for key, value in context.items() if key != "reference_resize"}
+    assert before != context
+    values = {5: (2.0, 3.0, before), 10: (4.0, 9.0, before), 15: (3.0, 5.0, context)}
+    run = journaled(chosen, [(s, {distance: d, "is_inception": i}, c) for s, (d, i, c) in values.items()])
+    assert best_step(run.journal_file, distance, [5, 10, 15]) == 5
+    assert best_step(run.journal_file, "is_inception", [5, 10, 15]) == 10
+    drawn = curves([Run.read(run.path)])
+    assert {metric: [len(c.lines) for c in found] for metric, found in drawn.items()} == {
+        distance: [3],
+        "is_inception": [3],
+    }
+
+
+def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_resizing(
+    digits, tmp_path, inception, theirs
+):
+    path = theirs("cifar10_clean_train_32.npz")
+    config = with_reference(digits, tmp_path, inception, path, None, "train.steps=1")
+    run_ranks(train, 1, config)
+    run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference(config, CPU)
+    checkpoint = open_sampler(run, config, weights_name(config), CPU).checkpoint
+    named = identity(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}  # as keys were made then
+    named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}
+    key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    line = {"event": "sweep", "key": key, "setting": {"eta": 0.0}, "step": 1, "images": 24, "attempt": 0, "time": 0.0}
+    line |= {"metrics": {"fid": 12.5}, "context": {"features": "inception"}}
+    (run.path / "sweep.jsonl").write_text(json.dumps(line) + "\n")
+    assert sweep(run, config, {"eta": [0.0]}) == [line]
+
+    unknown = with_reference(digits, tmp_path, inception, theirs("unknown.npz"), None)
+    other = Reference(unknown, CPU)
+    assert other.hash == reference.hash
+    assert _key(checkpoint, configured(unknown, {"eta": 0.0}), other) != key  # what it draws is called fd_inception
