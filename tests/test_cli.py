@@ -102,10 +102,11 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_two_ranks(work, arguments, mes
 def test_a_run_that_made_no_step_binds_nobody_to_its_mistake(work):
     (work / "digits/train/manifest.json").unlink()
     index(str(work / "digits/train"))  # which names no classes: that there are ten is seen when they are read
-    assert "labels go from 0 to 4" in failing("train", "tiny.yaml", "model.num_classes=5")
+    line = failing("train", "tiny.yaml", "model.num_classes=5")
+    assert "model.num_classes is 5, so labels go from 0 to 4, but cls is none of these in " in line
     ((code, text),) = run_ranks(command, 1, "train", "tiny.yaml")
     assert code == 0, text
-    assert "another identity" in failing("train", "tiny.yaml", "model.num_classes=5")
+    assert "another identity" in failing("train", "tiny.yaml", "model.depth=2")
 
 
 def test_missing_and_short_shards_are_named(work):

@@ -104,10 +104,12 @@ def wrong_labels(manifest: Manifest, directory: str | Path, num_classes: int, mo
 
 def of_labels(count: int, seen: int, samples: int, num_classes: int, name: str, text: bytes) -> str:
     """The words for wrong labels, the first of which is the member `name` and holds `text`."""
-    kind = f"no number from 0 to {num_classes - 1}" if num_classes else "no class number"
+    known = f"model.num_classes is {num_classes}, so labels go from 0 to {num_classes - 1}, but " if num_classes else ""
+    kind = "none of these" if num_classes else "no class number"
     among = f"{seen:,} samples" if seen == samples else f"{seen:,} samples looked at"
-    shown = text[:20].decode("ascii", "backslashreplace")
-    return f"{LABEL_FIELD} is {kind} in {count:,} of {among}; first: {name} holds {shown!r}"
+    shown, number = text[:20].decode("ascii", "backslashreplace"), class_number(text)
+    needs = "" if number is None else f", which needs model.num_classes {number + 1} or more"
+    return f"{known}{LABEL_FIELD} is {kind} in {count:,} of {among}; first: {name} holds {shown!r}{needs}"
 
 
 def _name(manifest: Manifest, directory: str | Path, sample: int, field: str | None = None) -> str:

@@ -80,7 +80,8 @@ def test_labels_that_are_no_numbers_are_named_before_the_first_step(tmp_path, te
     assert remark.startswith(expected)
     assert StepDataset(config_of(manifest, num_classes=0), manifest, 0, 1, 0)[0]
     with pytest.raises(
-        UserError, match=r"cls is no number from 0 to 2 in 2 of 64 samples; first: .*000050.cls holds '"
+        UserError,
+        match=r"labels go from 0 to 2, but cls is none of these in 2 of 64 samples; first: .*0050.cls holds '",
     ):
         check_start(config_of(manifest), 1)
 
@@ -88,10 +89,13 @@ def test_labels_that_are_no_numbers_are_named_before_the_first_step(tmp_path, te
 def test_a_label_beyond_the_classes_is_named_before_the_first_step(tmp_path):
     manifest = data_set(tmp_path, samples(20, s4={"cls": b"3"}))
     assert manifest.remarks == ()
-    with pytest.raises(
-        UserError, match=r"cls is no number from 0 to 2 in 1 of 20 samples; first: .*000004.cls holds '3'"
-    ):
+    with pytest.raises(UserError) as raised:
         check_start(config_of(manifest), 1)
+    assert str(raised.value) == (
+        f"{manifest.path}: model.num_classes is 3, so labels go from 0 to 2, but cls is none of these in 1 of 20 "
+        f"samples; first: {tmp_path}/train-000000.tar: 000004.cls holds '3', which needs model.num_classes 4 or more; "
+        "pack the shards without such, or take data.on_error replace"
+    )
     assert "starts" in check_start(config_of(manifest, num_classes=4), 1)
 
 
