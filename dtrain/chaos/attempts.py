@@ -122,15 +122,18 @@ def _command(arguments: list[str], log: str, shared_memory: int | None) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     if shared_memory is not None:
-        _have_small_shared_memory(shared_memory)
+        own_shared_memory(shared_memory)
     from dtrain.cli import main
 
     sys.argv = ["dtrain", *arguments]
     main()
 
 
-def _have_small_shared_memory(size: int) -> None:
-    """From now on this process, and no other, sees a /dev/shm of so many bytes."""
+def own_shared_memory(size: int | str) -> None:
+    """Give this process, and those it forks from now on, a /dev/shm of their own. size: as tmpfs takes it, such as 2m.
+
+    Takes root. Raises OSError.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
