@@ -183,7 +183,7 @@ def overflowing(config, manifest_path, size):
             batch = next(batches)
             time.sleep(0.2)
         return None, len(batch), []
-    except UserError as e:
+    except LoaderFailure as e:
         return str(e), time.monotonic() - started, os.listdir("/dev/shm")
 
 
