@@ -7,15 +7,36 @@ that the run keeps needs one of the last two.
 """
 
 import os
+import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from urllib.parse import quote
 
-from dtrain.credentials import MASK, Address, parts, without_login_and_query
+from dtrain.credentials import MASK, Address, is_secret, parts, without_login_and_query
 
 VARIABLE = "DTRAIN_CREDENTIALS"
 _given: dict[str, str] = {}  # address without login and query → as this process was given it
 _lock = threading.Lock()
+# By place, what the queries of the config that is being read ask for.
+_of_config: ContextVar[dict[str, list[str]] | None] = ContextVar("_of_config", default=None)
+# What stands in signed queries and changes with a new signature: of S3 and GCS, of Azure, of CDNs.
+_SIGNED = re.compile(
+    r"x-(amz|goog|oss)-.+|s[eiprstv]|srt|spr|sip|sdd|scid|sk(oid|tid|[tesv])|s[au]oid|"
+    r"expires|policy|key-pair-id|(aws|oss)accesskeyid|googleaccessid",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def one_config() -> Iterator[None]:
+    """While a config is read: `kept` raises ValueError for two addresses that it could not tell apart afterwards."""
+    token = _of_config.set({})
+    try:
+        yield
+    finally:
+        _of_config.reset(token)
 
 
 def kept(address: str) -> str:
@@ -27,9 +48,25 @@ def kept(address: str) -> str:
         return address
     clean = without_login_and_query(address)
     if clean != address:
+        _check_distinct(clean, parts(address).query)
         with _lock:
             _given[_place(clean)] = address
     return clean
+
+
+def _check_distinct(clean: str, query: str | None) -> None:
+    others, asked = _of_config.get(), _asked(query)
+    if others is not None and query not in (None, MASK) and others.setdefault(_place(clean), asked) != asked:
+        raise ValueError(
+            f"{clean} is given twice, with queries that ask for different things, and a run keeps no query: the one "
+            "would be read for the other; give each its own path"
+        )
+
+
+def _asked(query: str | None) -> list[str]:
+    """A query's parameters without a signature."""
+    given = [one for one in re.split(r"[&;]", query or "") if one]
+    return sorted(one for one in given if not is_secret(n := one.partition("=")[0]) and not _SIGNED.fullmatch(n))
 
 
 def complete(address: str) -> str:
@@ -50,7 +87,8 @@ def complete(address: str) -> str:
 
 def environment() -> dict[str, str]:
     """What a process started by this one needs to open what this one can open."""
-    return {VARIABLE: " ".join(given for _, given in _known())} if any(_known()) else {}
+    known = [re.sub(r"\s", lambda m: quote(m[0]), given) for _, given in _known()]
+    return {VARIABLE: " ".join(known)} if known else {}
 
 
 def _known() -> Iterator[tuple[str, str]]:
@@ -67,11 +105,12 @@ def _is_web(address: Address) -> bool:
 
 
 def _place(clean: str) -> str:
-    return clean.removesuffix(f"?{MASK}")
+    return clean.removesuffix(f"?{MASK}").replace(" ", "%20")
 
 
 def _joined(own: Address, given: Address) -> str:
-    login = "" if given.login is None else f"{quote(given.login, safe=_LOGIN)}@"
+    login = own.login if given.login is None else given.login
+    login = "" if login is None else f"{quote(login, safe=_LOGIN)}@"
     return f"{own.scheme}://{login}{own.rest}{f'?{given.query}' if given.query else ''}"
 
 

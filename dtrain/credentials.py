@@ -5,8 +5,10 @@ kept, errors, the journal, params, differences of the code, the report. They kno
 that secrets are given. A password under an innocent name in a program of the user's is not known by either.
 """
 
+import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 MASK = "•••"
@@ -16,14 +18,25 @@ _SECRET_KEY = re.compile(
     r"(api|access|account|private|storage|ssh|aws|shared_access|encryption)[_\-]?keys?([_\-]id)?)($|[_.\-])",
     re.IGNORECASE,
 )
+# Every name of those, and of keys, has one of these.
+_STEM = re.compile(r"pass|pwd|secret|credential|token|auth|bearer|jwt|cookie|sig|sas|key", re.IGNORECASE)
 # To the next address, where several stand in a row.
 _ADDRESS = re.compile(
     r"\b[a-z][a-z0-9+.\-]{0,30}://(?:(?!(?<![a-z0-9])[a-z][a-z0-9+.\-]{0,30}://)[^\s\"'<>`])*", re.IGNORECASE
 )
-_QUOTE_IN_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.\-]{0,30}://)[^\s/@]*[\"'<>`][^\s/@]*(?:@[^\s/@]*)*@", re.IGNORECASE)
+_QUOTE_IN_LOGIN = re.compile(
+    r"(\b[a-z][a-z0-9+.\-]{0,30}://)[^\s/@\"'<>`]*[\"'<>`][^\s/@]*(?:@[^\s/@]*)*@", re.IGNORECASE
+)
+# Not behind a port: `http://host:5000 is away, ask me@host` is prose.
+_SPACE_IN_LOGIN = re.compile(
+    r"(\b[a-z][a-z0-9+.\-]{0,30}://)[^\s/@:\"'<>`]+:(?!\d{1,5}\b)[^\s/@\"'<>`]+"
+    r"(?: [^\s/@\"'<>`]{0,100}){1,4}@(?=[\w\[])",
+    re.IGNORECASE,
+)
 # To the end of the text, or of the quotes it stands in: a command may say anything.
 _PIPE = re.compile(r"([\"'`])pipe:(?=[^\s•\"'`]).*\1|\bpipe:(?=[^\s•\"'`]).*", re.DOTALL)
 _WEB = re.compile(r"https?|wss?", re.IGNORECASE)
+_BY_WEB = re.compile(r"(.+\+)?(https?|wss?)", re.IGNORECASE)  # git+https://TOKEN@host
 _DATABASE = re.compile(
     r"(sqlite|postgres|postgresql|mysql|mariadb|mssql|oracle|cockroachdb|redis|rediss|mongodb|amqp)(\+.*)?",
     re.IGNORECASE,
@@ -36,19 +49,27 @@ _HEADER = re.compile(
 )
 _COOKIE = re.compile(r"\b((?:set-)?cookie:\s*)(?!\s*•)[^\"'\n]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer|basic|token)\s+(?=\S*\d)[\w.~+/\-]{8,}=*", re.IGNORECASE)
-_OPTION = re.compile(r"(--([\w\-]+)[ =])(?!•)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
+_OPTION = re.compile(r"(?<![\w\-])(--([\w\-]+)[ =])(?!•)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
 _LOGIN_OPTION = re.compile(r"(\s(?:-u|--user|--proxy-user)[ =]?[\"']?)[^\s:\"']+:[^\s\"']+")
 # The name starts where no longer one does: a long line is searched once.
 _NAME = r"(?<![\w.\-])([\w.\-]*\w)"
-_TEXT = r"(?!.•)(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*')"
+# What stands before a value: the value is looked at only where the name is secret, as most of a long line is not.
 # `"key": "value"`, `key = "value"`, `["key"] = "value"`, `("key", "value")`, `key: str = "value"`
-_QUOTED = re.compile(rf"{_NAME}([\"']?\]?\s*(?::|=>?)\s*|[\"']\s*,\s*|\s*:\s*[\w\[\]|. ]+=\s*)[rbfu]{{0,2}}{_TEXT}")
+_QUOTED = re.compile(
+    rf"{_NAME}([\"']?\]?\s*(?::|=>?)\s*|[\"']\s*,\s*|\s*:\s*[\w\[\]|. ]+=\s*)[rbfu]{{0,2}}(?!.•)(?=[\"'])"
+)
+_TEXT = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'")
 # `key=value`, and `key: value` where the value has a digit: prose has colons too.
-_BARE = re.compile(rf"{_NAME}(=(?!=)|:\s+(?=[^\s\"']*\d))(?!\(?•)([^\s&\"']{{0,4000}}[^\s&\"',;)\]}}])")
+_BARE = re.compile(rf"{_NAME}(=(?!=)|:\s+(?=[^\s\"']*\d))(?!\(?•)(?=[^\s&\"'])")
+_WORD = re.compile(r"[^\s&\"']{0,4000}[^\s&\"',;)\]}]")
+_LONG_WORD = re.compile(r"[\w\-+/~]{12,4000}=*(?=[,;)\]}]*(?:[\s&\"']|$))")
 _PAIR = re.compile(r"\b(auth\s*=\s*\()(?=[\"'])[^)\n]*\)")  # of requests: user and password
 _NETRC = re.compile(r"(\bmachine\s+\S+(?:\s+\S+\s+\S+)??\s+password\s+)(?!•)\S+")
 _HEADER_OPTION = re.compile(r"([\"'])([\w\-]+)(:\s*)(?![\s•])[^\"'\n]+\1")
 _LONG = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w\-+/~]{12,}=*")
+# `wandb_key`, `hf_key`: a key of a service, where the value looks like one.
+_SOME_KEY = re.compile(r"(?:\w[_\-]key|[a-z]Key|[A-Z]_?KEY)$")
+_OF_A_KEY = re.compile(r"[\"']?(?=.*\d)(?=.*[A-Za-z])[\w\-+~]{20,}=*[\"']?")
 _KNOWN = re.compile(
     r"\b((?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w\-]{15,}"
     r"|sk-(?=[\w\-]*\d)(?=[\w\-]*[A-Z])[\w\-]{20,}|xox[abprs]-[\w\-]{10,}|AIza[\w\-]{30,}|dapi[0-9a-f]{32}"
@@ -59,12 +80,30 @@ _PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [
 
 _LEAST_HIDDEN = 8  # characters: a shorter word may stand anywhere
 _hidden: dict[str, str] = {}  # value → the variable that it was taken from
+_unset: set[str] = set()  # variables that a kept config names and this process lacks
+_OF_A_PLACE = re.compile(r"_(dir|path|file|home)$", re.IGNORECASE)
 
 
 def hide(name: str, value: str) -> None:
-    """What a secret variable of the environment put into a config: from now on `${NAME}` is shown in its place."""
-    if is_secret(name) and len(value) >= _LEAST_HIDDEN:
+    """What a secret variable of the environment put into a config: from now on `${NAME}` is shown in its place.
+
+    Where credentials lie is no secret: SSH_KEY_PATH, or a value that is a file or folder here.
+    """
+    place = _OF_A_PLACE.search(name) or ("/" in value and os.path.exists(value))
+    if not place and names_a_secret(name, value) and len(value) >= _LEAST_HIDDEN:
         _hidden[value] = f"${{{name}}}"
+
+
+def lacks(name: str) -> None:
+    """A kept config has `${NAME}`, and the environment does not."""
+    _unset.add(name)
+
+
+def to_set(text: str) -> str:
+    """What `text`, a message, is to end in where it names something by a variable that is not set; else nothing."""
+    found = [name for name in dict.fromkeys(re.findall(r"\$\{(\w+)\}", text)) if name in _unset - os.environ.keys()]
+    hint = f"; set {', '.join(found)} in the environment, which the run was started with"
+    return hint if found and hint not in text else ""
 
 
 class Address(NamedTuple):
@@ -106,11 +145,14 @@ def _login_end(scheme: str, body: str) -> int:
 
 
 def without_login_and_query(address: str) -> str:
-    """An address as it is kept: no login, `?•••` for a query; of a database's query what is no secret stays."""
+    """An address as it is kept: no login, `?•••` for a query; of a database's query what is no secret stays.
+
+    A login without a password stays where it is the name of a user or a container: `abfss://train@account/images`.
+    """
     found = parts(address)
     if found is None:
         return address
-    clean = f"{found.scheme}://{_fragment(found.rest)}"
+    clean = f"{found.scheme}://{_name_in(found)}{_fragment(found.rest)}"
     if not found.query:
         return clean
     if not _DATABASE.fullmatch(found.scheme):
@@ -121,6 +163,14 @@ def without_login_and_query(address: str) -> str:
         if not is_secret(one.partition("=")[0]) and not _USER_KEY.fullmatch(one.partition("=")[0])
     ]
     return f"{clean}?{'&'.join(harmless)}" if harmless else clean
+
+
+def _name_in(found: Address) -> str:
+    """`user@`, where that is no secret; of the web it may be a token."""
+    if found.login is None or _BY_WEB.fullmatch(found.scheme) or _DATABASE.fullmatch(found.scheme):
+        return ""
+    secret = re.search(r":|%3a|\s", found.login, re.IGNORECASE) or _KNOWN.search(found.login)
+    return "" if secret else f"{found.login}@"
 
 
 def _fragment(rest: str) -> str:
@@ -134,10 +184,23 @@ def without_credentials(text: str) -> str:
     """`text` with each of its addresses as it is kept, `pipe:•••` for a command, and `${NAME}` for what such a variable
     gave. Nothing else of it changes.
     """
+    return _clean(_PIPE.sub(lambda m: f"{m[1]}pipe:{MASK}{m[1]}" if m[1] else f"pipe:{MASK}", _by_variables(str(text))))
+
+
+def value_without_credentials(value: str) -> str:
+    """The same of one value of a config: `pipe:` is a command only where the value begins with it."""
+    value = _by_variables(value)
+    return f"pipe:{MASK}" if value.startswith("pipe:") else _clean(value)
+
+
+def _by_variables(text: str) -> str:
     for value, name in _hidden.items():
-        text = str(text).replace(value, name)
-    text = _PIPE.sub(lambda m: f"{m[1]}pipe:{MASK}{m[1]}" if m[1] else f"pipe:{MASK}", str(text))
-    text = _QUOTE_IN_LOGIN.sub(r"\1", text)
+        text = text.replace(value, name)
+    return text
+
+
+def _clean(text: str) -> str:
+    text = _SPACE_IN_LOGIN.sub(r"\1", _QUOTE_IN_LOGIN.sub(r"\1", text))
     return _ADDRESS.sub(lambda m: without_login_and_query(m[0]), text)
 
 
@@ -148,28 +211,45 @@ def redacted(text: Any, code: bool = False) -> str:
     """
     text = without_credentials(str(text))
     text = _COOKIE.sub(rf"\1{MASK}", _HEADER.sub(rf"\1{MASK}", _PRIVATE_KEY.sub(rf"\1{MASK}", text)))
-    text = _LOGIN_OPTION.sub(rf"\1{MASK}", _OPTION.sub(lambda m: f"{m[1]}{MASK}" if is_secret(m[2]) else m[0], text))
+    text = _LOGIN_OPTION.sub(
+        rf"\1{MASK}", _OPTION.sub(lambda m: f"{m[1]}{MASK}" if names_a_secret(m[2], m[3]) else m[0], text)
+    )
     text = _NETRC.sub(rf"\1{MASK}", _PAIR.sub(rf"\1{MASK})", text))
     text = _HEADER_OPTION.sub(lambda m: f"{m[1]}{m[2]}{m[3]}{MASK}{m[1]}" if is_secret(m[2]) else m[0], text)
-    text = _of_secret_names(_QUOTED, text, lambda value: f"{value[0]}{MASK}{value[0]}")
-    return _KNOWN.sub(MASK, _BEARER.sub(rf"\1 {MASK}", _of_secret_names(_BARE, text, lambda value: MASK, code)))
+    text = _of_secret_names(_QUOTED, _TEXT, text, lambda value: f"{value[0]}{MASK}{value[0]}")
+    text = _of_secret_names(_BARE, _LONG_WORD if code else _WORD, text, lambda value: MASK, code)
+    return _KNOWN.sub(MASK, _BEARER.sub(rf"\1 {MASK}", text))
 
 
-def _of_secret_names(pattern: re.Pattern, text: str, mask: Callable[[str], str], only_long: bool = False) -> str:
+def _of_secret_names(
+    head: re.Pattern, values: re.Pattern, text: str, mask: Callable[[str], str], only_long: bool = False
+) -> str:
     """Values by `mask` where the name is secret; behind another name the search goes on within its value."""
+    if not _STEM.search(text):  # no name in it is secret, so none is looked at
+        return text
     found, kept, at = [], 0, 0
-    while match := pattern.search(text, at):
+    while match := head.search(text, at):
         at = match.end(2)
-        if is_secret(match[1]) and not (only_long and not _LONG.fullmatch(match[3])):
-            found += [text[kept : match.start(3)], mask(match[3])]
-            kept = at = match.end(3)
+        if not is_secret(match[1]) and not _SOME_KEY.search(match[1], max(0, len(match[1]) - 6)):
+            continue
+        value = values.match(text, match.end())
+        if value and names_a_secret(match[1], value[0]) and not (only_long and not _LONG.fullmatch(value[0])):
+            found += [text[kept : value.start()], mask(value[0])]
+            kept = at = value.end()
     return "".join(found) + text[kept:]
 
 
+@lru_cache(maxsize=4096)
 def is_secret(key: str) -> bool:
     """Whether a dotted config key, or the name of a variable, names something that is nobody's business."""
     camel = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key)
     return bool(_SECRET_KEY.search(camel)) and key not in ("PWD", "OLDPWD")
+
+
+def names_a_secret(key: str, value: str) -> bool:
+    """The same where the value is known too: `wandb_key` is secret with a long mixed one."""
+    some_key = _SOME_KEY.search(key, max(0, len(key) - 6)) and _OF_A_KEY.fullmatch(value)
+    return is_secret(key) or bool(some_key)
 
 
 def masked(tree: Any, key: str = "") -> Any:
@@ -179,7 +259,7 @@ def masked(tree: Any, key: str = "") -> Any:
     if isinstance(tree, list | tuple):
         return [masked(v, key) for v in tree]
     if isinstance(tree, str):
-        return MASK if is_secret(key) else redacted(tree)
+        return MASK if names_a_secret(key, tree) else redacted(tree)
     counts = tree is None or isinstance(tree, bool) or key.lower().endswith("tokens")
     return MASK if is_secret(key) and not counts else tree
 
@@ -211,7 +291,7 @@ _SECRET_FILE = re.compile(
     r"\.htpasswd|\.git-credentials|[^/]*(credential|secret)s?(\.\w+)?)$",
     re.IGNORECASE,
 )
-_SETTING = re.compile(rf"{_NAME}(\\?[\"']?\s*(?::=|[:=])\s*)(?!•)(?=\S)(.*)$")
+_SETTING = re.compile(rf"{_NAME}(\\?[\"']?\s*(?::=|[:=])\s*)(?!•)(?=\S)")
 _NO_SECRET = re.compile(r"(null|~|none|true|false|\$\{?\w+\}?|[\"']{2}|[|>\[{(]|<[^>]*>)[,;]?\s*", re.IGNORECASE)
 
 
@@ -240,9 +320,9 @@ def _ending(name: str) -> str:
 def _changed_line(line: str, ending: str) -> str:
     if ending in _LANGUAGES:
         return redacted(line, code=True)
-    setting = None if ending in _PROSE else _SETTING.search(line)
+    setting = None if ending in _PROSE or not _STEM.search(line) else _SETTING.search(line)
     while setting and not is_secret(setting[1]):
         setting = _SETTING.search(line, setting.end(2))
-    if setting and not _NO_SECRET.fullmatch(setting[3]):
-        line = line[: setting.start(3)] + MASK
+    if setting and not _NO_SECRET.fullmatch(line, setting.end()):
+        line = line[: setting.end()] + MASK
     return redacted(line)

@@ -2,7 +2,7 @@
 
 import os
 
-from dtrain.credentials import redacted
+from dtrain.credentials import redacted, to_set
 from dtrain.terminal import printable
 
 DONE = 0
@@ -23,7 +23,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(redacted(message)))
+        message = redacted(message)
+        super().__init__(printable(message + to_set(message)))
 
 
 def from_where(path: str | os.PathLike) -> str:

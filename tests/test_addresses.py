@@ -2,7 +2,7 @@
 
 import pytest
 
-from dtrain.addresses import complete
+from dtrain.addresses import complete, environment
 from dtrain.config import load, load_kept
 from dtrain.errors import UserError
 from tests.digits import CONFIG, tiny
@@ -75,3 +75,50 @@ def test_a_file_below_a_tilde_lies_at_home(monkeypatch):
     assert load(CONFIG, ["tracking.uri=sqlite:///~/mlflow.db"]).tracking.uri == "sqlite:////home/me/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/mlflow.db")
     assert load(CONFIG, ["tracking.enabled=true"]).tracking.uri == "sqlite:////home/me/mlflow.db"
+
+
+def test_containers_of_one_account_are_two_places():
+    train, held_out = "abfss://train@acc.dfs.core.windows.net/im", "abfss://val@acc.dfs.core.windows.net/im"
+    data = load(CONFIG, ["data.manifest=m.json", f"data.shards={train}", f"data.holdout_shards={held_out}"]).data
+    assert (data.shards, data.holdout_shards) == (train, held_out)
+    assert (complete(f"{data.shards}/1.tar"), complete(data.holdout_shards)) == (f"{train}/1.tar", held_out)
+
+
+def test_a_container_keeps_its_name_beside_a_signature(monkeypatch):
+    place = "abfss://signed@acc.net/im"
+    kept = load(CONFIG, ["data.manifest=m.json", f"data.shards={place}?sig=1"]).data.shards
+    assert kept == f"{place}?•••"
+    assert complete(f"{place}/1.tar") == f"{place}/1.tar?sig=1"
+    monkeypatch.setenv("DTRAIN_CREDENTIALS", "abfss://lent@acc.net/?sig=2")
+    assert complete("abfss://lent@acc.net/1.tar") == "abfss://lent@acc.net/1.tar?sig=2"
+
+
+def test_two_addresses_that_differ_in_what_is_not_kept_are_refused_within_one_config():
+    def given(*addresses):
+        keys = ("data.shards", "data.holdout_shards")
+        return load(CONFIG, ["data.manifest=m.json", *(f"{k}='{a}'" for k, a in zip(keys, addresses, strict=False))])
+
+    with pytest.raises(
+        UserError, match=r"^`data.holdout_shards` .*https://h/blob\?••• is given twice, with .* own path$"
+    ):
+        given("https://h/blob?set=train&sig=a", "https://h/blob?set=val&sig=a")
+    azure = "https://h/blob?set=train&sv=2024-01-01&sp=r&se=2026-{}&sig={}"
+    given(azure.format(1, "a"), azure.format(2, "b"))
+    amazon = "https://{}:pw@h/blob?X-Amz-Date={}&X-Amz-Credential=k&X-Amz-Signature=b"
+    given(amazon.format("me", 1), amazon.format("you", 2))
+    # Another config, later, with a renewed signature.
+    given("https://h/blob?set=train&sig=new")
+    assert complete("https://h/blob/1.tar") == "https://h/blob/1.tar?set=train&sig=new"
+    given("https://h/blob?set=val&sig=new")
+    assert complete("https://h/blob/1.tar") == "https://h/blob/1.tar?set=val&sig=new"
+
+
+def test_a_password_with_a_space_reaches_the_processes_that_are_started(monkeypatch):
+    monkeypatch.setattr("dtrain.addresses._given", {})
+    shards = load(CONFIG, ["data.manifest=m.json", "data.shards='https://me:pa ss@spaced/x?sig=a'"]).data.shards
+    lent = environment()
+    assert lent == {"DTRAIN_CREDENTIALS": "https://me:pa%20ss@spaced/x?sig=a"}
+    here = complete(f"{shards.removesuffix('?•••')}/1.tar")
+    monkeypatch.setattr("dtrain.addresses._given", {})  # as in another process
+    monkeypatch.setenv("DTRAIN_CREDENTIALS", lent["DTRAIN_CREDENTIALS"])
+    assert complete("https://spaced/x/1.tar") == here == "https://me:pa%20ss@spaced/x/1.tar?sig=a"

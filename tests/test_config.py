@@ -194,3 +194,44 @@ def test_what_a_secret_variable_gave_is_kept_as_the_variable(tmp_path, monkeypat
         raise UserError("there is no shard https://host/t0ken-0f-a-team/1")
     monkeypatch.delenv("API_TOKEN")
     assert load_kept(tmp_path / "config.yaml").data.shards == "https://host/${API_TOKEN}/12345678"
+    with pytest.raises(
+        UserError, match=r"no shard https://host/\$\{API_TOKEN\}/1; set API_TOKEN in the environment, "
+    ) as e:
+        raise UserError(str(UserError("there is no shard https://host/${API_TOKEN}/1")))
+    assert str(e.value).count("set API_TOKEN") == 1
+    monkeypatch.setenv("API_TOKEN", "t0ken-0f-a-team")
+    assert str(UserError("no ${API_TOKEN}")) == "no ${API_TOKEN}"
+
+
+def test_a_run_that_names_a_missing_variable_says_to_set_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_SECRET", f"{tmp_path}-hidden/x")
+    config = load(CONFIG, ["data.shards=${DATA_SECRET}/shards"])
+    (tmp_path / "config.yaml").write_text(config.dump())
+    monkeypatch.delenv("DATA_SECRET")
+    with pytest.raises(
+        UserError, match=r"there is no manifest \$\{DATA_SECRET\}/.*; set DATA_SECRET in the environment"
+    ):
+        load_all(load_kept(tmp_path / "config.yaml").data)
+
+
+@pytest.mark.parametrize("name", ["TOKENS_DIR", "SSH_KEY_PATH", "CREDENTIALS_FILE", "SECRET_HOME", "SECRET_STORE"])
+def test_where_secrets_lie_is_none(tmp_path, monkeypatch, name):
+    place = tmp_path / "shards"
+    if name == "SECRET_STORE":
+        place.mkdir()  # any name, where it is a folder here
+    monkeypatch.setenv(name, str(place))
+    config = load(CONFIG, [f"data.shards=${{{name}}}/train"])
+    (tmp_path / "config.yaml").write_text(config.dump())
+    monkeypatch.delenv(name)
+    assert load_kept(tmp_path / "config.yaml").data.shards == f"{place}/train"
+
+
+def test_pipe_within_a_path_or_a_name_is_no_command(tmp_path):
+    given = {"data.shards": "/scratch/pipe:old/shards", "tracking.experiment": "data-pipe:v2"}
+    config = load(CONFIG, [f"{key}='{value}'" for key, value in given.items()])
+    (tmp_path / "config.yaml").write_text(config.dump())
+    kept = load_kept(tmp_path / "config.yaml")
+    assert (kept.data.shards, kept.tracking.experiment) == tuple(given.values())
+    assert (
+        "secret" not in load(CONFIG, ["data.shards='pipe:secret x'", "data.manifest=m", "data.allow_pipe=true"]).dump()
+    )

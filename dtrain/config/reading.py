@@ -9,10 +9,11 @@ from typing import Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtrain.addresses import one_config
 from dtrain.config.addresses import problem_of
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
-from dtrain.credentials import hide
+from dtrain.credentials import hide, lacks
 from dtrain.errors import UserError
 from dtrain.files import MOST_DEPTH, read_bytes
 
@@ -141,7 +142,8 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[
 def validate(tree: dict, source: str, overridden: list[str] = ()) -> Config:
     """A Config from plain data; errors name `source`, or the command line for keys in `overridden`."""
     try:
-        return Config.model_validate(tree)
+        with one_config():
+            return Config.model_validate(tree)
     except ValidationError as e:
         raise UserError(_explain(e, source, overridden)) from None
 
@@ -213,6 +215,7 @@ def _expand(node: Any, source: str, required: bool = True) -> Any:
 
     def value(match: re.Match) -> str:
         if match[1] not in os.environ and not required:
+            lacks(match[1])
             return match[0]  # a secret, that a run's config is kept without: most commands do not need it
         if match[1] not in os.environ:
             raise UserError(f"{source} uses ${{{match[1]}}}, but the environment variable {match[1]} is not set")

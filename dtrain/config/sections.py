@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from dtrain import addresses
-from dtrain.credentials import masked, without_credentials
+from dtrain.credentials import masked, value_without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -68,7 +68,7 @@ class Section(BaseModel):
         """As JSON, which is what config.yaml, checkpoints and MLflow have, without the commands of `pipe:`."""
         tree = serialize(self)
         if info.mode == "json":
-            return {key: without_credentials(value) if isinstance(value, str) else value for key, value in tree.items()}
+            return {k: value_without_credentials(v) if isinstance(v, str) else v for k, v in tree.items()}
         return tree
 
 

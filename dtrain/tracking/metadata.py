@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.config import Config, Data, flat
-from dtrain.credentials import MASK, without_credentials
+from dtrain.credentials import MASK, value_without_credentials
 
 if TYPE_CHECKING:
     from dtrain.data.manifest import Manifest
@@ -43,7 +43,7 @@ def trained_on(manifest: "Manifest", data: Data) -> list[dict[str, Any]]:
     found = []
     for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
         name = dataset_name(source.shards) if source is data else source.name
-        place = without_credentials(source.shards)
+        place = value_without_credentials(source.shards)
         found.append({"name": name, "hash": one.hash, "source": place, "samples": one.samples})
     return found
 
@@ -53,7 +53,9 @@ def datasets(lines: list[dict[str, Any]], config: Config) -> list[dict[str, Any]
     last = next((line["context"] for line in reversed(lines) if line["event"] == "attempt"), None)
     if last is None or "datasets" in last or config.data.mix:
         return (last or {}).get("datasets", [])
-    place = without_credentials(config.data.shards)  # a journal of an earlier version has one hash for all together
+    place = value_without_credentials(
+        config.data.shards
+    )  # a journal of an earlier version has one hash for all together
     return [{"name": dataset_name(place), "hash": last.get("data", ""), "source": place}]
 
 
@@ -63,12 +65,12 @@ def reference(config: Config) -> dict[str, Any] | None:
     if given is None:
         return None
     place = Path(given).parent if Path(given).name == "manifest.json" else Path(given)
-    return {"name": dataset_name(str(place)), "source": without_credentials(given)}
+    return {"name": dataset_name(str(place)), "source": value_without_credentials(given)}
 
 
 def dataset_name(place: str) -> str:
     """The last two parts of a folder or an address, such as `digits/train`."""
-    place = without_credentials(place).removesuffix(f"?{MASK}")
+    place = value_without_credentials(place).removesuffix(f"?{MASK}")
     return "/".join(place.rstrip("/").split("://")[-1].split("/")[-2:])
 
 

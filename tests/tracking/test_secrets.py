@@ -4,12 +4,14 @@ import base64
 import json
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from urllib.parse import quote
 
 import pytest
 import yaml
 
+from dtrain.credentials import redacted_diff
 from dtrain.data.manifest import load as load_manifest
 from dtrain.tracking.journal import read
 from tests.data.servers import serve
@@ -166,6 +168,18 @@ def test_what_an_address_needs_comes_from_the_environment_or_netrc(digits, tmp_p
         ("`pipe:` commands, a basic training of tokens", "`pipe:` commands, a basic training of tokens"),
         ("PGPASSWORD=x run --token y --name z", "PGPASSWORD=••• run --token ••• --name z"),
         ("Authorization: Bearer abcdefgh", "Authorization: •••"),
+        ("https://me:pa ss@host/x and wss://me:a b c@h:1/y", "https://host/x and wss://h:1/y"),
+        ("http://host:5000 is away, ask me@x.org", "http://host:5000 is away, ask me@x.org"),
+        ("http://host:5000; ask me@x.org, http://h: away me@y", "http://host:5000; ask me@x.org, http://h: away me@y"),
+        ("wandb_key=0123456789abcdef0123 hf_key: 'aB3dEfGhIjKlMnOpQrStUv'", "wandb_key=••• hf_key: '•••'"),
+        (
+            "sort_key=name openaiKey=aB3dEfGhIjKlMnOpQrStUv monkey=0123456789abcdef0123",
+            "sort_key=name openaiKey=••• monkey=0123456789abcdef0123",
+        ),
+        (
+            "abfss://train@acc.net/im git+https://t0ken@h/x sftp://me:pw@h/y",
+            "abfss://train@acc.net/im git+https://h/x sftp://h/y",
+        ),
         ("unknown key `auth` in x: 3, google-auth==2.62", "unknown key `auth` in x: 3, google-auth==2.62"),
     ],
 )
@@ -174,3 +188,25 @@ def test_an_error_keeps_its_sense_without_its_secrets(text, shown):
 
     assert str(UserError(text)) == shown
     assert str(UserError(shown)) == shown
+
+
+LONG = {"a=1,": 5, "token=a,": 5, 'k="v",': 1, "b: int=3,": 1, "a:b;": 1, "--a-b=c;": 1, 'api_key:"x",': 1, "x://'a": 1}
+
+
+@pytest.mark.parametrize(("unit", "size"), LONG.items())
+@pytest.mark.parametrize("file", ["min.js", "min.json"])
+def test_a_long_line_of_a_difference_takes_time_in_proportion(unit, size, file):
+    """1 MB within 2 s of processor time, as a start waits for it."""
+    line = f"+{unit * (size * 200_000 // len(unit))}"
+    began = time.process_time()
+    shown = redacted_diff(f"diff --git a/{file} b/{file}\n{line}\n")
+    assert time.process_time() - began < 2 * size / 5
+    assert len(shown) > 20
+
+
+def test_the_end_of_a_long_line_is_looked_at_too():
+    line = f'+{"a=1," * 50_000}api_key="aB3dEfGhIjKl",b=2,hf_key="aB3dEfGhIjKlMnOpQrStUv",{"c=3," * 10}\n'
+    shown = redacted_diff(f"diff --git a/x.js b/x.js\n{line}")
+    assert shown == f"diff --git a/x.js b/x.js\n{line}".replace("aB3dEfGhIjKlMnOpQrStUv", "•••").replace(
+        "aB3dEfGhIjKl", "•••"
+    )
