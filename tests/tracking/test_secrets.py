@@ -196,11 +196,11 @@ LONG = {"a=1,": 5, "token=a,": 5, 'k="v",': 1, "b: int=3,": 1, "a:b;": 1, "--a-b
 @pytest.mark.parametrize(("unit", "size"), LONG.items())
 @pytest.mark.parametrize("file", ["min.js", "min.json"])
 def test_a_long_line_of_a_difference_takes_time_in_proportion(unit, size, file):
-    """1 MB within 2 s of processor time, as a start waits for it."""
+    """A start waits for it. 1 MB takes some 1.5 s of processor time; four times that, for slow and busy machines."""
     line = f"+{unit * (size * 200_000 // len(unit))}"
     began = time.process_time()
     shown = redacted_diff(f"diff --git a/{file} b/{file}\n{line}\n")
-    assert time.process_time() - began < 2 * size / 5
+    assert time.process_time() - began < 6 * size / 5
     assert len(shown) > 20
 
 
