@@ -69,6 +69,7 @@ _HEADER_OPTION = re.compile(r"([\"'])([\w\-]+)(:\s*)(?![\s•])[^\"'\n]+\1")
 _LONG = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w\-+/~]{12,}=*")
 # `wandb_key`, `hf_key`: a key of a service, where the value looks like one.
 _SOME_KEY = re.compile(r"(?:\w[_\-]key|[a-z]Key|[A-Z]_?KEY)$")
+_OF_NO_SERVICE = {"run_key"}  # by which the journal and MLflow know a run
 _OF_A_KEY = re.compile(r"[\"']?(?=.*\d)(?=.*[A-Za-z])[\w\-+~]{20,}=*[\"']?")
 _KNOWN = re.compile(
     r"\b((?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w\-]{15,}"
@@ -249,7 +250,7 @@ def is_secret(key: str) -> bool:
 def names_a_secret(key: str, value: str) -> bool:
     """The same where the value is known too: `wandb_key` is secret with a long mixed one."""
     some_key = _SOME_KEY.search(key, max(0, len(key) - 6)) and _OF_A_KEY.fullmatch(value)
-    return is_secret(key) or bool(some_key)
+    return is_secret(key) or bool(some_key and key not in _OF_NO_SERVICE)
 
 
 def masked(tree: Any, key: str = "") -> Any:

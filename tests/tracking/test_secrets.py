@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from dtrain.credentials import redacted_diff
+from dtrain.credentials import MASK, masked, redacted_diff
 from dtrain.data.manifest import load as load_manifest
 from dtrain.tracking.journal import read
 from tests.data.servers import serve
@@ -202,6 +202,11 @@ def test_a_long_line_of_a_difference_takes_time_in_proportion(unit, size, file):
     shown = redacted_diff(f"diff --git a/{file} b/{file}\n{line}\n")
     assert time.process_time() - began < 6 * size / 5
     assert len(shown) > 20
+
+
+def test_what_identifies_a_run_is_no_key_of_a_service():
+    found = masked({"run_key": "0123456789abcdef0123456789abcdef", "wandb_key": "0123456789abcdef0123456789abcdef"})
+    assert found == {"run_key": "0123456789abcdef0123456789abcdef", "wandb_key": MASK}
 
 
 def test_the_end_of_a_long_line_is_looked_at_too():
