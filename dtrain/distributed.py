@@ -6,10 +6,15 @@ runs alone, under `deepspeed` and under srun.
 
 import ctypes
 import os
+import random
 import re
 import socket
 import sys
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+
+FIRST_PORT = 10_000  # below it well-known services listen
 
 
 def rank() -> int:
@@ -75,9 +80,25 @@ def prepare() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port of this machine that is free, and is likely to be free yet when somebody listens at it.
+
+    It is not one of those that the system gives to outgoing connections, where there are others.
+    """
+    drawn = random.SystemRandom()
+    ports = range(FIRST_PORT, _first_outgoing_port())
+    for port in [drawn.choice(ports) for _ in range(20 if ports else 0)] + [0]:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return s.getsockname()[1]
+    raise OSError("no TCP port is free")
+
+
+def _first_outgoing_port() -> int:
+    """By default 32768 on Linux, 49152 elsewhere."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 49152
 
 
 def device():

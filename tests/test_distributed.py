@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,18 @@ def test_what_a_part_held_that_failed_is_freed_before_any_garbage_is_collected()
             assert seen[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_free_port_is_none_that_outgoing_connections_get_and_none_that_is_taken(monkeypatch):
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found = {distributed.free_port() for _ in range(100)}
+    assert len(found) > 90
+    assert all(distributed.FIRST_PORT <= port < first_outgoing for port in found)
+    with socket.socket() as taken:
+        taken.bind(("", distributed.free_port()))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(distributed, "FIRST_PORT", port)
+        monkeypatch.setattr(distributed, "_first_outgoing_port", lambda: port + 1)
+        assert distributed.free_port() >= first_outgoing
+    monkeypatch.setattr(distributed, "_first_outgoing_port", lambda: 1024)
+    assert distributed.free_port() >= first_outgoing
