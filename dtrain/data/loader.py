@@ -172,23 +172,24 @@ class _Workers:
             self.kill()
         elif self._processes:
             self._iterator._shutdown_workers()
-        for worker in self._processes:
-            if worker.is_alive():
-                worker.kill()
+            self._end_processes()
 
     def kill(self) -> None:
         """After a death: torch's own way may wait for a lock that the dead one has taken with it."""
-        for worker in self._processes:
-            worker.kill()
-        for worker in self._processes:
-            worker.join(JOIN_SECONDS)
-            shared_memory.remove_left(worker.pid)
+        self._end_processes()
         self._iterator._shutdown = True
         if hasattr(self._iterator, "_pin_memory_thread"):
             self._iterator._pin_memory_thread_done_event.set()
         for one in (self._iterator._worker_result_queue, *self._iterator._index_queues):
             one.cancel_join_thread()
             one.close()
+
+    def _end_processes(self) -> None:
+        for worker in self._processes:
+            worker.kill()
+        for worker in self._processes:
+            worker.join(JOIN_SECONDS)
+            shared_memory.remove_left(worker.pid)  # one may have ended while its thread was sharing a tensor
 
     def _raise_if_dead(self, seconds: float) -> None:
         """Raises _WorkerDied as soon as one is, within `seconds`."""

@@ -1,10 +1,12 @@
 """Worker processes that are killed, that fail, and that have no room in /dev/shm."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,23 @@ def test_a_worker_that_finds_dev_shm_full_says_so_at_once_and_leaves_nothing_the
     assert all(word in said for word in ("--shm-size", "--ipc=host", "data.workers=0"))
     assert seconds < 10
     assert left == []
+
+
+def closed_over_a_left_tensor(config, manifest_path):
+    """What is left in /dev/shm after an orderly end of workers, one of which had begun to share a tensor."""
+    own_shared_memory("64m")
+    batches = train_batches(config, load(manifest_path), 0, 1, 0)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    Path(f"/dev/shm/torch_{worker.pid}_1_1").touch()
+    batches.close()
+    return os.listdir("/dev/shm")
+
+
+@needs_root
+def test_workers_that_end_in_order_leave_nothing_in_dev_shm(folder):
+    config = configuration(folder, 8, workers=2)
+    assert run_ranks(closed_over_a_left_tensor, 1, config, folder / "manifest.json") == [[]]
 
 
 @needs_root
