@@ -159,7 +159,8 @@ class Reference:
             if not path.exists():
                 return None
         resize = resize_of_reference(e, self.extractor.name, path)
-        found = read_reference(path, self.extractor, size, channels, manifest, data.upright)
+        turned = None if manifest is None else self.upright
+        found = read_reference(path, self.extractor, size, channels, manifest, data.upright, turned)
         about = about_reference(self.extractor.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
         return *found, resize, about
 
@@ -190,12 +191,13 @@ def read_reference(
     channels: int,
     manifest: Manifest | None = None,
     upright: bool = True,
+    turned: bool | None = None,
 ) -> tuple[Statistics, str]:
     """(statistics, hash) of a file of ours or another tool's (which can only be held to its dimensions).
 
     `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. upright:
-    whether the run turns pictures by their EXIF data, which matters where the data have some. Raises UserError for a
-    stale or damaged file.
+    whether the run turns pictures by their EXIF data, which matters where the data have some. turned: whether it turns
+    any of `manifest`, where that is known already. Raises UserError for a stale or damaged file.
     """
     stored, named = read(path), manifest is None
     if stored.source:
@@ -205,9 +207,11 @@ def read_reference(
             raise UserError(f"{path} is damaged (its source cannot be read); run `dtrain reference` again") from None
         if manifest is None and Path(source.manifest).exists():
             manifest = manifests.load(source.manifest)
-        data, turned = source.data, upright and source.preprocessing.startswith(UPRIGHT)
-        if manifest is not None:
-            data, turned = manifest.hash, upright and any_turned(manifest, manifest.place)
+        data = source.data if manifest is None else manifest.hash
+        if manifest is None:
+            turned = upright and source.preprocessing.startswith(UPRIGHT)
+        elif turned is None:
+            turned = upright and any_turned(manifest, manifest.place)
         now = Source(source.manifest, data, features.fingerprint, preprocessing(image_size, channels, turned))
         for part in ("data", "extractor", "preprocessing"):
             was, is_now = getattr(source, part), getattr(now, part)

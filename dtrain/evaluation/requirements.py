@@ -80,7 +80,7 @@ def check_evaluation(config: Config) -> None:
 
 def about_names(config: Config) -> list[str]:
     """What to say before an evaluation of metrics that are not called as a user may expect, a line each."""
-    e, features = config.eval, known_features(config)
+    e, features = config.eval, named_features(config)
     if features is None:
         return []
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
@@ -95,7 +95,7 @@ def check_best(config: Config) -> None:
 
     What `auto` features are is known where they are computed: that may be another machine.
     """
-    e, features = config.eval, known_features(config)
+    e, features = config.eval, named_features(config)
     if features is None or (e.features == "auto" and features.name not in RESIZING):
         return
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
@@ -129,13 +129,23 @@ def split_of(config: Config) -> Manifest | None:
 
 
 def known_features(config: Config) -> Known | None:
+    """`named_features`, once the file behind them has been read and is the right one. Raises UserError."""
+    features = named_features(config)
+    if config.eval.features in ("auto", "inception"):
+        weights.find(weights.INCEPTION, config.eval.weights)
+    elif features is None:
+        read_program(config.eval.features)
+    return features
+
+
+def named_features(config: Config) -> Known | None:
     """What `eval.features` stands for; None for a TorchScript file of the user's, which only itself knows its size.
 
-    Raises UserError where a file is missing. A download is left to the evaluation, and so are packages: a job's
-    container may have others than the machine it is submitted from.
+    Reads no file. Raises UserError where Inception's is named and missing. A download is left to the evaluation, and
+    so are packages: a job's container may have others than the machine it is submitted from.
     """
     name, data, resize = config.eval.features, config.data, config.eval.resize
-    found = weights.find(weights.INCEPTION, config.eval.weights) if name in ("auto", "inception") else None
+    found = weights.place(weights.INCEPTION, config.eval.weights) if name in ("auto", "inception") else None
     is_inception = name == "inception" or found is not None
     check_resize(resize, name, is_inception)
     if name == "pixels":
@@ -144,7 +154,6 @@ def known_features(config: Config) -> Known | None:
         return Known("inception_tf" if resize == TENSORFLOW else "inception", 2048, 1008)
     if name in ("auto", "effnet_lite0"):
         return Known("effnet_lite0", 1280, 1000)
-    read_program(name)
     return None
 
 

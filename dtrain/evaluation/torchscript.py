@@ -15,11 +15,11 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from dtrain.config.sections import PIN
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.torchscript_code import FILES, LIBRARIES, declared, harm_in, module_of
 from dtrain.files import read_bytes
 
-PIN = "#sha256="
 MOST_BYTES = 16 << 30  # of a file
 MOST_CODE = 32 << 20  # bytes
 _OPERATOR = re.compile(r"\b(\w+)::(\w+)\(")

@@ -36,19 +36,25 @@ def cache_folder() -> Path:
 
 
 def find(file: WeightFile, given: str | None = None) -> Path | None:
-    """The file `given` (`eval.weights`), else of DTRAIN_WEIGHTS, else in the cache, its hash checked; None for nowhere.
+    """The file of `place`, its hash checked; None for nowhere. Raises UserError, also for another hash."""
+    path = place(file, given)
+    return path and verified(path, file)
 
-    `given` and DTRAIN_WEIGHTS name the file or its folder. Reads no network. Raises UserError where a named file is
-    missing, or a file has another hash.
+
+def place(file: WeightFile, given: str | None = None) -> Path | None:
+    """Where the file lies: at `given` (`eval.weights`), else at DTRAIN_WEIGHTS, else in the cache; None for nowhere.
+
+    `given` and DTRAIN_WEIGHTS name the file or its folder. Reads neither it nor a network. Raises UserError where a
+    named file is missing.
     """
     for source, named in (("eval.weights", given), ("DTRAIN_WEIGHTS", os.environ.get("DTRAIN_WEIGHTS"))):
         if named:
             path = Path(named) / file.name if Path(named).is_dir() else Path(named)
             if not path.is_file():
                 raise UserError(f"{source} names {path}, which is not there; copy {file.name} to it, from {file.url}")
-            return verified(path, file)
+            return path
     path = cache_folder() / file.name
-    return verified(path, file) if path.is_file() else None
+    return path if path.is_file() else None
 
 
 def verified(path: Path, file: WeightFile) -> Path:
