@@ -6,14 +6,13 @@ soon as one cannot come.
 
 import os
 import socket
-import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
 
 from dtrain.credentials import redacted
 from dtrain.errors import SharedError, UserError
-from dtrain.terminal import printable
+from dtrain.terminal import tell
 
 PATIENCE = 10.0  # seconds before a rank says for whom it waits
 ANSWER = 45.0  # seconds that a rank which cannot come tries to say so: the others may still be importing
@@ -146,4 +145,4 @@ def _place() -> str:
 
 
 def _say(line: str) -> None:
-    print(f"dtrain: {printable(redacted(line))}", file=sys.stderr, flush=True)
+    tell(redacted(line))

@@ -1,5 +1,7 @@
 """What others named, as a terminal may be shown it: names of files, members, runs and classes are anybody's."""
 
+import sys
+
 
 def printable(text: object) -> str:
     """One line of it, with what a terminal would obey shown escaped, as `\\x1b`: line breaks, control characters, marks
@@ -8,8 +10,18 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def say(text: object) -> None:
-    """Print text of one or more lines, each of them `printable`. A name in it that may hold a line break is made so
-    where the line is made.
+def printable_lines(text: object) -> str:
+    """Text of one or more lines, each of them `printable`. A name in it that may hold a line break is made so where
+    the line is made.
     """
-    print("\n".join(map(printable, str(text).split("\n"))), flush=True)
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def say(text: object) -> None:
+    """Print what a command was asked for, as `printable_lines`."""
+    print(printable_lines(text), flush=True)
+
+
+def tell(line: str) -> None:
+    """Print a remark beside what a command was asked for: one line, to the standard error stream."""
+    print(f"dtrain: {printable(line)}", file=sys.stderr, flush=True)

@@ -48,6 +48,16 @@ class Plan:
 Draw = Callable[[State, np.random.Generator], Plan | None]
 
 
+def kill(victims: str, where: str, rank: int) -> str:
+    """The schedule of one SIGKILL: of `rank`, or of all once it is there."""
+    return f"{'sigkill_all' if victims == 'all' else 'sigkill'} {where} rank={rank}"
+
+
+def stop_at(step: int) -> str:
+    """The schedule of a SIGTERM to rank 0, which all ranks follow."""
+    return f"sigterm at=step step={step} rank=0"
+
+
 def rank_for(who: str, state: State, rng: np.random.Generator) -> int:
     return 0 if who == "rank 0" else int(rng.integers(state.shape.ranks))
 

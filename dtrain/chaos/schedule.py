@@ -12,7 +12,7 @@ import numpy as np
 from dtrain.chaos import surroundings
 from dtrain.chaos.damage import DAMAGES, Damage
 from dtrain.chaos.job import Job, Shape
-from dtrain.chaos.plan import Draw, Plan, State, coming, later, rank_for
+from dtrain.chaos.plan import Draw, Plan, State, coming, kill, later, rank_for
 
 SAVE_POINTS = {  # who can die there
     "save:stage": "any",
@@ -82,11 +82,6 @@ def everything(job: Job) -> list[Draw]:
     draws += [partial(other_shape, job, shape) for shape in job.shapes()[:: max(1, len(job.shapes()) // 4)]]
     draws += surroundings.everything(job)
     return draws
-
-
-def kill(victims: str, where: str, rank: int) -> str:
-    """The schedule of one SIGKILL: of `rank`, or of all once it is there."""
-    return f"{'sigkill_all' if victims == 'all' else 'sigkill'} {where} rank={rank}"
 
 
 def told(victims: str, rank: int, where: str) -> str:

@@ -5,7 +5,7 @@ import shlex
 from functools import partial
 
 from dtrain.chaos.job import Job
-from dtrain.chaos.plan import Draw, Plan, State, coming, later, rank_for
+from dtrain.chaos.plan import Draw, Plan, State, coming, kill, later, rank_for, stop_at
 
 SMALL_SHARED_MEMORY = 16 * 2**10  # bytes: less than the batches that one worker makes ahead
 WORKER = "data.workers=1"
@@ -40,7 +40,7 @@ def full_disk(job: Job, point: str, state: State, rng) -> Plan | None:
     schedule = f"fill at={point} step={step} {filler}; "
     for again in range(step + 1, free):  # what a failed save gave back
         schedule += f"fill at=step step={again} {filler}; "
-    schedule += f"free at=step step={free} {filler}; sigterm at=step step={free + 1} rank=0"
+    schedule += f"free at=step step={free} {filler}; {stop_at(free + 1)}"
     where = f"{point} of step {step}" if point.startswith("save") else f"step {step}"
     return Plan(f"full disk from {where} to step {free}", "full disk", schedule, "stopped")
 
@@ -59,8 +59,8 @@ def no_mlflow(state: State, rng) -> Plan | None:
     step = later(state, rng, room=2)
     if step is None:
         return None
-    schedule = f"sigterm at=step step={step} rank=0"
-    return Plan(f"no MLflow server until a stop at step {step}", "MLflow gone", schedule, "stopped", mlflow="gone")
+    what = f"no MLflow server until a stop at step {step}"
+    return Plan(what, "MLflow gone", stop_at(step), "stopped", mlflow="gone")
 
 
 def bad_batches(job: Job, number: int, state: State, rng) -> Plan | None:
@@ -74,7 +74,7 @@ def bad_batches(job: Job, number: int, state: State, rng) -> Plan | None:
     step = first + int(rng.integers(4, 8))
     poison = f"nan images={first * size}:{(first + number) * size} rank={rng.integers(state.shape.ranks)}"
     what = f"{number} batch{'es' if number > 1 else ''} of NaN losses after step {first}, a stop at step {step}"
-    return Plan(what, "NaN", f"sigterm at=step step={step} rank=0", "stopped", poison=poison)
+    return Plan(what, "NaN", stop_at(step), "stopped", poison=poison)
 
 
 def stall(point: str, state: State, rng) -> Plan | None:
@@ -91,7 +91,7 @@ def run_deleted(state: State, rng) -> Plan | None:
     step = later(state, rng, room=2)
     if step is None:
         return None
-    schedule = f"stall at=step step={step} seconds=10; sigterm at=step step={step} rank=0"
+    schedule = f"stall at=step step={step} seconds=10; {stop_at(step)}"
     return Plan(f"the run is deleted in MLflow at step {step}", "run deleted", schedule, "stopped", mlflow="forgets")
 
 
@@ -100,8 +100,7 @@ def refused_key(state: State, rng) -> Plan | None:
     if step is None:
         return None
     what = f"SIGKILL of all ranks at step {step}, then a metric whose key MLflow refuses"
-    schedule = f"sigkill_all at=step step={step} rank=0"
-    return Plan(what, "refused key", schedule, "killed", odd_key=True)
+    return Plan(what, "refused key", kill("all", f"at=step step={step}", 0), "killed", odd_key=True)
 
 
 def killed_worker(state: State, rng) -> Plan | None:
@@ -109,7 +108,7 @@ def killed_worker(state: State, rng) -> Plan | None:
     step, rank = later(state, rng, room=3), rank_for("any", state, rng)
     if step is None:
         return None
-    schedule = f"sigkill_workers at=step step={step} rank={rank}; sigterm at=step step={step + 2} rank=0"
+    schedule = f"sigkill_workers at=step step={step} rank={rank}; {stop_at(step + 2)}"
     what = f"SIGKILL of the data worker of rank {rank} at step {step}"
     return Plan(what, "worker killed", schedule, "stopped", (WORKER,))
 
@@ -131,5 +130,5 @@ def bad_features(job: Job, state: State, rng) -> Plan | None:
     step, rank = coming(state, job.config.eval.every, rng), rank_for("any", state, rng)
     if step is None or step + 3 > state.steps:
         return None
-    schedule = f"nan at=eval:features step={step} rank={rank}; sigterm at=step step={step + 2} rank=0"
+    schedule = f"nan at=eval:features step={step} rank={rank}; {stop_at(step + 2)}"
     return Plan(f"NaN features in the evaluation of step {step}", "NaN feature", schedule, "stopped", fails=step)

@@ -1,7 +1,6 @@
 """`dtrain evaluate | sweep | reference | sample | report`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +30,7 @@ from dtrain.cli.arguments import (
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
-from dtrain.terminal import printable, say
+from dtrain.terminal import say, tell
 
 
 def nothing_drawn() -> str:
@@ -42,7 +41,7 @@ def say_on_rank_0(line: str | None) -> None:
     from dtrain import distributed
 
     if line and distributed.rank() == 0:
-        print(f"dtrain: {printable(line)}", file=sys.stderr, flush=True)
+        tell(line)
 
 
 def evaluate(

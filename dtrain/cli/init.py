@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from dtrain.cli.progress import progress
 from dtrain.interrupt import ctrl_c
-from dtrain.terminal import printable
+from dtrain.terminal import tell
 
 
 def init(
@@ -39,15 +38,12 @@ def init(
     if name is not None and not (re.fullmatch(r"[\w.\-]+", name) and name.strip(".")):
         raise UserError(f"--name {name!r}: a name has letters, digits, `_` and `-`, and dots among them")
 
-    def say(line: str) -> None:
-        print(f"dtrain: {printable(line)}", file=sys.stderr, flush=True)
-
     file = _file()
     ctrl_c.kept(f"ended before the config was written; where the shell has made {file}, it is empty: start again")
     with progress("packing") as on_sample:
-        found = propose(data, size, name, gpus, say, on_sample)
-    say(found.about.splitlines()[0])
-    say("taking a few steps, to say how long a training lasts")
+        found = propose(data, size, name, gpus, tell, on_sample)
+    tell(found.about.splitlines()[0])
+    tell("taking a few steps, to say how long a training lasts")
     with progress("timing steps, seconds") as on_step:
         minutes = found.minutes(file, on_step)
     print(found.text(minutes, file), end="")

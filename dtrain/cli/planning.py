@@ -12,7 +12,7 @@ import typer
 from dtrain.cli.arguments import Overrides
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED, UserError
-from dtrain.terminal import printable, say
+from dtrain.terminal import printable_lines, say
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -152,9 +152,6 @@ def _show_findings(findings) -> None:
     colours = {"ok": "green", "warning": "yellow", "bad": "bold red"}
     for f in findings:
         advice = f"\n→ {f.advice}" if f.advice else ""
-        table.add_row(
-            f"[{colours[f.status]}]{f.status}[/]",
-            f.check,
-            escape("\n".join(map(printable, (f.found + advice).split("\n")))),
-        )
+        found = escape(printable_lines(f.found + advice))
+        table.add_row(f"[{colours[f.status]}]{f.status}[/]", f.check, found)
     Console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -24,6 +24,7 @@ from dtrain import addresses
 from dtrain.credentials import masked, value_without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
+PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 # A file, a folder or a URL. `~` is the home of whoever starts: no shell expands it in a file, or after `key=`. The
@@ -358,7 +359,7 @@ class Eval(Section):
     @field_validator("features")
     @classmethod
     def _known_features(cls, value: str) -> str:
-        path, pin, sha256 = value.partition("#sha256=")
+        path, pin, sha256 = value.partition(PIN)
         if pin and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise ValueError(f"{value!r} pins no hash: after #sha256= come 64 hexadecimal digits, as sha256sum prints")
         if value not in ("auto", "inception", "effnet_lite0", "pixels") and not path.endswith((".pt", ".pth", ".ts")):

@@ -15,8 +15,9 @@ from dtrain.data.manifest import Manifest, load_all
 from dtrain.data.mixture import Mixture, of_run
 from dtrain.data.skipped import NOTHING, Skipped
 from dtrain.errors import UserError
+from dtrain.files import beside
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import events, valid
+from dtrain.tracking.journal import OTHER_RANKS, events, valid
 
 _PIECE = 1 << 20  # images replayed at a time
 
@@ -148,7 +149,7 @@ def _jumps(attempts: list[dict], trained: list[dict], left_out: Skipped) -> list
 
 def _replaced(run: RunDirectory, names: list[str], uses: list[np.ndarray]) -> tuple[int, list[str]]:
     """Bad samples that the journals of all ranks name: their number, and those the order did not ask for."""
-    places = [run.journal_file, *sorted(run.path.glob("journal-rank-*.jsonl"))]
+    places = [run.journal_file, *beside(run.journal_file, OTHER_RANKS)]
     begins = [line for line in events(run.journal_file) if line["event"] == "attempt"]
     lines = valid([*begins, *(line for p in places for line in events(p) if line["event"] == "bad_sample")])
     contexts = [line["context"] for line in lines if line["event"] == "bad_sample"]

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from dtrain.data.fields import IMAGE_FIELDS
-from dtrain.data.headers import header
+from dtrain.data.headers import JPEG, PNG, RIFF, header
 from dtrain.data.left_out import Unfit
 from dtrain.errors import BadSample
 
@@ -26,16 +26,14 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
 _TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
 _TURNS |= {8: Image.Transpose.ROTATE_90}
 
-_JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"  # what files of the three formats begin with
-
 
 def field_of(data: bytes) -> str:
     """jpg, png or webp, by what a file begins with. Raises Unfit for anything else."""
-    if data.startswith(_JPEG):
+    if data.startswith(JPEG):
         return "jpg"
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         return "png"
-    if data.startswith(_RIFF) and data[8:12] == b"WEBP":
+    if data.startswith(RIFF) and data[8:12] == b"WEBP":
         return "webp"
     raise Unfit("not JPEG, PNG or WebP inside" if data else "empty file")
 
@@ -100,5 +98,5 @@ def _reason(data: bytes, message: str) -> str:
     ):
         if words in message:
             return reason
-    short = data.startswith(_RIFF) and len(data) < 8 + int.from_bytes(data[4:8], "little")
-    return "truncated" if short or (data.startswith(_PNG) and b"IEND" not in data) else "damaged"
+    short = data.startswith(RIFF) and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return "truncated" if short or (data.startswith(PNG) and b"IEND" not in data) else "damaged"

@@ -22,9 +22,9 @@ from dtrain.credentials import redacted
 from dtrain.data import remote
 from dtrain.data.fields import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
 from dtrain.data.lacking import lacking, of_labels
-from dtrain.data.manifest import FORMAT, Document, Manifest, Shard, SideFile, class_names, load, replacing
+from dtrain.data.manifest import ABSENT, FORMAT, Document, Manifest, Shard, SideFile, class_names, load, replacing
 from dtrain.data.parallel import each
-from dtrain.data.tar import ABSENT, MAX_FIELDS, MEMBER, Scan, scan
+from dtrain.data.tar import MAX_FIELDS, MEMBER, Scan, scan
 from dtrain.errors import UserError
 from dtrain.files import opener, parse_json
 from dtrain.terminal import printable

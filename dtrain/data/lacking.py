@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dtrain.config import Config
 from dtrain.data.fields import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, class_number, dotted, wanted_fields
-from dtrain.data.manifest import RECORD_BYTES, Manifest
-from dtrain.data.members import ABSENT, evenly, open_members
+from dtrain.data.manifest import ABSENT, RECORD_BYTES, Manifest
+from dtrain.data.members import evenly, open_members
 from dtrain.data.remote import is_url
 from dtrain.errors import UserError
 from dtrain.files import opener
@@ -55,7 +55,7 @@ def lacking(manifest: Manifest, directory: str | Path, wanted: list[tuple[str, .
 
 
 def _absent(manifest: Manifest, columns: list[list[int]]) -> tuple[list[int], list[int]]:
-    """Of each group of columns the number of samples without any, and the first of these."""
+    """(how many samples have none of a group's columns, the first such sample or −1), a value for each group."""
     width = len(manifest.fields)
     counts, first = [0] * len(columns), [-1] * len(columns)
     rows = max(1, _PIECE // (width * RECORD_BYTES))

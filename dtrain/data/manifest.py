@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submis
 
 FORMAT = 1
 RECORD_BYTES = 16  # of dtrain.data.tar.MEMBER
+ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
 REMEMBERED = 16 << 20  # bytes of a side file whose check is remembered
 
 LARGEST = 1 << 30  # bytes of a manifest

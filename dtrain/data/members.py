@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from dtrain.data.manifest import RECORD_BYTES, Manifest
+from dtrain.data.manifest import ABSENT, RECORD_BYTES, Manifest
 from dtrain.files import open_regular, opener
 
-ABSENT = 0xFFFFFFFF  # dtrain.data.tar's: the size of a field that a sample does not have
 _RECORD = struct.Struct("<QII")  # dtrain.data.tar.MEMBER: offset, size, crc32
 
 
 class Members:
-    """Of the shards in a folder; made by `open_members`."""
+    """Reads members of the shards in a folder; made by `open_members`."""
 
     def __init__(self, manifest: Manifest, directory: Path, side):
         self._manifest, self._directory, self._side = manifest, directory, side

@@ -3,10 +3,9 @@
 import numpy as np
 
 from dtrain.config import Config
-from dtrain.credentials import MASK
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import of_run
-from dtrain.data.remote import is_pipe, is_url, join
+from dtrain.data.remote import is_url, shown
 from dtrain.data.shards import ShardReader
 
 
@@ -39,12 +38,7 @@ class SampleNames:
         for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
             sizes = self._manifests[source].shard_sizes
             shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
-            name = _shown(self._places[source], self._manifests[source].shards[shard].name, shard)
+            place, name = self._places[source], self._manifests[source].shards[shard].name
+            name = shown(place, name, shard) if is_url(place) else f"{place}/{name}"
             found.append((name, int(sample - sizes[:shard].sum()), int(source), int(sample)))
         return found
-
-
-def _shown(place: str, name: str, shard: int) -> str:
-    if is_pipe(place):
-        return f"pipe:{MASK} of shard {shard}"
-    return join(place, name) if is_url(place) else f"{place}/{name}"

@@ -7,8 +7,7 @@ from pathlib import Path
 from dtrain.data import left_out
 from dtrain.data.fields import IMAGE_FIELDS
 from dtrain.data.left_out import LeftOut
-from dtrain.data.manifest import load
-from dtrain.data.tar import ABSENT
+from dtrain.data.manifest import ABSENT, load
 
 _SHOWN = 20  # classes
 

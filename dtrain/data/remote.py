@@ -37,6 +37,11 @@ def join(base: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{query}"
 
 
+def shown(base: str, name: str, shard: int) -> str:
+    """`join` for messages and the journal: a command may hold a password, so it goes by the shard's number."""
+    return f"pipe:{MASK} of shard {shard}" if is_pipe(base) else join(base, name)
+
+
 def split_query(url: str) -> tuple[str, str]:
     """(address, `?query` or nothing)."""
     found = parts(url)

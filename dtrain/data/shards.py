@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.credentials import MASK
 from dtrain.data import remote
 from dtrain.data.cache import BLOCK, BlockCache
-from dtrain.data.manifest import Manifest
-from dtrain.data.tar import ABSENT, member_name
+from dtrain.data.manifest import ABSENT, Manifest
+from dtrain.data.tar import member_name
 from dtrain.errors import BadSample, UserError
 from dtrain.files import open_regular
 
@@ -185,8 +184,7 @@ class _RemoteFiles:
         return remote.join(self._base, self._manifest.shards[shard].name)
 
     def shown(self, shard: int) -> str:
-        """For messages and the journal: a command may hold a password."""
-        return f"pipe:{MASK} of shard {shard}" if remote.is_pipe(self._base) else self.place(shard)
+        return remote.shown(self._base, self._manifest.shards[shard].name, shard)
 
     def member(self, shard: int, offset: int) -> str:
         return f"the member at byte {offset:,}"

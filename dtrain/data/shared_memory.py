@@ -43,7 +43,7 @@ def of_batch(config: Config, world_size: int) -> int:
 
 
 def columns_bytes(rows: int, channels: int, side: int, arrays: Sequence[int] = ()) -> int:
-    """Of a batch as `StepDataset` makes it, each tensor in pages of its own. arrays: bytes of one row of each."""
+    """Bytes of a batch as `StepDataset` makes it, each tensor in whole pages. arrays: bytes of one row of each."""
     pixels = 4 * channels * side**2
     columns = [pixels, pixels, 8, 8, 8, 8, *arrays]  # image, noise, k, label, time, drop
     return sum(PAGE * ceil(rows * column / PAGE) for column in columns)

@@ -20,11 +20,11 @@ import numpy as np
 
 from dtrain.data import remote
 from dtrain.data.fields import DOT_RULE, LABEL_FIELD, class_number
+from dtrain.data.manifest import ABSENT
 from dtrain.errors import UserError
 from dtrain.files import opener
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
-ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
 MAX_FIELDS = 64
 MAX_HEADER = 1 << 20  # bytes of a long name or of PAX attributes
 

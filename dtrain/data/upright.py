@@ -45,7 +45,7 @@ def any_turned(manifest: Manifest, directory: str, cache: BlockCache | None = No
 
 
 def _orientations(reader: ShardReader, first: int, samples: int) -> Iterator[int | None]:
-    """Of a block of samples from `first` on; None for a damaged one."""
+    """The orientation of each sample of a block that begins at `first`; None for a damaged one."""
     block = range(first, min(first + _READ, samples))
     reader.prefetch(block, IMAGE_FIELDS)
     for sample in block:

@@ -14,9 +14,9 @@ import numpy as np
 
 from dtrain.addresses import kept
 from dtrain.data import remote
-from dtrain.data.manifest import Manifest, Shard
+from dtrain.data.manifest import ABSENT, Manifest, Shard
 from dtrain.data.parallel import each
-from dtrain.data.tar import ABSENT, MEMBER, open_shard, scan
+from dtrain.data.tar import MEMBER, open_shard, scan
 from dtrain.errors import BadSample, UserError
 
 _CHUNK = 1 << 20

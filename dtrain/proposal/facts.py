@@ -11,6 +11,7 @@ from dtrain.data import manifest as manifests
 from dtrain.data import shared_memory
 from dtrain.data.fields import LABEL_FIELD
 from dtrain.data.manifest import Manifest
+from dtrain.data.members import evenly
 from dtrain.data.survey import Survey, survey
 from dtrain.errors import UserError
 from dtrain.evaluation import weights
@@ -81,9 +82,8 @@ def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
     from dtrain.data.samples import label_of
     from dtrain.data.shards import ShardReader
 
-    reader, count = ShardReader(manifest, directory), min(count, manifest.samples)
-    chosen = (i * manifest.samples // count for i in range(count))
-    return [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in chosen]
+    reader = ShardReader(manifest, directory)
+    return [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in evenly(manifest, count)]
 
 
 def machine(gpus: int | None = None) -> Machine:

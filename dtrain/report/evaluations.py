@@ -217,7 +217,7 @@ def _spread_note(drawn: list[Curve], metric: str) -> str:
 
 
 def _bound_note(drawn: list[Curve]) -> str:
-    """Of which chain the bound is, where all lines are of one."""
+    """A sentence that says whether the bound is clipped; none where the lines differ in that."""
     clipped = {bool(c.context.get("bpd_clip")) for c in drawn}
     if len(clipped) > 1:
         return ""

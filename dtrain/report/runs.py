@@ -14,7 +14,7 @@ from dtrain.files import beside
 from dtrain.lock import holder
 from dtrain.report.markup import plural
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import EVALUATIONS, SWEEP, Tail, combinations, valid
+from dtrain.tracking.journal import EVALUATIONS, OTHER_RANKS, SWEEP, Tail, combinations, valid
 from dtrain.tracking.lines import Line
 
 
@@ -55,7 +55,7 @@ class Run:
             unusable = f", but {plural(*left_out.values(), 'unusable line')}" if left_out else " yet"
             raise UserError(f"{directory.path} has nothing in its journal.jsonl{unusable}; start the run first")
         evaluated, elsewhere = (
-            lines_of(*beside(directory.journal_file, pattern)) for pattern in (EVALUATIONS, "journal-rank-*.jsonl")
+            lines_of(*beside(directory.journal_file, pattern)) for pattern in (EVALUATIONS, OTHER_RANKS)
         )
         return cls(
             directory,

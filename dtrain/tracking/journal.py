@@ -34,6 +34,7 @@ from dtrain.tracking.lines import MOST_COUNT, MOST_LINE, parse, parse_combinatio
 
 SYNCED = {"attempt", "checkpoint", "eval", "eval_failed"}  # worth an fsync: rare, and decisions are taken by them
 EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
+OTHER_RANKS = "journal-rank-*.jsonl"
 NEVER_VOID = {"system", "sweep"}  # true of the machines, or of a checkpoint, whatever steps are gone through again
 _CHUNK = 1 << 24  # bytes read at a time
 

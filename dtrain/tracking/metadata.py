@@ -53,9 +53,8 @@ def datasets(lines: list[dict[str, Any]], config: Config) -> list[dict[str, Any]
     last = next((line["context"] for line in reversed(lines) if line["event"] == "attempt"), None)
     if last is None or "datasets" in last or config.data.mix:
         return (last or {}).get("datasets", [])
-    place = value_without_credentials(
-        config.data.shards
-    )  # a journal of an earlier version has one hash for all together
+    # A journal of an earlier version has one hash for all together.
+    place = value_without_credentials(config.data.shards)
     return [{"name": dataset_name(place), "hash": last.get("data", ""), "source": place}]
 
 

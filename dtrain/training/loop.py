@@ -60,7 +60,8 @@ def train(config: Config) -> Outcome:
     if rank != 0:
         redirect_to_log(run.logs)
     else:
-        print("".join(f"{line}\n" for line in (*lacking, *warnings(config))), end="", flush=True)
+        for line in (*lacking, *warnings(config)):
+            say(line)
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()

@@ -93,12 +93,8 @@ class Files:
         try:
             with Image.open(self._directory / file) as image:
                 image.load()
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as e:  # cut off by a crash: nothing that waiting would mend
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            # Cut off by a crash, or a bomb: nothing that waiting would mend.
             logging.getLogger(__name__).warning("%s cannot be read: %s", self._directory / file, e)
             return False
         # The UI shows an image at its own size at most: one of 8 × 8 digits would be a stamp.
