@@ -18,8 +18,8 @@ import torch
 import webdataset
 
 from dtrain.config import validate
-from dtrain.data.indexing import index
-from dtrain.data.manifest import Manifest, load
+from dtrain.data.shards.indexing import index
+from dtrain.data.shards.manifest import Manifest, load
 from dtrain.data.stream import StepDataset
 
 BATCH = 250

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from dtrain.evaluation.frechet import frechet_distance
-from dtrain.evaluation.statistics import Statistics
+from dtrain.evaluation.metrics.frechet import frechet_distance
+from dtrain.evaluation.metrics.statistics import Statistics
 
 SPEEDUP_BAR, AGREEMENT_BAR = 10.0, 1e-6
 

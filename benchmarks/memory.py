@@ -44,8 +44,8 @@ def main() -> None:
     given = arguments.parse_args()
 
     from dtrain import distributed
-    from dtrain.data.pack import pack
-    from dtrain.training.loop import train
+    from dtrain.data.pack.pack import pack
+    from dtrain.training.run_training import train
     from dtrain.training.steps import Steps
     from tests.digits import tiny
 

@@ -14,8 +14,8 @@ import sys
 import numpy as np
 
 from dtrain.config.sections import Data
-from dtrain.data.order import Order
-from dtrain.data.streams import default_streams
+from dtrain.data.order.order import Order
+from dtrain.data.order.streams import default_streams
 
 CLASSES, SHARD, BATCHES = 100, 1000, 600
 BOUND = 1.1

@@ -17,7 +17,7 @@ from dtrain import distributed
 from dtrain.config import validate
 from dtrain.models.build import build
 from dtrain.training.engine import Engine
-from dtrain.training.throughput import gemm_flops_per_second, training_flops
+from dtrain.training.record.throughput import gemm_flops_per_second, training_flops
 
 BATCH = 16
 

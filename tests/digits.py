@@ -9,7 +9,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "digits-dit.yaml"
 
 
 def pack_digits(destination: Path) -> Path:
-    from dtrain.data.pack import pack
+    from dtrain.data.pack.pack import pack
 
     pack("sklearn:digits", destination, holdout=360)
     return destination

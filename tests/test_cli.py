@@ -18,7 +18,7 @@ import typer
 
 import dtrain
 from dtrain.chaos import forked
-from dtrain.data.indexing import index
+from dtrain.data.shards.indexing import index
 from tests.digits import tiny
 from tests.printed import commands
 from tests.ranks import run_ranks
@@ -193,7 +193,7 @@ def test_a_run_is_sampled_and_evaluated_by_name(work):
 
 def test_help_and_the_library_import_no_torch():
     code = (
-        "import sys, dtrain, dtrain.cli, dtrain.config, dtrain.data.manifest, dtrain.data.order\n"
+        "import sys, dtrain, dtrain.cli, dtrain.config, dtrain.data.shards.manifest, dtrain.data.order.order\n"
         "import dtrain.run, dtrain.tracking.tracker, dtrain.checkpoint.format\n"
         "assert not {'torch', 'deepspeed', 'mlflow', 'torchvision'} & set(sys.modules)\n"
         "sys.argv = ['dtrain', '--help']\n"

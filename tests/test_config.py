@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config import flat, identity, load, load_kept
-from dtrain.data.manifest import load_all
+from dtrain.data.shards.manifest import load_all
 from dtrain.errors import UserError
 from dtrain.training.check import check_source
 

@@ -15,13 +15,13 @@ from dtrain import files
 from dtrain.checkpoint.directory import complete, remove, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.cluster.status import known_runs, table
-from dtrain.data.indexing import index
-from dtrain.data.manifest import load
-from dtrain.data.shards import ShardReader
-from dtrain.data.tar import MEMBER
-from dtrain.data.verify import verify
+from dtrain.data.shards.indexing import index
+from dtrain.data.shards.manifest import load
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.tar import MEMBER
+from dtrain.data.shards.verify import verify
 from dtrain.errors import BadSample, UserError
-from dtrain.evaluation import statistics
+from dtrain.evaluation.metrics import statistics
 from dtrain.evaluation.scratch import Scratch
 from dtrain.lock import RunLock
 from dtrain.report.pictures import grids

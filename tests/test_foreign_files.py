@@ -23,11 +23,11 @@ from dtrain import config as configuration
 from dtrain.checkpoint import format
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.cluster.status import known_runs, table
-from dtrain.data.manifest import glance, load
-from dtrain.data.shards import ShardReader
-from dtrain.data.survey import survey
-from dtrain.data.tar import MEMBER
-from dtrain.data.verify import verify
+from dtrain.data.fields.survey import survey
+from dtrain.data.shards.manifest import glance, load
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.tar import MEMBER
+from dtrain.data.shards.verify import verify
 from dtrain.errors import BadSample, UserError
 from dtrain.lock import holder
 from dtrain.report.page import page
@@ -38,7 +38,7 @@ from dtrain.tracking.metadata import datasets, params, tags
 from dtrain.tracking.mlflow.description import Landmarks, description
 from dtrain.tracking.mlflow.files import files_of
 from dtrain.tracking.mlflow.keys import image_key, metric_key
-from dtrain.training.summary import summary
+from dtrain.training.record.summary import summary
 from tests.checkpoint.test_format import save
 from tests.data.shard_files import data_set, labelled_pictures
 from tests.report.made import CONTEXT, append, make_run

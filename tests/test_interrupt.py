@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint.directory import complete, step_of
-from dtrain.data.pack import pack
+from dtrain.data.pack.pack import pack
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from tests.digits import losses, tiny

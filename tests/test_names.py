@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dtrain.config import load
-from dtrain.data.manifest import load as load_manifest
+from dtrain.data.shards.manifest import load as load_manifest
 from dtrain.errors import UserError
 from dtrain.files import as_file_name
 from tests.digits import CONFIG

@@ -60,7 +60,7 @@ def test_any_text_becomes_one_printable_line():
 
 FAILING = """
 import threading
-from dtrain.training.output import clean_tracebacks
+from dtrain.training.record.output import clean_tracebacks
 clean_tracebacks()
 def fail():
     raise OSError("no route to https://me:hunter2@host/x?sig=hunter3")

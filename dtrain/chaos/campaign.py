@@ -23,11 +23,11 @@ from dtrain.chaos.plan import Plan, State
 from dtrain.chaos.store import deletes_the_run, missing_in_mlflow
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.checkpoint.format import Checkpoint, Damaged
-from dtrain.data.audit import audit
 from dtrain.distributed import free_port
 from dtrain.errors import HANG, STOPPED, USER_ERROR, UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, events, read
+from dtrain.training.audit import audit
 
 TOLERANCE = 1e-5
 LONGEST = 6 * 3600.0  # seconds, of the job undisturbed
@@ -260,8 +260,8 @@ class Round:
 
 
 def job_with_streams(job: Job):
-    from dtrain.data.manifest import load_all
-    from dtrain.data.streams import with_streams
+    from dtrain.data.order.streams import with_streams
+    from dtrain.data.shards.manifest import load_all
 
     return with_streams(job.config, load_all(job.config.data))
 

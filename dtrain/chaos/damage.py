@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dtrain.config import Config
-from dtrain.data.manifest import load_all
-from dtrain.data.mixture import of_run
+from dtrain.data.order.mixture import of_run
+from dtrain.data.shards.manifest import load_all
 
 DAMAGES = ("a flipped bit", "a truncated file", "a missing file", "a flipped bit in the manifest", "an exchanged file")
 

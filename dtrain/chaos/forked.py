@@ -28,7 +28,7 @@ def preload(*more: str) -> None:
     context.set_forkserver_preload([*PRELOAD, *more])
 
 
-preload("dtrain.training.loop", "dtrain.training.evaluation")
+preload("dtrain.training.run_training", "dtrain.training.evaluation")
 
 
 def fork_ranks(

@@ -63,7 +63,7 @@ class Job:
     def make(cls, work: Path, config: Path | None, overrides: list[str], ranks: int, disk: Path | None) -> "Job":
         """Write the job's config into `work`; without one, scikit-learn's digits, packed there. Raises UserError."""
         if config is None:
-            from dtrain.data.pack import pack
+            from dtrain.data.pack.pack import pack
 
             pack("sklearn:digits", work / "data", holdout=360)
             data = {"shards": str(work / "data/train"), "holdout": str(work / "data/holdout/manifest.json")}

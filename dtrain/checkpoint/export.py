@@ -61,7 +61,7 @@ def weights_key(config: Config, ema: int | None) -> str:
 
 def class_names_of(config: Config) -> list[str] | None:
     """The names of the model's classes by the manifest of its data; None where it names none, or is not here now."""
-    from dtrain.data.manifest import class_names
+    from dtrain.data.shards.manifest import class_names
 
     return class_names(config.data.manifest_path) if config.model.num_classes else None
 

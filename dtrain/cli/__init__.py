@@ -15,7 +15,7 @@ import typer
 from dtrain import __version__, distributed, launcher
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
 from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, told
-from dtrain.training.output import clean_tracebacks, forgive_output, say_error
+from dtrain.training.record.output import clean_tracebacks, forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 

@@ -38,8 +38,8 @@ def pack(
 
     Pictures that training would refuse are left out: DEST/left-out.tsv says which and why.
     """
-    from dtrain.data.pack import pack as run
-    from dtrain.data.sources import Choice
+    from dtrain.data.pack.pack import pack as run
+    from dtrain.data.pack.sources import Choice
 
     ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
     choice = Choice(split, label_column, image_column, root, download)
@@ -56,7 +56,7 @@ def index(
     out: Annotated[Path | None, typer.Option(help="the manifest to write; default: manifest.json beside them")] = None,
 ) -> None:
     """Write the manifest of shards that exist."""
-    from dtrain.data.indexing import index as run
+    from dtrain.data.shards.indexing import index as run
 
     manifest = run(shards, out)
     fields = ", ".join(manifest.fields)
@@ -70,9 +70,9 @@ def verify(
     shards: Annotated[str | None, typer.Option(help="their folder or URL; default: beside the manifest")] = None,
 ) -> None:
     """Compare every byte of every shard with the manifest; exit code 1 where one is damaged, each is named."""
-    from dtrain.data.manifest import load
-    from dtrain.data.progress import bytes_bar
-    from dtrain.data.verify import verify as run
+    from dtrain.data.shards.manifest import load
+    from dtrain.data.shards.progress import bytes_bar
+    from dtrain.data.shards.verify import verify as run
 
     found = load(manifest / "manifest.json" if manifest.is_dir() else manifest)
     with bytes_bar(f"verifying {len(found.shards):,} shards", sum(s.bytes for s in found.shards)) as progress:
@@ -90,8 +90,8 @@ data = typer.Typer(help="Prove what was trained on, and measure how fast data co
 @data.command("audit")
 def audit_data(run: RunName) -> None:
     """Replay the order of what the journal says was trained; exit code 1 where it contradicts the order."""
-    from dtrain.data.audit import audit
     from dtrain.run import RunDirectory
+    from dtrain.training.audit import audit
 
     found = audit(RunDirectory.find(run))
     say(found)

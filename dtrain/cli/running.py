@@ -33,10 +33,10 @@ def train(
 
     ctrl_c.at_once("ended before its first step; nothing is lost")
     from dtrain import distributed
-    from dtrain.training.summary import summary
+    from dtrain.training.record.summary import summary
 
     distributed.prepare()
-    from dtrain.training.loop import train as run_training
+    from dtrain.training.run_training import train as run_training
 
     outcome = run_training(settings)
     ctrl_c.at_once()

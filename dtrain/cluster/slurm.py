@@ -15,7 +15,7 @@ from dtrain.config import Config
 from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
-from dtrain.training.stopping import DURATION, duration
+from dtrain.training.safety.stopping import DURATION, duration
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # where slurm/, launch/ and eval/ are
 NOTICE_SECONDS = 300  # between the signal to stop and the end of a job's time; less of a short job

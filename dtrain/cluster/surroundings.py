@@ -16,16 +16,16 @@ from dtrain.checkpoint.directory import complete
 from dtrain.cluster.finding import Finding, bad, ok, warning
 from dtrain.config import Config
 from dtrain.credentials import without_credentials
-from dtrain.data import manifest as manifests
-from dtrain.data.fields import check_fields
-from dtrain.data.lacking import check_split, check_training
-from dtrain.data.remote import is_url
+from dtrain.data.fields.check import check_fields
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.lacking import check_split, check_training
+from dtrain.data.shards.remote import is_url
 from dtrain.errors import UserError
-from dtrain.evaluation import weights
+from dtrain.evaluation.features import weights
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import tracking_uri
-from dtrain.training.stopping import LEAST_MARGIN_SECONDS, deadline
+from dtrain.training.safety.stopping import LEAST_MARGIN_SECONDS, deadline
 
 SLOW_FSYNC = 1.0  # seconds for a MiB
 REACH_SECONDS = 5.0  # for an answer of MLflow's
@@ -90,7 +90,7 @@ def _existing(path: Path) -> Path:
 
 def shards(config: Config, full: bool, progress: Callable[[float], None]) -> Finding:
     """Every shard against its manifest: its size, or with `full` every byte; progress(share of the bytes read)."""
-    from dtrain.data.verify import verify
+    from dtrain.data.shards.verify import verify
 
     name, problems, samples, count, elsewhere = "shards", [], 0, 0, 0
     try:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from dtrain.config import Config
-from dtrain.data.fields import IMAGE_FIELDS
-from dtrain.data.manifest import check_all, load_all
+from dtrain.data.fields.picture import centre_crop, decode, normalize
+from dtrain.data.shards.manifest import check_all, load_all
+from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.data.stream import StepDataset
-from dtrain.data.transforms import centre_crop, decode, normalize
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose
 

@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import Dataset
 
 from dtrain.config import Config
-from dtrain.data.cache import cache_of
-from dtrain.data.fields import check_fields
-from dtrain.data.manifest import Manifest
-from dtrain.data.mixture import of_run
-from dtrain.data.samples import SampleReader, read_split
-from dtrain.data.shards import OPEN_SHARDS, ShardReader
-from dtrain.data.skipped import NOTHING
-from dtrain.data.transforms import centre_crop, normalize, random_crop
+from dtrain.data.fields.check import check_fields
+from dtrain.data.fields.picture import centre_crop, normalize, random_crop
+from dtrain.data.fields.samples import SampleReader, read_split
+from dtrain.data.order.mixture import of_run
+from dtrain.data.order.skipped import NOTHING
+from dtrain.data.shards.cache import cache_of
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.reader import OPEN_SHARDS, ShardReader
 from dtrain.errors import BadSample, UserError
 from dtrain.randomness import Draws, Purpose
 

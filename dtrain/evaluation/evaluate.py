@@ -20,16 +20,16 @@ from dtrain.config import Config, Eval
 from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
-from dtrain.evaluation import metrics
-from dtrain.evaluation.features import check_finite
+from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import OnProgress, Sampler, quiet, which_not_finite
-from dtrain.evaluation.kept import KeptFeatures
 from dtrain.evaluation.likelihood import bits_per_dim
+from dtrain.evaluation.metrics import build as metrics
+from dtrain.evaluation.metrics.kept import KeptFeatures
+from dtrain.evaluation.metrics.statistics import Moments
 from dtrain.evaluation.names import OF_THE_MODEL
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
-from dtrain.evaluation.statistics import Moments
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import settings_of, training_evaluations

@@ -10,7 +10,7 @@ import torch
 
 from dtrain import faults
 from dtrain.config import Config, Eval
-from dtrain.data.transforms import quantize
+from dtrain.data.fields.picture import quantize
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
 from dtrain.errors import NotFinite

@@ -18,18 +18,19 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.data import manifest as manifests
-from dtrain.data.cache import BlockCache, cache_of
-from dtrain.data.fields import IMAGE_FIELDS
-from dtrain.data.manifest import Manifest
-from dtrain.data.samples import read_labels, read_split
-from dtrain.data.shards import ShardReader
-from dtrain.data.transforms import normalize
-from dtrain.data.upright import any_turned
+from dtrain.data.fields.picture import normalize
+from dtrain.data.fields.samples import read_labels, read_split
+from dtrain.data.fields.upright import any_turned
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.cache import BlockCache, cache_of
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.errors import UserError
-from dtrain.evaluation.features import Extractor, check_finite, extractor
+from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
-from dtrain.evaluation.kept import KeptFeatures
+from dtrain.evaluation.metrics.kept import KeptFeatures
+from dtrain.evaluation.metrics.statistics import Moments, Statistics, read, save
 from dtrain.evaluation.names import (
     OF_STATISTICS,
     about_reference,
@@ -39,7 +40,6 @@ from dtrain.evaluation.names import (
 )
 from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
-from dtrain.evaluation.statistics import Moments, Statistics, read, save
 
 READ_BLOCK = 512  # images of the split read and embedded at a time
 

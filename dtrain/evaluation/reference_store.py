@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import UserError
-from dtrain.evaluation.statistics import DAMAGES, Statistics, read, save
-from dtrain.evaluation.weights import cache_folder
+from dtrain.evaluation.features.weights import cache_folder
+from dtrain.evaluation.metrics.statistics import DAMAGES, Statistics, read, save
 
 LARGEST = 2**28  # bytes of a file: a covariance of many pixels would take gigabytes
 

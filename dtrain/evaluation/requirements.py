@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from dtrain.config import Config, Eval
-from dtrain.data import manifest as manifests
-from dtrain.data.fields import check_classes
-from dtrain.data.lacking import check_split
-from dtrain.data.manifest import Manifest
+from dtrain.data.fields.check import check_classes
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.lacking import check_split
+from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError, from_where
-from dtrain.evaluation import weights
+from dtrain.evaluation.features import weights
+from dtrain.evaluation.features.torchscript import read_program
 from dtrain.evaluation.names import (
     CLEAN,
     OF_STATISTICS,
@@ -24,7 +25,6 @@ from dtrain.evaluation.names import (
     metric_names,
     resize_of_reference,
 )
-from dtrain.evaluation.torchscript import read_program
 
 OF_MOMENTS = {"fd"}
 OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}

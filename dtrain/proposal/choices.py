@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dtrain.data import shared_memory
-from dtrain.data.survey import named
+from dtrain.data.fields.survey import named
 from dtrain.proposal.facts import Facts, Machine, features
 from dtrain.proposal.source import DataSet
 from dtrain.proposal.text import Line

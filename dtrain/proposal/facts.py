@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import median
 
-from dtrain.data import manifest as manifests
 from dtrain.data import shared_memory
-from dtrain.data.fields import LABEL_FIELD
-from dtrain.data.manifest import Manifest
-from dtrain.data.members import evenly
-from dtrain.data.survey import Survey, survey
+from dtrain.data.fields.survey import Survey, survey
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.members import evenly
+from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError
-from dtrain.evaluation import weights
+from dtrain.evaluation.features import weights
 from dtrain.proposal.source import DataSet
 
 ALL_LABELS = 200_000  # samples whose labels are all read where a manifest does not name the classes
@@ -79,8 +79,8 @@ def facts_of(data: DataSet) -> Facts:
 
 def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
     """The labels of `count` samples spread evenly over a local data set, or of all. Raises UserError."""
-    from dtrain.data.samples import label_of
-    from dtrain.data.shards import ShardReader
+    from dtrain.data.fields.samples import label_of
+    from dtrain.data.shards.reader import ShardReader
 
     reader = ShardReader(manifest, directory)
     return [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in evenly(manifest, count)]

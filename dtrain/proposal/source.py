@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.data import manifest as manifests
-from dtrain.data.fields import LABEL_FIELD
-from dtrain.data.indexing import common_folder, find_shards, index_shards
-from dtrain.data.manifest import Manifest
-from dtrain.data.remote import is_url
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.indexing import common_folder, find_shards, index_shards
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.remote import is_url
+from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -153,8 +153,8 @@ def _sorted_by_class(training: Manifest, holdout: Manifest, place: str) -> bool:
 
 
 def _pack(source: str, name: str, say: Say, progress: Callable[[int, int], None]) -> DataSet:
-    from dtrain.data.pack import REQUEST, pack
-    from dtrain.data.sources import open_source
+    from dtrain.data.pack.pack import REQUEST, pack
+    from dtrain.data.pack.sources import open_source
 
     destination = FOLDER / name
     if destination.resolve() == Path(source).resolve():  # pictures that lie where packed ones would

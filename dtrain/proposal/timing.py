@@ -127,9 +127,9 @@ def _evaluate(config: Config, ranks: int) -> tuple[float, float]:
     import torch
 
     from dtrain import distributed
-    from dtrain.data.manifest import load_holdout
+    from dtrain.data.shards.manifest import load_holdout
     from dtrain.diffusion.process import build as build_process
-    from dtrain.evaluation.features import extractor
+    from dtrain.evaluation.features.build import extractor
     from dtrain.evaluation.generate import Sampler
     from dtrain.models.build import build
 

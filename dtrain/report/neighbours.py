@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.config import Config
-from dtrain.data import manifest as manifests
-from dtrain.data.cache import cache_of
-from dtrain.data.manifest import Manifest
-from dtrain.data.samples import read_split
+from dtrain.data.fields.samples import read_split
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.cache import cache_of
+from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import BadSample
 from dtrain.evaluation.evaluate import open_sampler, weights_name
-from dtrain.evaluation.features import Extractor, check_finite, extractor
+from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short

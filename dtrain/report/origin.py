@@ -3,7 +3,7 @@
 import html
 
 from dtrain.credentials import redacted
-from dtrain.data.manifest import Manifest
+from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
 from dtrain.report.markup import escaped, plural
 from dtrain.report.numbers import size

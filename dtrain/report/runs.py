@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.config import read_tree, with_earlier_values
 from dtrain.credentials import masked
-from dtrain.data.manifest import Manifest, glance
+from dtrain.data.shards.manifest import Manifest, glance
 from dtrain.errors import UserError
 from dtrain.files import beside
 from dtrain.lock import holder

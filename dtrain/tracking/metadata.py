@@ -8,7 +8,7 @@ from dtrain.config import Config, Data, flat
 from dtrain.credentials import MASK, value_without_credentials
 
 if TYPE_CHECKING:
-    from dtrain.data.manifest import Manifest
+    from dtrain.data.shards.manifest import Manifest
 
 NAMING = {"optim.lr"}  # what a run is called by whether or not it is the default
 # No params even where they differ from the defaults: where a run lies and how it is carried out; what is a property of

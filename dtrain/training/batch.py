@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.config import Config
-from dtrain.data.skipped import Skipped
+from dtrain.data.order.skipped import Skipped
 from dtrain.diffusion.times import stratified
 from dtrain.models.dropout import dropout_keys
 from dtrain.run import Position

@@ -5,18 +5,19 @@ from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
 from dtrain.config import Config, architecture, with_earlier_values
-from dtrain.data import manifest as manifests
-from dtrain.data.fields import LABEL_FIELD, check_fields
-from dtrain.data.lacking import check_training
-from dtrain.data.streams import with_streams
-from dtrain.data.survey import named, survey
+from dtrain.data.fields.check import check_fields
+from dtrain.data.fields.survey import named, survey
+from dtrain.data.order.streams import with_streams
+from dtrain.data.shards import manifest as manifests
+from dtrain.data.shards.lacking import check_training
+from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
 from dtrain.files import read_json
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
-from dtrain.training.stopping import deadline
+from dtrain.training.safety.stopping import deadline
 
 SHORTEST = 100  # steps of a run that is meant to be evaluated
 MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning

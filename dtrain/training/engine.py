@@ -21,7 +21,7 @@ from dtrain.models.layers import initialize
 from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
-from dtrain.training.refusal import Refusal
+from dtrain.training.safety.refusal import Refusal
 
 LARGEST = sys.float_info.max
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -18,8 +18,8 @@ from dtrain.models.build import allocate
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
-from dtrain.training.output import traceback_of
-from dtrain.training.progress import TrainingProgress
+from dtrain.training.record.output import traceback_of
+from dtrain.training.record.progress import TrainingProgress
 
 GRID_ROWS = 8
 LONGEST_TRACEBACK = 4000  # characters of its end, for the journal

@@ -15,8 +15,8 @@ from dtrain import distributed
 from dtrain.config import Config
 from dtrain.credentials import redacted
 from dtrain.data.loader import Batches, LoaderFailure
-from dtrain.data.manifest import Manifest
-from dtrain.data.skipped import Skipped
+from dtrain.data.order.skipped import Skipped
+from dtrain.data.shards.manifest import Manifest
 from dtrain.data.stream import Report, train_batches
 from dtrain.errors import SharedError, SharedFailure, UserError
 from dtrain.files import opener

@@ -16,7 +16,7 @@ from dtrain.run import Position, RunDirectory
 from dtrain.tracking.best import best_step
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine, Piece
-from dtrain.training.progress import TrainingProgress
+from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
 
 SPARE = 1.02  # of the free space a save wants: indexes, and others who write

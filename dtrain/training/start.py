@@ -7,7 +7,7 @@ from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config, identity, with_earlier_values
-from dtrain.data.manifest import Manifest
+from dtrain.data.shards.manifest import Manifest
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
@@ -16,10 +16,10 @@ from dtrain.models.build import build
 from dtrain.models.published import load_published
 from dtrain.run import Position, RunDirectory
 from dtrain.terminal import say
-from dtrain.training.bad_steps import BadSteps
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.engine import Engine
-from dtrain.training.levels import forget, remember
+from dtrain.training.record.levels import forget, remember
+from dtrain.training.safety.bad_steps import BadSteps
 
 
 def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:

@@ -14,7 +14,7 @@ import torch
 
 from dtrain import distributed, faults
 from dtrain.config import Config
-from dtrain.data.manifest import Manifest
+from dtrain.data.shards.manifest import Manifest
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
@@ -22,20 +22,20 @@ from dtrain.run import Outcome, Position, RunDirectory
 from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.bad_steps import BadSteps
 from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
-from dtrain.training.data_health import DataHealth
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
-from dtrain.training.goodput import Goodput, lost_steps
-from dtrain.training.levels import StepLosses, memory
-from dtrain.training.progress import TrainingProgress
+from dtrain.training.record.goodput import Goodput, lost_steps
+from dtrain.training.record.levels import StepLosses, memory
+from dtrain.training.record.progress import TrainingProgress
+from dtrain.training.record.throughput import Meter
 from dtrain.training.reduction import StepReduction
+from dtrain.training.safety.bad_steps import BadSteps
+from dtrain.training.safety.data_health import DataHealth
+from dtrain.training.safety.stopping import StopRequest
+from dtrain.training.safety.watchdog import Watchdog
 from dtrain.training.saving import Saving
 from dtrain.training.start import resume
-from dtrain.training.stopping import StopRequest
-from dtrain.training.throughput import Meter
-from dtrain.training.watchdog import Watchdog
 
 EVALUATION_TRIES = 2  # of a step's, over starts
 

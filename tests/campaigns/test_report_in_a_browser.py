@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtrain.data.manifest import load
-from dtrain.data.pack import pack
+from dtrain.data.pack.pack import pack
+from dtrain.data.shards.manifest import load
 from dtrain.report import write_report
 from tests.report.made import make_run, picture
 

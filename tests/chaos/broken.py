@@ -16,7 +16,7 @@ if __name__ == "__main__":
     from dtrain.chaos import schedule
     from dtrain.cli import main
 
-    forked.preload("dtrain.training.loop", "dtrain.training.evaluation", "tests.chaos.broken")
+    forked.preload("dtrain.training.run_training", "dtrain.training.evaluation", "tests.chaos.broken")
     # By its first evaluation a run has two checkpoints, so that the second fault is the damage.
     schedule.everything = lambda job: [
         partial(schedule.kill_in_an_evaluation, job, "eval", "any", "all"),

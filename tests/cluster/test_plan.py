@@ -16,7 +16,7 @@ from dtrain.cluster.plan import ActivationBytes, plan
 from dtrain.config import load
 from dtrain.models.build import allocate, build
 from dtrain.models.layers import Attention
-from dtrain.training.throughput import training_flops
+from dtrain.training.record.throughput import training_flops
 from tests.digits import CONFIG, tiny
 from tests.longer import mostly_longer
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from dtrain.config import Config, validate
-from dtrain.data.indexing import index_shards
-from dtrain.data.manifest import Manifest
+from dtrain.data.shards.indexing import index_shards
+from dtrain.data.shards.manifest import Manifest
 
 
 def picture(number: int, size: int = 8, channels: int = 3, form: str = "PNG") -> bytes:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dtrain.config import validate
-from dtrain.data.audit import audit
 from dtrain.data.bench import bench, report
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
+from dtrain.training.audit import audit
 from tests.data.shard_files import data_set, labelled_pictures
 from tests.ranks import run_ranks
 
@@ -29,7 +29,7 @@ def tree(folder, steps, batch_size=8, **data) -> dict:
 
 
 def _train(plain: dict) -> str:
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     try:
         return train(validate(plain, "a test"))

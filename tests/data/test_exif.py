@@ -11,16 +11,16 @@ import torch
 from PIL import Image, ImageOps
 
 from dtrain.config import identity, load_kept
-from dtrain.data.exif import orientation
-from dtrain.data.headers import header
-from dtrain.data.manifest import load
-from dtrain.data.pack import pack
+from dtrain.data.fields.exif import orientation
+from dtrain.data.fields.headers import header
+from dtrain.data.fields.picture import centre_crop, decode, normalize
+from dtrain.data.fields.upright import any_turned
+from dtrain.data.pack.pack import pack
+from dtrain.data.shards.manifest import load
 from dtrain.data.stream import StepDataset, read_split
-from dtrain.data.transforms import centre_crop, decode, normalize
-from dtrain.data.upright import any_turned
 from dtrain.errors import UserError
+from dtrain.evaluation.metrics.statistics import read
 from dtrain.evaluation.reference import Reference, make
-from dtrain.evaluation.statistics import read
 from dtrain.report.neighbours import _held_out
 from dtrain.training.check import check_start
 from tests.data.shard_files import configuration, data_set
@@ -246,7 +246,7 @@ def test_a_named_reference_of_pictures_that_lay_otherwise_is_refused_with_the_co
 
 def test_that_no_picture_is_turned_is_kept_only_where_all_could_be_read(photographs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("dtrain.data.upright._LONG", 0.0)  # as of a split that takes long
+    monkeypatch.setattr("dtrain.data.fields.upright._LONG", 0.0)  # as of a split that takes long
     whole = {shard: shard.read_bytes() for shard in photographs.path.parent.glob("*.tar")}
     for shard, data in whole.items():
         shard.write_bytes(data.replace(b"\xff\xd8\xff", b"bad"))  # where JPEG files begin

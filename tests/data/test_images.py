@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dtrain.data.fields.picture import decode, random_crop
 from dtrain.data.stream import StepDataset
-from dtrain.data.transforms import decode, random_crop
 from dtrain.errors import BadSample
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtrain.data import indexing
-from dtrain.data.indexing import find_shards, index_shards
-from dtrain.data.manifest import load
-from dtrain.data.tar import scan
+from dtrain.data.shards import indexing
+from dtrain.data.shards.indexing import find_shards, index_shards
+from dtrain.data.shards.manifest import load
+from dtrain.data.shards.tar import scan
 from dtrain.errors import UserError
 from tests.data.shard_files import write_shards
 

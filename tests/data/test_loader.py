@@ -13,7 +13,7 @@ import torch
 
 from dtrain.data import shared_memory
 from dtrain.data.loader import MOST_DEATHS, LoaderFailure, _Context
-from dtrain.data.manifest import load
+from dtrain.data.shards.manifest import load
 from dtrain.data.stream import StepDataset, train_batches
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures

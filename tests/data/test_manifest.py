@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtrain.data.indexing import find_shards, index, index_shards
-from dtrain.data.manifest import check_shards, load
-from dtrain.data.tar import ABSENT, scan
+from dtrain.data.shards.indexing import find_shards, index, index_shards
+from dtrain.data.shards.manifest import check_shards, load
+from dtrain.data.shards.tar import ABSENT, scan
 from dtrain.errors import UserError
 from tests.data.shard_files import data_set, labelled_pictures, write_shards
 
@@ -194,5 +194,5 @@ def test_shards_that_are_missing_or_of_another_size_are_named(folder):
 
 
 def test_indexing_and_ordering_need_no_torch():
-    code = "import sys, dtrain.data.manifest, dtrain.data.order; print('torch' in sys.modules)"
+    code = "import sys, dtrain.data.shards.manifest, dtrain.data.order.order; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

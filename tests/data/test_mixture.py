@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data import stream
-from dtrain.data.manifest import load_all
-from dtrain.data.mixture import BLOCK, Mixture, of_run, quotas
-from dtrain.data.order import Order
+from dtrain.data.order.mixture import BLOCK, Mixture, of_run, quotas
+from dtrain.data.order.order import Order
+from dtrain.data.shards.manifest import load_all
 from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture

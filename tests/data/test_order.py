@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dtrain.data.order import Order
-from dtrain.data.streams import default_streams
+from dtrain.data.order.order import Order
+from dtrain.data.order.streams import default_streams
 
 shard_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 seeds = st.integers(0, 2**63 - 1)

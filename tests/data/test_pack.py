@@ -16,12 +16,12 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dtrain.data import pack as packing
-from dtrain.data import writing
-from dtrain.data.indexing import index
-from dtrain.data.manifest import load
-from dtrain.data.pack import pack
-from dtrain.data.shards import ShardReader
+from dtrain.data.pack import pack as packing
+from dtrain.data.pack import writing
+from dtrain.data.pack.pack import pack
+from dtrain.data.shards.indexing import index
+from dtrain.data.shards.manifest import load
+from dtrain.data.shards.reader import ShardReader
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrain.data import writing
-from dtrain.data.manifest import load
-from dtrain.data.pack import pack
-from dtrain.data.sources import Choice
+from dtrain.data.fields.picture import centre_crop, decode, normalize
+from dtrain.data.pack import writing
+from dtrain.data.pack.pack import pack
+from dtrain.data.pack.sources import Choice
+from dtrain.data.shards.manifest import load
 from dtrain.data.stream import train_batches
-from dtrain.data.transforms import centre_crop, decode, normalize
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, picture
 from tests.data.test_pack import samples_of, shards_in, tree

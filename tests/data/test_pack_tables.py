@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dtrain.data.manifest import load
-from dtrain.data.pack import pack
-from dtrain.data.sources import Choice
+from dtrain.data.pack.pack import pack
+from dtrain.data.pack.sources import Choice
+from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
 from tests.data.test_pack import samples_of, tree

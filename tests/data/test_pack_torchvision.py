@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision import datasets
 
 from dtrain.cli import main
-from dtrain.data.pack import pack
-from dtrain.data.sources import Choice
+from dtrain.data.pack.pack import pack
+from dtrain.data.pack.sources import Choice
 from dtrain.errors import UserError
 from tests.data.test_pack import samples_of
 

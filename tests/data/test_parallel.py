@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dtrain.data.parallel import WorkerKilled, each, in_order
+from dtrain.data.shards.parallel import WorkerKilled, each, in_order
 from tests.ranks import run_ranks
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dtrain.data.indexing import index
+from dtrain.data.shards.indexing import index
 from dtrain.data.stream import read_split, train_batches
 from tests.data.shard_files import configuration
 

@@ -13,14 +13,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from dtrain.data import cache as caching
-from dtrain.data import remote
-from dtrain.data.cache import BLOCK, BlockCache
-from dtrain.data.indexing import index
-from dtrain.data.manifest import load
-from dtrain.data.shards import ShardReader
+from dtrain.data.shards import cache as caching
+from dtrain.data.shards import remote
+from dtrain.data.shards.cache import BLOCK, BlockCache
+from dtrain.data.shards.indexing import index
+from dtrain.data.shards.manifest import load
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.verify import verify
 from dtrain.data.stream import StepDataset, train_batches
-from dtrain.data.verify import verify
 from dtrain.errors import BadSample, UserError
 from tests.data.servers import serve
 from tests.data.shard_files import configuration, data_set, labelled_pictures

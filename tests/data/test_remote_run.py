@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from dtrain import distributed
-from dtrain.data.cache import default_directory
+from dtrain.data.shards.cache import default_directory
 from dtrain.errors import SharedError, UserError
 from dtrain.evaluation.reference import Reference
 from dtrain.tracking.journal import read

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from dtrain.data import shards
-from dtrain.data.shards import ShardReader
+from dtrain.data.shards import reader as shards
+from dtrain.data.shards.reader import ShardReader
 from dtrain.errors import UserError
 from tests.data.shard_files import data_set, labelled_pictures
 

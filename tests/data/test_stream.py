@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrain.data.manifest import load
-from dtrain.data.order import Order
+from dtrain.data.order.order import Order
+from dtrain.data.shards.manifest import load
 from dtrain.data.stream import StepDataset, read_split, train_batches
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose

@@ -3,8 +3,8 @@
 import pytest
 
 from dtrain.config import validate
-from dtrain.data.manifest import Manifest, Shard
-from dtrain.data.streams import with_streams
+from dtrain.data.order.streams import with_streams
+from dtrain.data.shards.manifest import Manifest, Shard
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal

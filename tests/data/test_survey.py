@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtrain.data.survey import named, survey
+from dtrain.data.fields.survey import named, survey
 from dtrain.training.check import check_start
 from tests.data.shard_files import configuration, data_set
 

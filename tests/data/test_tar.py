@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from dtrain.data.tar import ABSENT, member_name, scan, split_name
+from dtrain.data.shards.tar import ABSENT, member_name, scan, split_name
 from dtrain.errors import UserError
 from tests.data.shard_files import write_shards
 

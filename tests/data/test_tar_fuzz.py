@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.tar import ABSENT, Scan, scan
+from dtrain.data.shards.tar import ABSENT, Scan, scan
 from dtrain.errors import UserError
 from tests.data.test_tar import LONG, write_tar
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dtrain.data.transforms import centre_crop, decode, normalize, quantize
+from dtrain.data.fields.picture import centre_crop, decode, normalize, quantize
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
 

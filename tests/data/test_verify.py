@@ -9,11 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dtrain.data.indexing import index, index_shards
-from dtrain.data.manifest import check_all, load, load_all
-from dtrain.data.shards import ShardReader
+from dtrain.data.shards.indexing import index, index_shards
+from dtrain.data.shards.manifest import check_all, load, load_all
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.verify import verify
 from dtrain.data.stream import StepDataset
-from dtrain.data.verify import verify
 from dtrain.errors import BadSample, UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures
 

@@ -33,7 +33,7 @@ def trained(digits, tmp_path_factory):
 
 
 def _train(config):
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     return train(config)
 
@@ -193,7 +193,7 @@ def test_an_evaluation_with_other_settings_than_the_first_is_of_no_curve_with_it
 
 def _counting(config):
     """How many features an evaluation of moments keeps, and whether scratch appears where none is asked for."""
-    from dtrain.evaluation.kept import KeptFeatures
+    from dtrain.evaluation.metrics.kept import KeptFeatures
 
     updates = []
     KeptFeatures.update = lambda self, number, features: updates.append(number)

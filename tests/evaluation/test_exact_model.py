@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.data.transforms import quantize
+from dtrain.data.fields.picture import quantize
 from dtrain.diffusion.prediction import target
 from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.evaluate import evaluate
-from dtrain.evaluation.frechet import frechet_distance
 from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.metrics.frechet import frechet_distance
+from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.reference import Reference
-from dtrain.evaluation.statistics import Statistics
 from tests.digits import tiny
 from tests.longer import longer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.evaluation.features import Pixels, extractor, metric_name
+from dtrain.evaluation.features.build import Pixels, extractor, metric_name
 
 
 def test_pixels_are_the_flattened_image_in_minus_one_to_one():

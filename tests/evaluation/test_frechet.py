@@ -3,8 +3,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from dtrain.evaluation.frechet import _congruent, frechet_distance
-from dtrain.evaluation.statistics import Statistics
+from dtrain.evaluation.metrics.frechet import _congruent, frechet_distance
+from dtrain.evaluation.metrics.statistics import Statistics
 
 
 def statistics_of(x: np.ndarray) -> Statistics:

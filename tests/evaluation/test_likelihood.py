@@ -78,7 +78,7 @@ def test_bits_per_dim_are_those_of_the_published_loop_clipped_or_not(digits, tmp
 
 
 def _train(config):
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     return train(config)
 

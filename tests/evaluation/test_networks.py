@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrain.data.indexing import index
+from dtrain.data.shards.indexing import index
 from dtrain.data.stream import read_split
 from dtrain.errors import UserError
-from dtrain.evaluation.features import Pixels, extractor, metric_name
-from dtrain.evaluation.frechet import frechet_distance
-from dtrain.evaluation.networks import EfficientNetLite0, Inception, UserNetwork
-from dtrain.evaluation.statistics import statistics_of
+from dtrain.evaluation.features.build import Pixels, extractor, metric_name
+from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork
+from dtrain.evaluation.metrics.frechet import frechet_distance
+from dtrain.evaluation.metrics.statistics import statistics_of
 from tests.longer import longer
 
 CIFAR10 = os.environ.get("DTRAIN_CIFAR10")

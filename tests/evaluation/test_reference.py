@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.data.indexing import index
+from dtrain.data.shards.indexing import index
 from dtrain.errors import SharedError, UserError
-from dtrain.evaluation.frechet import frechet_distance
+from dtrain.evaluation.metrics.frechet import frechet_distance
+from dtrain.evaluation.metrics.statistics import Statistics, read
 from dtrain.evaluation.reference import Reference, compute, make
-from dtrain.evaluation.statistics import Statistics, read
 from tests.data.shard_files import data_set, picture
 from tests.digits import tiny
 

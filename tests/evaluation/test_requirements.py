@@ -2,8 +2,8 @@
 
 import pytest
 
-from dtrain.evaluation.features import extractor
-from dtrain.evaluation.networks import Inception
+from dtrain.evaluation.features.build import extractor
+from dtrain.evaluation.features.networks import Inception
 from dtrain.evaluation.requirements import known_features
 from tests.digits import tiny
 

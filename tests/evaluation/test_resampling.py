@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.evaluation import neighbours
-from dtrain.evaluation.frechet import bootstrap_interval, fd_infinity, frechet_distance
-from dtrain.evaluation.inception_score import inception_score
-from dtrain.evaluation.kernel import kernel_distance, squared_mmd
-from dtrain.evaluation.neighbours import precision_and_recall, radii
-from dtrain.evaluation.statistics import Statistics, statistics_of
-from dtrain.evaluation.subsets import KERNEL_REFERENCE, KERNEL_SAMPLES, Subsets
+from dtrain.evaluation.metrics import neighbours
+from dtrain.evaluation.metrics.frechet import bootstrap_interval, fd_infinity, frechet_distance
+from dtrain.evaluation.metrics.inception_score import inception_score
+from dtrain.evaluation.metrics.kernel import kernel_distance, squared_mmd
+from dtrain.evaluation.metrics.neighbours import precision_and_recall, radii
+from dtrain.evaluation.metrics.statistics import Statistics, statistics_of
+from dtrain.evaluation.metrics.subsets import KERNEL_REFERENCE, KERNEL_SAMPLES, Subsets
 from tests.ranks import run_ranks
 
 
@@ -135,7 +135,7 @@ def test_the_bootstrap_interval_is_as_wide_as_the_spread_of_independent_samples(
 
 
 def _gather(blocks: dict[int, list[int]]) -> torch.Tensor | None:
-    from dtrain.evaluation.kept import KeptFeatures
+    from dtrain.evaluation.metrics.kept import KeptFeatures
 
     kept = KeptFeatures(2)
     for number in blocks[torch.distributed.get_rank()]:

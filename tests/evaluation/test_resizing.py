@@ -12,16 +12,16 @@ from PIL import Image
 
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
-from dtrain.evaluation import weights
 from dtrain.evaluation.combinations import configured
 from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, weights_name
+from dtrain.evaluation.features import weights
+from dtrain.evaluation.features.networks import Inception
+from dtrain.evaluation.features.weights import WeightFile
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.names import is_comparable, metric_name, metric_names, resize_of_reference
-from dtrain.evaluation.networks import Inception
 from dtrain.evaluation.reference import Reference, make
 from dtrain.evaluation.requirements import about_names, check_evaluation, known_features
 from dtrain.evaluation.sweep import _key, sweep
-from dtrain.evaluation.weights import WeightFile
 from dtrain.report.evaluations import curves
 from dtrain.report.runs import Run
 from dtrain.run import RunDirectory

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import UserError
-from dtrain.evaluation.statistics import Moments, Statistics, load, merge, moments, read, save
+from dtrain.evaluation.metrics.statistics import Moments, Statistics, load, merge, moments, read, save
 from tests.ranks import run_ranks
 
 D = 5

@@ -27,7 +27,7 @@ def trained(digits, tmp_path_factory):
 
 
 def _train(config):
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     return train(config)
 

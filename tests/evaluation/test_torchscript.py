@@ -11,9 +11,9 @@ import torch
 
 from dtrain.config import load
 from dtrain.errors import UserError
-from dtrain.evaluation.networks import UserNetwork
+from dtrain.evaluation.features.networks import UserNetwork
+from dtrain.evaluation.features.torchscript import read_program
 from dtrain.evaluation.requirements import known_features
-from dtrain.evaluation.torchscript import read_program
 from tests.digits import CONFIG
 from tests.evaluation.test_networks import Means, saved
 

@@ -9,9 +9,9 @@ import torch
 
 from dtrain.distributed import free_port
 from dtrain.errors import UserError
-from dtrain.evaluation import weights
-from dtrain.evaluation.features import extractor
-from dtrain.evaluation.weights import INCEPTION, WeightFile, find, obtain
+from dtrain.evaluation.features import weights
+from dtrain.evaluation.features.build import extractor
+from dtrain.evaluation.features.weights import INCEPTION, WeightFile, find, obtain
 from tests.ranks import run_ranks
 
 CONTENT = bytes(range(256)) * (3 << 12)

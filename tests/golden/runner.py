@@ -29,7 +29,8 @@ PRELOADED = [
     "torchmetrics",
     "dtrain.training.deepspeed_import",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "dtrain.training.loop",
+    "dtrain.training.loop",  # until it was run_training
+    "dtrain.training.run_training",
     "dtrain.training.evaluation",
 ]
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from dtrain.config import load, validate
 from dtrain.config.keys import keys
-from dtrain.data.headers import Header
-from dtrain.data.survey import Survey
+from dtrain.data.fields.headers import Header
+from dtrain.data.fields.survey import Survey
 from dtrain.errors import UserError
 from dtrain.proposal.choices import Choices
 from dtrain.proposal.facts import Facts, Machine

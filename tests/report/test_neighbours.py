@@ -23,15 +23,15 @@ def trained(digits, tmp_path_factory):
 
 
 def _train(config):
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     train(config)
 
 
 def _nearest_and_everything(config, count):
     """What the search finds, and all training and held-out images."""
-    from dtrain.data.manifest import load_all
-    from dtrain.data.samples import read_split
+    from dtrain.data.fields.samples import read_split
+    from dtrain.data.shards.manifest import load_all
     from dtrain.report import neighbours
     from dtrain.run import RunDirectory
 

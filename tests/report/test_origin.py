@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrain.data.manifest import load, load_all
+from dtrain.data.shards.manifest import load, load_all
 from dtrain.report import write_report
 from dtrain.tracking.mlflow.link import keep_ids
 from tests.digits import tiny

@@ -135,7 +135,7 @@ def test_all_attempts_are_one_mlflow_run_with_each_step_once(recovered):
 
 
 def test_on_one_node_instead_of_two_it_goes_on_with_the_same_batches(recovered, tmp_path):
-    from dtrain.data.audit import audit
+    from dtrain.training.audit import audit
 
     config, run, *_ = recovered
     steps = config.train.steps + 20

@@ -11,7 +11,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow import Shipper, curves_link, default_uri
 from dtrain.tracking.tracker import destination, sync
-from dtrain.training.summary import summary
+from dtrain.training.record.summary import summary
 from tests.digits import tiny
 
 

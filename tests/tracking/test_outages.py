@@ -166,7 +166,7 @@ def test_nothing_waits_nothing_is_lost_and_nothing_doubled(server, proxy, tmp_pa
 def watched_training(config):
     """(journal lines of steps, threads that connected to MLflow, seconds from the last step to the end)."""
     from dtrain.tracking import tracker
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     tracker.CLOSE_SECONDS = 1.0
     connections.clear()

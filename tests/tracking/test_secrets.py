@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dtrain.credentials import MASK, masked, redacted_diff
-from dtrain.data.manifest import load as load_manifest
+from dtrain.data.shards.manifest import load as load_manifest
 from dtrain.tracking.journal import read
 from tests.data.servers import serve
 from tests.digits import tiny

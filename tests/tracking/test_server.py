@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.data import manifest as manifests
+from dtrain.data.shards import manifest as manifests
 from dtrain.lock import RunLock
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import Journal, evaluations, events, read

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dtrain.data.pack import pack
+from dtrain.data.pack.pack import pack
 from tests.digits import tiny
 from tests.ranks import run_ranks
 
@@ -13,7 +13,8 @@ def refused(configs, change=None):
     """Train with the config of this rank; the line that every rank ends in."""
     from dtrain import distributed
     from dtrain.errors import SharedError
-    from dtrain.training import agreement, loop
+    from dtrain.training import run_training as loop
+    from dtrain.training.safety import agreement
 
     rank = distributed.rank()
     if change == "code" and rank == 1:
@@ -62,6 +63,6 @@ def test_the_same_data_may_lie_at_another_place_on_another_node(digits, tmp_path
 
 def begin(configs):
     from dtrain import distributed
-    from dtrain.training import loop
+    from dtrain.training import run_training as loop
 
     assert loop.train(configs[distributed.rank()]) == "finished"

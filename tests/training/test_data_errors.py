@@ -25,7 +25,7 @@ def config(folder: Path, steps: int, **data) -> dict:
 
 def error_of(plain: dict) -> str:
     """The error that all ranks raise together, or how the run ended."""
-    from dtrain.training.loop import train
+    from dtrain.training.run_training import train
 
     try:
         return train(validate(plain, "a test"))

@@ -85,7 +85,7 @@ def test_the_grid_is_drawn_in_blocks_that_an_evaluation_has_room_for(digits, tmp
 
 
 def test_what_is_said_at_the_end_has_bars_where_bars_say_something(digits, tmp_path):
-    from dtrain.training.summary import summary
+    from dtrain.training.record.summary import summary
 
     config = tiny(digits, tmp_path)
     run = RunDirectory(config.run.path)

@@ -7,7 +7,7 @@ import pytest
 from dtrain.run import Position, RunDirectory
 from dtrain.tracking.journal import events
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.goodput import KINDS, Goodput
+from dtrain.training.record.goodput import KINDS, Goodput
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.training.test_loop import kill_when, train

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks, start_ranks
 
 
 def train(config):
-    from dtrain.training.loop import train as run_training
+    from dtrain.training.run_training import train as run_training
 
     run_training(config)
 

@@ -112,7 +112,7 @@ def test_published_weights_begin_a_run(digits, tmp_path):
 def test_the_loss_by_level_is_weighted_as_it_was_drawn_though_the_importance_changes():
     from dtrain.config import Gaussian
     from dtrain.diffusion.process import build
-    from dtrain.training.levels import StepLosses
+    from dtrain.training.record.levels import StepLosses
 
     process = build(Gaussian(timesteps=25, loss="vlb", times="importance"))
     for _ in range(SecondMoment.KEPT):

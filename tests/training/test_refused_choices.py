@@ -3,8 +3,8 @@
 import pytest
 
 from dtrain.config import load
-from dtrain.data.manifest import load_all
-from dtrain.data.pack import pack
+from dtrain.data.pack.pack import pack
+from dtrain.data.shards.manifest import load_all
 from dtrain.errors import UserError
 from dtrain.evaluation.requirements import check_evaluation
 from dtrain.training.check import check_inputs, check_start, warnings

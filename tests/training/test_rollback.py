@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from dtrain.config import load
-from dtrain.data.audit import audit, replay
-from dtrain.data.manifest import load_all
-from dtrain.data.mixture import of_run
-from dtrain.data.skipped import Skipped
+from dtrain.data.order.mixture import of_run
+from dtrain.data.order.skipped import Skipped
+from dtrain.data.shards.manifest import load_all
 from dtrain.errors import SharedError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
-from dtrain.training.bad_steps import FEWEST, WINDOW, BadSteps
+from dtrain.training.audit import audit, replay
+from dtrain.training.safety.bad_steps import FEWEST, WINDOW, BadSteps
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks

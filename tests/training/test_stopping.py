@@ -15,14 +15,14 @@ from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
-from dtrain.training.stopping import StopRequest, deadline, duration
+from dtrain.training.safety.stopping import StopRequest, deadline, duration
 from tests.digits import losses, tiny
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.test_loop import trained
 
 
 def train_for_outcome(config):
-    from dtrain.training.loop import train as run_training
+    from dtrain.training.run_training import train as run_training
 
     return run_training(config)
 

@@ -3,8 +3,8 @@ import torch
 
 from dtrain.run import Position
 from dtrain.tracking.journal import read
+from dtrain.training.record.throughput import gemm_flops_per_second, training_flops
 from dtrain.training.reduction import StepReduction
-from dtrain.training.throughput import gemm_flops_per_second, training_flops
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.training.test_loop import train

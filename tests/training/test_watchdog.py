@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.errors import HANG
 from dtrain.run import RunDirectory
-from dtrain.training.watchdog import FIRST_EVALUATION, Watchdog
+from dtrain.training.safety.watchdog import FIRST_EVALUATION, Watchdog
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks, start_ranks

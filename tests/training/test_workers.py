@@ -47,7 +47,7 @@ def disturb_workers(dying_at=None, failing_at=None):
 def train_saying_how_it_ended(config, dying_at=None, failing_at=None):
     """(kind of the error, its words), or None."""
     from dtrain.errors import SharedFailure, UserError
-    from dtrain.training.loop import train as run_training
+    from dtrain.training.run_training import train as run_training
 
     disturb_workers(dying_at, failing_at)
     try:

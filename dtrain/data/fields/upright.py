@@ -1,0 +1,56 @@
+"""Whether any picture of a split says by its EXIF data that it is to be turned: only then data.exif matters to it."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+
+from dtrain.data.fields.exif import AS_STORED
+from dtrain.data.fields.headers import header
+from dtrain.data.shards.cache import BlockCache, default_directory
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.sample_files import IMAGE_FIELDS
+from dtrain.errors import BadSample
+from dtrain.files import replacing
+
+_READ = 512  # samples fetched at a time of a remote split
+_LONG = 1.0  # seconds after which the answer is kept on this machine
+
+
+def any_turned(manifest: Manifest, directory: str, cache: BlockCache | None = None) -> bool:
+    """Reads the pictures of a split until one is found. A damaged one is passed over: whoever uses it names it.
+
+    The answer belongs to the manifest's hash. Where it took long it is kept in ~/.cache/dtrain, but not that none is
+    where some could not be read: they may be restored.
+    """
+    kept = default_directory() / f"turned-{manifest.hash[:32]}"
+    with suppress(OSError, ValueError):
+        return json.loads(kept.read_bytes()) is True
+    started, reader = time.perf_counter(), ShardReader(manifest, directory, cache)
+    starts = range(0, manifest.samples, _READ)
+    found, whole = False, True
+    for orientation in chain.from_iterable(_orientations(reader, first, manifest.samples) for first in starts):
+        whole = whole and orientation is not None
+        if orientation not in (None, AS_STORED):
+            found = True
+            break
+    if (found or whole) and time.perf_counter() - started > _LONG:
+        with suppress(OSError):  # a home that cannot be written costs time and nothing else
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as file:
+                file.write(json.dumps(found).encode())
+    return found
+
+
+def _orientations(reader: ShardReader, first: int, samples: int) -> Iterator[int | None]:
+    """The orientation of each sample of a block that begins at `first`; None for a damaged one."""
+    block = range(first, min(first + _READ, samples))
+    reader.prefetch(block, IMAGE_FIELDS)
+    for sample in block:
+        try:
+            data = next(iter(reader.read(sample, IMAGE_FIELDS).values()), b"")
+            yield header(data).orientation
+        except BadSample:
+            yield None

@@ -1,0 +1,44 @@
+"""What the images of a run are called in its shards, for people who want to look at them."""
+
+import numpy as np
+
+from dtrain.config import Config
+from dtrain.data.order.mixture import of_run
+from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.reader import ShardReader
+from dtrain.data.shards.remote import is_url, shown
+
+
+class SampleNames:
+    """Where images lie, by their place k in the run's order."""
+
+    def __init__(self, config: Config, manifest: Manifest):
+        self._config, self._manifests = config, (manifest, *manifest.mixed)
+        self._places = [source.shards for source in (config.data, *config.data.mix)]
+
+    def by_shard(self, k: np.ndarray) -> dict[str, list[int]]:
+        """Shard → which of its samples the images k (n,) are, counted from 0. Reads nothing."""
+        found: dict[str, list[int]] = {}
+        for shard, number, _, _ in self._located(k):
+            found.setdefault(shard, []).append(number)
+        return {shard: sorted(numbers) for shard, numbers in found.items()}
+
+    def of(self, k: np.ndarray) -> list[str]:
+        """`shard: member` of a few images k (n,), as each shard is read up to its sample; remote: `shard: sample 7`."""
+        names = []
+        for shard, number, source, sample in self._located(k):
+            remote = is_url(self._places[source])
+            reader = None if remote else ShardReader(self._manifests[source], self._places[source])
+            names.append(f"{shard}: sample {number}" if remote else reader.name(sample))
+        return names
+
+    def _located(self, k: np.ndarray) -> list[tuple[str, int, int, int]]:
+        """Of each image: its shard, its number in there, its source, and its sample id in the source."""
+        found = []
+        for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
+            sizes = self._manifests[source].shard_sizes
+            shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
+            place, name = self._places[source], self._manifests[source].shards[shard].name
+            name = shown(place, name, shard) if is_url(place) else f"{place}/{name}"
+            found.append((name, int(sample - sizes[:shard].sum()), int(source), int(sample)))
+        return found

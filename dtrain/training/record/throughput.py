@@ -1,0 +1,92 @@
+"""How fast a run goes, in images a second and as a share of what the device can do."""
+
+import resource
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtrain.config import Config
+from dtrain.models.build import allocate
+from dtrain.training.record.levels import mean_by_level
+from dtrain.training.reduction import StepSums
+
+BACKWARD = 2  # a backward pass costs twice its forward pass
+
+
+class Meter:
+    """Throughput since the last `restart`, from the steps that were heard of."""
+
+    def __init__(self, config: Config, world_size: int, device: torch.device):
+        self.batch_size = config.data.batch_size
+        self.flops_per_image = training_flops(config)
+        self.peak = world_size * gemm_flops_per_second(device, config.deepspeed.precision)
+        self.device = device
+        self.seconds_per_step = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, leaving out time that was not training."""
+        self._since, self._heard = time.perf_counter(), []
+
+    def heard(self, sums: StepSums) -> None:
+        self._heard.append(sums)
+        self.seconds_per_step = (time.perf_counter() - self._since) / len(self._heard)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the steps heard of, the loss by noise level among them.
+
+        mfu: of the model's own FLOPs, whatever is recomputed.
+        bytes_read, bad_samples: sums since the last `restart`; cache_hit_rate: of the blocks of remote shards.
+        data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
+        """
+        images_per_second = self.batch_size / self.seconds_per_step
+        spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._heard]
+        waits = [max(s.data_seconds) for s in self._heard]
+        blocks = sum(s.cache_hits + s.cache_misses for s in self._heard)
+        hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._heard) / blocks} if blocks else {}
+        return hit_rate | {
+            **mean_by_level(self._heard),
+            "bytes_read": sum(s.bytes_read for s in self._heard),
+            "bad_samples": sum(s.replaced for s in self._heard),
+            "images_per_second": images_per_second,
+            "step_seconds": self.seconds_per_step,
+            "step_seconds_spread": sum(spread) / len(spread),
+            "data_wait_seconds": sum(waits) / len(waits),
+            "tflops": images_per_second * self.flops_per_image / 1e12,
+            "mfu": images_per_second * self.flops_per_image / self.peak,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+
+
+def training_flops(config: Config) -> int:
+    """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, on no device."""
+    with torch.device("meta"):
+        model = allocate(config)
+        size, channels = config.data.image_size, config.data.channels
+        x, t, y = torch.empty(1, channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x, t, y)
+    return (1 + BACKWARD) * counter.get_total_flops()
+
+
+def gemm_flops_per_second(device: torch.device, precision: str) -> float:
+    """The best of a few square matrix products in the training's precision: this device's own measure of full speed."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

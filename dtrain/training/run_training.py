@@ -1,0 +1,97 @@
+"""A training on one rank, from its config to its outcome: open what the run needs, take the steps, close it all."""
+
+import os
+import time
+from functools import partial
+
+from dtrain import distributed, faults
+from dtrain.config import Config
+from dtrain.data import shared_memory
+from dtrain.data.order.names import SampleNames
+from dtrain.data.order.streams import with_streams
+from dtrain.data.shards import manifest as manifests
+from dtrain.diffusion.process import build as build_process
+from dtrain.errors import SharedFailure, UserError
+from dtrain.interrupt import ctrl_c
+from dtrain.lock import RunLock
+from dtrain.run import Outcome, RunDirectory
+from dtrain.terminal import say
+from dtrain.tracking.journal import events, highest_attempt
+from dtrain.tracking.tracker import Tracker
+from dtrain.training.check import check_inputs, warnings
+from dtrain.training.division import rows_per_rank
+from dtrain.training.engine import Engine
+from dtrain.training.feed import Feed
+from dtrain.training.record.goodput import Goodput
+from dtrain.training.record.output import leave_terminal, redirect_to_log
+from dtrain.training.safety.agreement import check_agreement
+from dtrain.training.safety.bad_steps import BadSteps
+from dtrain.training.safety.stopping import StopRequest, deadline
+from dtrain.training.safety.watchdog import Watchdog
+from dtrain.training.start import prepare, resume
+from dtrain.training.steps import Steps
+
+
+def train(config: Config) -> Outcome:
+    """Train, or go on training, the run that `config` describes; called on every rank.
+
+    Returns "finished", or "stopped" with a checkpoint after a signal, a `stop` file or the deadline. Raises UserError
+    for what the user can mend, and SharedFailure where data workers broke; nothing of an existing run is overwritten
+    before the checks are done.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    _, micro_batch = rows_per_rank(config, world_size)
+    manifest = manifests.load_all(config.data)
+    run = RunDirectory(config.run.path)
+    config = with_streams(run.continued(config), manifest, run)
+    distributed.initialize()
+    check_agreement(config, manifest)
+    lacking = distributed.on_rank_0(check_inputs, config, manifest)
+    distributed.agree(shared_memory.check, config, world_size, distributed.ranks_here())
+    ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
+    if scheduled := faults.scheduled():
+        attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
+        faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))
+        if rank == 0:
+            say(f"DTRAIN_FAULTS arms faults on purpose in this run: {scheduled}")
+    lock = RunLock(run.lock_file)
+    ctrl_c.on_leaving(lock.release)  # which does nothing where it was not acquired
+    changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
+    if rank != 0:
+        redirect_to_log(run.logs)
+    else:
+        for line in (*lacking, *warnings(config)):
+            say(line)
+
+    stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
+    stop.listen()
+    tracker = Tracker(run, rank)
+    feed = Feed(config, manifest)
+    bad_steps = BadSteps(config, SampleNames(config, manifest), tracker)
+    watchdog = Watchdog(run, rank, config.train.hang_limit, config.train.start_limit)
+    goodput = Goodput(tracker)
+    steps, outcome = None, None
+    try:
+        engine = Engine(config, micro_batch)
+        process = build_process(config.diffusion)
+        position = resume(engine, process, run, config, bad_steps, data=manifest.hash)
+        steps = Steps(
+            config, run, manifest, engine, process, position, feed, bad_steps, tracker, stop, watchdog, goodput
+        )
+        outcome = steps.take(changes)
+        if rank == 0:
+            run.write_outcome(outcome, steps.position.step, tracker.attempt, stop.why if outcome == "stopped" else None)
+    except (UserError, SharedFailure) as e:
+        ended = "user_error" if isinstance(e, UserError) else "crashed"
+        run.write_outcome(ended, steps.position.step if steps else 0, message=str(e))
+        raise
+    finally:
+        watchdog.close()
+        feed.close()
+        unsent = tracker.close(outcome == "finished")
+        stop.restore()
+        if rank == 0:
+            lock.release()
+    if unsent:
+        print(f"{unsent} journal lines are not in MLflow yet; send them with: dtrain sync {run.path}")
+    return outcome
