@@ -1,4 +1,4 @@
-"""The run directory: where everything a run leaves behind lies, and whether a config may go on in it.
+"""The run directory: where everything a run leaves behind lies.
 
 runs/<name>/  config.yaml  journal.jsonl  outcome.json  checkpoints/step-00001000/  samples/  logs/rank-0.log
 """
@@ -7,26 +7,14 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dtrain import config as configuration
 from dtrain import files
-from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
 from dtrain.credentials import masked
 from dtrain.errors import UserError
-from dtrain.tracking.journal import events
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: optimizer steps done and images seen (design, decision 1)."""
-
-    step: int = 0
-    images: int = 0
-
 
 Outcome = Literal["finished", "stopped", "user_error", "crashed", "hang"]
 
@@ -56,37 +44,6 @@ class RunDirectory:
     def config(self) -> Config:
         """The resolved config the run was last started with."""
         return configuration.load_kept(self.config_file)
-
-    def continued(self, wanted: Config) -> Config:
-        """`wanted` as this run goes on with it: a key that neither it nor the run names keeps its earlier meaning."""
-        if not self.config_file.exists() or not self.has_trained:
-            return wanted
-        return configuration.continued(wanted, self.config_file)
-
-    @property
-    def has_trained(self) -> bool:
-        """Whether it has made a step. Until then nothing binds who starts it, such as a first start's mistake."""
-        return bool(complete(self.checkpoints)) or any(e["event"] == "train" for e in events(self.journal_file))
-
-    def reconcile(self, wanted: Config) -> dict[str, tuple]:
-        """What differs from the config of the last start: key → (was, is). Empty for a new run.
-
-        Raises UserError when an identity key differs of a run that has trained: it would no longer be the same run.
-        """
-        if not self.config_file.exists():
-            return {}
-        was, now = self.config(), wanted
-        old, new = configuration.identity(was), configuration.identity(now)
-        changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
-        if changed and self.has_trained:
-            raise UserError(
-                f"{self.path} holds a run with another identity: {'; '.join(changed)}. "
-                f"Give this run a new run.name, or take the old values"
-            )
-        flat_old, flat_new = (configuration.flat(c.model_dump(mode="json")) for c in (was, now))
-        return {
-            k: (flat_old.get(k), flat_new.get(k)) for k in flat_old | flat_new if flat_old.get(k) != flat_new.get(k)
-        }
 
     def make_folders(self) -> None:
         """Raises UserError where the place cannot be written."""

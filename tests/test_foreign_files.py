@@ -38,6 +38,7 @@ from dtrain.tracking.metadata import datasets, params, tags
 from dtrain.tracking.mlflow.description import Landmarks, description
 from dtrain.tracking.mlflow.files import files_of
 from dtrain.tracking.mlflow.keys import image_key, metric_key
+from dtrain.training.identity import has_trained
 from dtrain.training.record.summary import summary
 from tests.checkpoint.test_format import save
 from tests.data.shard_files import data_set, labelled_pictures
@@ -171,7 +172,7 @@ def readers_of(run: RunDirectory) -> list[Callable[[], Any]]:
         status,
         lambda: page(read_runs([run.path])),
         lambda: highest_attempt(events(run.journal_file)),
-        lambda: run.has_trained,
+        lambda: has_trained(run),
         lambda: run.outcome(),
         lambda: holder(run.lock_file),
         lambda: evaluations(run.journal_file),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from dtrain import addresses
@@ -44,6 +45,7 @@ class Ended:
 
 
 def forked(
+    command: EntryPoint,
     arguments: list[str],
     ranks: int,
     faults: str,
@@ -52,13 +54,13 @@ def forked(
     alone: tuple[int, str] | None = None,
     shared_memory: int | None = None,
 ) -> Ended:
-    """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`.
+    """`dtrain ARGUMENTS` on `ranks` forked ranks, which print into `log`. command: the entry point of `dtrain`.
 
     alone: a rank and one more argument for it. shared_memory: bytes of the /dev/shm that each of them sees (root only).
     """
     environment = addresses.environment() | {"DTRAIN_FAULTS": faults, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     each = [[*arguments, alone[1]] if alone and alone[0] == rank else arguments for rank in range(ranks)]
-    processes = fork_ranks(_command, [(own, str(log), shared_memory) for own in each], environment)
+    processes = fork_ranks(_run, [(command, own, str(log), shared_memory) for own in each], environment)
     end, failing, hung, left = time.monotonic() + limit, None, False, ()
     try:
         while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
@@ -117,16 +119,14 @@ def _alive_in_session(session: int) -> list[int]:
     return found
 
 
-def _command(arguments: list[str], log: str, shared_memory: int | None) -> None:
+def _run(command: EntryPoint, arguments: list[str], log: str, shared_memory: int | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
     if shared_memory is not None:
         own_shared_memory(shared_memory)
-    from dtrain.cli import main
-
     sys.argv = ["dtrain", *arguments]
-    main()
+    command.load()()
 
 
 def own_shared_memory(size: int | str) -> None:

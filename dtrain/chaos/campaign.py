@@ -72,7 +72,7 @@ class Undisturbed:
         log, run = job.work / f"{name}.log", job.run(name)
         arguments = job.arguments(name, job.shape, [])
         began = time.time()
-        ended = attempts.forked(arguments, job.shape.ranks, poison, log, LONGEST)
+        ended = attempts.forked(job.command, arguments, job.shape.ranks, poison, log, LONGEST)
         if ended.codes != [0] * job.shape.ranks:
             told = log.read_text().splitlines() or [""]
             raise UserError(f"the job does not run even undisturbed ({ended}): {told[-1]}; see {log}")
@@ -176,7 +176,7 @@ class Round:
             ended = attempts.launched(arguments, self.shape.ranks, faults, self.log, limit)
         else:
             odd = (plan.alone, plan.shared_memory) if plan else ()
-            ended = attempts.forked(arguments, self.shape.ranks, faults, self.log, limit, *odd)
+            ended = attempts.forked(self.job.command, arguments, self.shape.ranks, faults, self.log, limit, *odd)
         lines = events(self.run.journal_file)[before:]
         for result in self._waiting:
             result.problems += torn

@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import yaml
@@ -51,16 +52,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """file: the config as every attempt is given it. disk: a small file system that holds the runs, or None."""
+    """file: the config as every attempt is given it. disk: a small file system that holds the runs, or None.
+
+    command: the entry point of `dtrain`, which every attempt runs.
+    """
 
     work: Path
     file: Path
     config: Config
     shape: Shape
     disk: Path | None
+    command: EntryPoint
 
     @classmethod
-    def make(cls, work: Path, config: Path | None, overrides: list[str], ranks: int, disk: Path | None) -> "Job":
+    def make(
+        cls,
+        work: Path,
+        config: Path | None,
+        overrides: list[str],
+        ranks: int,
+        disk: Path | None,
+        command: EntryPoint,
+    ) -> "Job":
         """Write the job's config into `work`; without one, scikit-learn's digits, packed there. Raises UserError."""
         if config is None:
             from dtrain.data.pack.pack import pack
@@ -77,7 +90,7 @@ class Job:
             raise UserError(f"data.batch_size {resolved.data.batch_size} does not divide by {ranks} ranks; see --ranks")
         file = work / "job.yaml"
         file.write_text(resolved.dump())
-        return cls(work, file, resolved, Shape(ranks, resolved.deepspeed.zero_stage), disk)
+        return cls(work, file, resolved, Shape(ranks, resolved.deepspeed.zero_stage), disk, command)
 
     def run(self, name: str) -> RunDirectory:
         return RunDirectory(Path(self.config.run.dir) / name)

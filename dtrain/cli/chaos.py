@@ -32,6 +32,8 @@ def chaos(
     The job is CONFIG made short, in a folder of its own: your runs and shards are not touched. Exit code 1 where a
     fault was not survived.
     """
+    from importlib.metadata import entry_points
+
     import numpy as np
 
     from dtrain.chaos.campaign import Undisturbed, machine, play
@@ -43,7 +45,8 @@ def chaos(
     work = Path(tempfile.mkdtemp(prefix="dtrain-chaos-"))
     overrides = overrides or []
     with progress("chaos") as show, small_disk(work / "disk", config, overrides) as disk:
-        job = Job.make(work, config, overrides, ranks, disk)
+        (command,) = entry_points(group="console_scripts", name="dtrain")
+        job = Job.make(work, config, overrides, ranks, disk, command)
         undisturbed = Undisturbed.train(job)
         schedule, began = Schedule(job, np.random.default_rng(seed)), time.monotonic()
 
@@ -57,8 +60,8 @@ def chaos(
             show(*done)
             if not result.survived:
                 say(f"not survived: {result.plan.what}: {'; '.join(result.problems)}")
-    command = shlex.join(["dtrain", *sys.argv[1:]])
-    out.write_text(markdown(job, results, command, seed, machine()))
+    typed = shlex.join(["dtrain", *sys.argv[1:]])
+    out.write_text(markdown(job, results, typed, seed, machine()))
     survived = sum(result.survived for result in results)
     say(f"{out}: {survived} of {len(results)} survived; the attempts' logs are in {work}")
     if survived < len(results):

@@ -151,6 +151,8 @@ def _judged(run: Path, given: dict, raw: bool = False):
 
 def _options(command: str, run: str, words: list[str]) -> dict:
     """The options as `dtrain evaluate` or `dtrain sweep` reads them, so that a mistake is told before a job waits."""
-    from dtrain.cli import app
+    from dtrain.cli.evaluation import evaluate, sweep
 
-    return typer.main.get_command(app).commands[command].make_context(command, [run, *words]).params
+    reads = typer.Typer()
+    reads.command(command)({"evaluate": evaluate, "sweep": sweep}[command])
+    return typer.main.get_command(reads).make_context(command, [run, *words]).params

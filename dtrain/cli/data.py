@@ -39,7 +39,7 @@ def pack(
     Pictures that training would refuse are left out: DEST/left-out.tsv says which and why.
     """
     from dtrain.data.pack.pack import pack as run
-    from dtrain.data.pack.sources import Choice
+    from dtrain.data.pack.source import Choice
 
     ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
     choice = Choice(split, label_column, image_column, root, download)

@@ -70,7 +70,8 @@ def evaluate(
     journal and sent to MLflow, also while the run trains.
     """
     from dtrain import distributed
-    from dtrain.run import Position, RunDirectory
+    from dtrain.position import Position
+    from dtrain.run import RunDirectory
 
     directory = RunDirectory.find(run)
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}

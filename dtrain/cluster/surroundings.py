@@ -16,9 +16,8 @@ from dtrain.checkpoint.directory import complete
 from dtrain.cluster.finding import Finding, bad, ok, warning
 from dtrain.config import Config
 from dtrain.credentials import without_credentials
-from dtrain.data.fields.check import check_fields
+from dtrain.data.fields.check import check_fields, check_split, check_training
 from dtrain.data.shards import manifest as manifests
-from dtrain.data.shards.lacking import check_split, check_training
 from dtrain.data.shards.remote import is_url
 from dtrain.errors import UserError
 from dtrain.evaluation.features import weights

@@ -23,7 +23,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from dtrain.config import Config
 from dtrain.data import shared_memory
+from dtrain.data.order.skipped import NOTHING
+from dtrain.data.shards.manifest import Manifest
 from dtrain.data.stream import Report, StepDataset
 from dtrain.errors import UserError
 from dtrain.terminal import printable
@@ -117,6 +120,11 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             return
         self._restarts.append(f"a data worker of rank {self._rank} {how}, and was started again")
         self._start()
+
+
+def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
+    """The `Batches` of `StepDataset` from index 0 on, made ahead in `data.workers` processes."""
+    return Batches(StepDataset(config, manifest, rank, world_size, images, skipped), config.data.workers)
 
 
 class _WorkerDied(Exception):

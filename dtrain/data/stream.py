@@ -24,7 +24,7 @@ from dtrain.data.shards.reader import OPEN_SHARDS, ShardReader
 from dtrain.errors import BadSample, UserError
 from dtrain.randomness import Draws, Purpose
 
-__all__ = ["Report", "StepDataset", "read_split", "train_batches"]
+__all__ = ["Report", "StepDataset", "read_split"]
 
 ATTEMPTS = 64  # substitutes tried before a stream counts as lost
 
@@ -156,10 +156,3 @@ class StepDataset(Dataset):
             return self._centre_crop
         draws = [self._draws.uniform(Purpose.CROP, k, sub) for sub in range(3)]
         return partial(random_crop, size=self._size, draws=draws)
-
-
-def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
-    """The `Batches` of `StepDataset` from index 0 on, made ahead in `data.workers` processes."""
-    from dtrain.data.loader import Batches
-
-    return Batches(StepDataset(config, manifest, rank, world_size, images, skipped), config.data.workers)

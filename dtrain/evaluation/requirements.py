@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dtrain.config import Config, Eval
-from dtrain.data.fields.check import check_classes
+from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
-from dtrain.data.shards.lacking import check_split
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.features import weights

@@ -10,12 +10,10 @@ from statistics import median
 from dtrain.data import shared_memory
 from dtrain.data.fields.survey import Survey, survey
 from dtrain.data.shards import manifest as manifests
-from dtrain.data.shards.manifest import Manifest
-from dtrain.data.shards.members import evenly
 from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError
 from dtrain.evaluation.features import weights
-from dtrain.proposal.source import DataSet
+from dtrain.proposal.source import DataSet, some_labels
 
 ALL_LABELS = 200_000  # samples whose labels are all read where a manifest does not name the classes
 SOME_LABELS = 20_000
@@ -75,15 +73,6 @@ def facts_of(data: DataSet) -> Facts:
     if not labelled or num_classes == 1:
         num_classes = 0
     return Facts(manifest.samples, held_out, found, labelled, num_classes, manifest.classes, everything)
-
-
-def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
-    """The labels of `count` samples spread evenly over a local data set, or of all. Raises UserError."""
-    from dtrain.data.fields.samples import label_of
-    from dtrain.data.shards.reader import ShardReader
-
-    reader = ShardReader(manifest, directory)
-    return [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in evenly(manifest, count)]
 
 
 def machine(gpus: int | None = None) -> Machine:

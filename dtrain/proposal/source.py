@@ -10,6 +10,7 @@ from pathlib import Path
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.indexing import common_folder, find_shards, index_shards
 from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.members import evenly
 from dtrain.data.shards.remote import is_url
 from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError
@@ -146,10 +147,17 @@ def _sorted_by_class(training: Manifest, holdout: Manifest, place: str) -> bool:
     """Whether one shard has far fewer classes than as many samples from all others."""
     if LABEL_FIELD not in training.fields:
         return False
-    from dtrain.proposal.facts import some_labels
-
     one, others = (len(set(some_labels(m, place, LABELS_COMPARED))) for m in (holdout, training))
     return one < others / 2
+
+
+def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
+    """The labels of `count` samples spread evenly over a local data set, or of all. Raises UserError."""
+    from dtrain.data.fields.samples import label_of
+    from dtrain.data.shards.reader import ShardReader
+
+    reader = ShardReader(manifest, directory)
+    return [label_of(reader, sample, reader.read(sample, (LABEL_FIELD,))) for sample in evenly(manifest, count)]
 
 
 def _pack(source: str, name: str, say: Say, progress: Callable[[int, int], None]) -> DataSet:

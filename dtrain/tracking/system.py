@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from dtrain.errors import UserError
-from dtrain.run import Position
+from dtrain.position import Position
 from dtrain.tracking.journal import SYSTEM, Journal, Tail, events, highest_attempt
 
 MEGABYTE = 1e6

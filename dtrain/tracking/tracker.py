@@ -10,7 +10,8 @@ from dtrain import distributed
 from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.lock import holder
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Tail, evaluation_journal, events, highest_attempt
 from dtrain.tracking.metadata import datasets, params, reference, tags
 from dtrain.tracking.mlflow import Destination, Shipper, tracking_uri

@@ -8,7 +8,7 @@ from dtrain.config import Config
 from dtrain.data.order.skipped import Skipped
 from dtrain.diffusion.times import stratified
 from dtrain.models.dropout import dropout_keys
-from dtrain.run import Position
+from dtrain.position import Position
 
 
 def prepared(

@@ -5,11 +5,9 @@ from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
 from dtrain.config import Config, architecture, with_earlier_values
-from dtrain.data.fields.check import check_fields
+from dtrain.data.fields.check import check_fields, check_training
 from dtrain.data.fields.survey import named, survey
-from dtrain.data.order.streams import with_streams
 from dtrain.data.shards import manifest as manifests
-from dtrain.data.shards.lacking import check_training
 from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
@@ -17,6 +15,7 @@ from dtrain.files import read_json
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.training.division import rows_per_rank
+from dtrain.training.identity import has_trained, reconcile, resolved
 from dtrain.training.safety.stopping import deadline
 
 SHORTEST = 100  # steps of a run that is meant to be evaluated
@@ -29,10 +28,10 @@ def check_start(config: Config, ranks: int) -> str:
     rows, micro_batch = rows_per_rank(config, ranks)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
-    config = with_streams(run.continued(config), manifest, run)
+    config = resolved(run, config, manifest)
     lacking = check_inputs(config, manifest)
     deadline(config.train.deadline, 0.0)
-    run.reconcile(config)
+    reconcile(run, config)
     check_data(run, manifest)
     verb = "goes on" if complete(run.checkpoints) else "starts"
     ours, size = config.deepspeed, config.data.batch_size
@@ -107,7 +106,7 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
 def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
     """Raises UserError where the run's last attempt was trained on other data."""
     attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
-    if attempts and attempts[-1]["context"].get("data") != manifest.hash and run.has_trained:
+    if attempts and attempts[-1]["context"].get("data") != manifest.hash and has_trained(run):
         raise UserError(
             f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "
             f"give this run a new run.name, or the old data"

@@ -15,7 +15,8 @@ from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
 from dtrain.models.build import allocate
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine
 from dtrain.training.record.output import traceback_of

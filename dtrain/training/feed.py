@@ -14,10 +14,10 @@ import torch
 from dtrain import distributed
 from dtrain.config import Config
 from dtrain.credentials import redacted
-from dtrain.data.loader import Batches, LoaderFailure
+from dtrain.data.loader import Batches, LoaderFailure, train_batches
 from dtrain.data.order.skipped import Skipped
 from dtrain.data.shards.manifest import Manifest
-from dtrain.data.stream import Report, train_batches
+from dtrain.data.stream import Report
 from dtrain.errors import SharedError, SharedFailure, UserError
 from dtrain.files import opener
 from dtrain.run import RunDirectory

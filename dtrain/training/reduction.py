@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dtrain.data.stream import Report
 from dtrain.diffusion.times import LEVEL_BINS
-from dtrain.run import Position
+from dtrain.position import Position
 
 SUMS = (
     "loss",

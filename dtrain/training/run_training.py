@@ -8,7 +8,6 @@ from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data import shared_memory
 from dtrain.data.order.names import SampleNames
-from dtrain.data.order.streams import with_streams
 from dtrain.data.shards import manifest as manifests
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import SharedFailure, UserError
@@ -22,6 +21,7 @@ from dtrain.training.check import check_inputs, warnings
 from dtrain.training.division import rows_per_rank
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
+from dtrain.training.identity import resolved
 from dtrain.training.record.goodput import Goodput
 from dtrain.training.record.output import leave_terminal, redirect_to_log
 from dtrain.training.safety.agreement import check_agreement
@@ -43,7 +43,7 @@ def train(config: Config) -> Outcome:
     _, micro_batch = rows_per_rank(config, world_size)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
-    config = with_streams(run.continued(config), manifest, run)
+    config = resolved(run, config, manifest)
     distributed.initialize()
     check_agreement(config, manifest)
     lacking = distributed.on_rank_0(check_inputs, config, manifest)

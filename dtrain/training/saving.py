@@ -12,7 +12,8 @@ from dtrain.checkpoint.format import Damaged
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.tracking.best import best_step
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import Engine, Piece

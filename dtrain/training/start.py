@@ -14,10 +14,12 @@ from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.terminal import say
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.engine import Engine
+from dtrain.training.identity import reconcile
 from dtrain.training.record.levels import forget, remember
 from dtrain.training.safety.bad_steps import BadSteps
 
@@ -38,7 +40,7 @@ def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifes
     run.make_folders()
     lock.acquire()
     try:
-        changes = run.reconcile(config)
+        changes = reconcile(run, config)
         check_data(run, manifest)
         run.save_config(config)
         run.outcome_file.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ from dtrain.data.shards.manifest import Manifest
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
-from dtrain.run import Outcome, Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker

@@ -22,6 +22,7 @@ from dtrain.chaos.schedule import (
     kill_while_loading,
     kill_while_replacing,
 )
+from tests.chaos.command import DTRAIN
 
 VICTIMS = ("one", "all")
 
@@ -48,7 +49,7 @@ def elsewhere(job: Job) -> list[Draw]:
 
 def killed(work: Path, draws, seed: int, change_shapes: bool) -> list[Result]:
     """Meet all of `draws(job)`; late in some rounds the run goes on in another shape."""
-    job = Job.make(work, None, [], 2, None)
+    job = Job.make(work, None, [], 2, None, DTRAIN)
     rng = np.random.default_rng(seed)
     schedule, shapes = Schedule(job, rng, draws(job)), job.shapes()
 

@@ -10,6 +10,7 @@ from dtrain.chaos.job import Job
 from dtrain.chaos.plan import State
 from dtrain.chaos.schedule import Schedule, everything, kill_while_replacing
 from dtrain.faults import Fault
+from tests.chaos.command import DTRAIN
 from tests.digits import tiny
 
 
@@ -18,7 +19,7 @@ def job(digits, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path / "runs", "eval.every=5").dump())
     work = tmp_path / "work"
     work.mkdir()
-    return Job.make(work, tmp_path / "tiny.yaml", ["model.width=16"], 2, tmp_path / "disk")
+    return Job.make(work, tmp_path / "tiny.yaml", ["model.width=16"], 2, tmp_path / "disk", DTRAIN)
 
 
 def states(job):
@@ -77,5 +78,5 @@ def test_a_job_is_the_users_config_made_short_and_what_the_user_says_comes_last(
     assert (c.model.width, c.model.depth) == (16, 1)
     assert not c.tracking.enabled
     assert job.run("round-001").path == job.disk / "runs" / "round-001"
-    with_steps = Job.make(job.work, job.file, ["train.steps=40", "run.dir=elsewhere"], 2, None)
+    with_steps = Job.make(job.work, job.file, ["train.steps=40", "run.dir=elsewhere"], 2, None, DTRAIN)
     assert with_steps.config.train.steps == 40

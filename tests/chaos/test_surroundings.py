@@ -9,12 +9,13 @@ from dtrain.chaos import surroundings
 from dtrain.chaos.campaign import Undisturbed, play
 from dtrain.chaos.job import Job
 from dtrain.chaos.schedule import Schedule
+from tests.chaos.command import DTRAIN
 from tests.chaos.kills import table
 
 
 def met(work, *kinds):
     """The results of one fault of each kind, in any order."""
-    job = Job.make(work, None, [], 2, None)
+    job = Job.make(work, None, [], 2, None, DTRAIN)
     draws = [draw for draw in surroundings.everything(job) if getattr(draw, "func", draw) in kinds]
     assert len(draws) == len(kinds)
     schedule = Schedule(job, np.random.default_rng(0), draws)

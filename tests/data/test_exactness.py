@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dtrain.data.loader import train_batches
 from dtrain.data.order.order import Order
 from dtrain.data.order.streams import default_streams, with_streams
 from dtrain.data.shards.indexing import index_shards
 from dtrain.data.shards.manifest import Document, Shard, SideFile, check_all, load, load_all
 from dtrain.data.shards.tar import MEMBER
-from dtrain.data.stream import StepDataset, train_batches
+from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, labelled_pictures, write_shards
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dtrain.data import shared_memory
-from dtrain.data.loader import MOST_DEATHS, LoaderFailure, _Context
+from dtrain.data.loader import MOST_DEATHS, LoaderFailure, _Context, train_batches
 from dtrain.data.shards.manifest import load
-from dtrain.data.stream import StepDataset, train_batches
+from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures
 from tests.data.test_stream import rows_of, worker_pids

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from dtrain.data.fields.picture import centre_crop, decode, normalize
+from dtrain.data.loader import train_batches
 from dtrain.data.pack import writing
 from dtrain.data.pack.pack import pack
-from dtrain.data.pack.sources import Choice
+from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
-from dtrain.data.stream import train_batches
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, picture
 from tests.data.test_pack import samples_of, shards_in, tree

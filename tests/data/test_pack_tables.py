@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dtrain.data.pack.pack import pack
-from dtrain.data.pack.sources import Choice
+from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
 from tests.data.shard_files import picture

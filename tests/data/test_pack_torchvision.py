@@ -13,7 +13,7 @@ from torchvision import datasets
 
 from dtrain.cli import main
 from dtrain.data.pack.pack import pack
-from dtrain.data.pack.sources import Choice
+from dtrain.data.pack.source import Choice
 from dtrain.errors import UserError
 from tests.data.test_pack import samples_of
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 
+from dtrain.data.loader import train_batches
 from dtrain.data.shards.indexing import index
-from dtrain.data.stream import read_split, train_batches
+from dtrain.data.stream import read_split
 from tests.data.shard_files import configuration
 
 CIFAR10 = os.environ.get("DTRAIN_CIFAR10")

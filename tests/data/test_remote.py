@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from dtrain.data.loader import train_batches
 from dtrain.data.shards import cache as caching
 from dtrain.data.shards import remote
 from dtrain.data.shards.cache import BLOCK, BlockCache
@@ -20,7 +21,7 @@ from dtrain.data.shards.indexing import index
 from dtrain.data.shards.manifest import load
 from dtrain.data.shards.reader import ShardReader
 from dtrain.data.shards.verify import verify
-from dtrain.data.stream import StepDataset, train_batches
+from dtrain.data.stream import StepDataset
 from dtrain.errors import BadSample, UserError
 from tests.data.servers import serve
 from tests.data.shard_files import configuration, data_set, labelled_pictures

@@ -10,13 +10,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from dtrain.data.fields.samples import read_labels, read_split
+from dtrain.data.loader import train_batches
 from dtrain.data.shards import remote
 from dtrain.data.shards.cache import BlockCache
 from dtrain.data.shards.indexing import index
 from dtrain.data.shards.manifest import load
 from dtrain.data.shards.reader import ShardReader
 from dtrain.data.shards.verify import verify
-from dtrain.data.stream import StepDataset, train_batches
+from dtrain.data.stream import StepDataset
 from dtrain.errors import BadSample, UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dtrain.data.loader import train_batches
 from dtrain.data.order.order import Order
 from dtrain.data.shards.manifest import load
-from dtrain.data.stream import StepDataset, read_split, train_batches
+from dtrain.data.stream import StepDataset, read_split
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture

@@ -3,11 +3,11 @@
 import pytest
 
 from dtrain.config import validate
-from dtrain.data.order.streams import with_streams
 from dtrain.data.shards.manifest import Manifest, Shard
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal
+from dtrain.training.identity import reconcile, resolved
 
 
 @pytest.fixture
@@ -30,15 +30,15 @@ def configuration(tmp_path, **data):
 def test_a_run_of_an_earlier_default_goes_on_in_its_own_streams(tmp_path, manifest):
     run = RunDirectory(tmp_path / "old")
     fresh = configuration(tmp_path)
-    assert with_streams(fresh, manifest, run).data.streams == 256
+    assert resolved(run, fresh, manifest).data.streams == 256
     run.make_folders()
     run.save_config(configuration(tmp_path, streams=64))  # as an earlier version resolved it
-    assert with_streams(fresh, manifest, run).data.streams == 256  # a start that made no step binds nobody
+    assert resolved(run, fresh, manifest).data.streams == 256  # a start that made no step binds nobody
     journal = Journal(run.journal_file)
     journal.begin_attempt(0, 0)
     journal.append("train", 1, 8)
-    again = with_streams(fresh, manifest, run)
+    again = resolved(run, fresh, manifest)
     assert again.data.streams == 64
-    assert run.reconcile(again) == {}
+    assert reconcile(run, again) == {}
     with pytest.raises(UserError, match=r"data\.streams was 64, is 256"):
-        run.reconcile(with_streams(configuration(tmp_path, streams=256), manifest, run))
+        reconcile(run, resolved(run, configuration(tmp_path, streams=256), manifest))

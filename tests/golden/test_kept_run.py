@@ -19,6 +19,7 @@ from dtrain.config.earlier import EARLIER
 from dtrain.report.runs import Run
 from dtrain.run import RunDirectory
 from dtrain.training.check import check_start
+from dtrain.training.identity import continued
 from tests.digits import losses
 from tests.golden.runner import HERE, machine
 from tests.ranks import run_ranks
@@ -95,7 +96,7 @@ def test_a_key_that_its_config_lacks_means_what_was_done_before_the_key_existed(
 
     assert value_in(kept.config()) == row.value  # sample, evaluate, sweep, export
     assert Run.read("kept").setting(key) == row.value  # report
-    started = kept.continued(load("kept.yaml"))
+    started = continued(kept, load("kept.yaml"))
     assert value_in(started) == row.value  # train, and --check
     assert check_start(load("kept.yaml"), 2).startswith("runs/kept goes on")
 
@@ -107,7 +108,7 @@ def test_several_keys_of_a_section_that_its_config_lacks_each_keep_their_earlier
     for key in ("crop", "arrays", "on_error"):
         del tree["data"][key]
     kept.config_file.write_text(yaml.safe_dump(tree))
-    started = kept.continued(load("kept.yaml", ["data.on_error=replace"]))
+    started = continued(kept, load("kept.yaml", ["data.on_error=replace"]))
     assert (started.train.spike_factor, started.data.exif, started.data.on_error) == (0, "ignore", "replace")
     assert started.train.steps == load("kept.yaml").train.steps
 
@@ -117,10 +118,10 @@ def test_a_new_default_binds_new_runs_only_and_what_a_user_names_binds_all(kept,
     tree = yaml.safe_load(kept.config_file.read_text())
     del tree["train"]["spike_factor"]
     kept.config_file.write_text(yaml.safe_dump(tree))
-    assert kept.continued(load("kept.yaml")).train.spike_factor == 0
-    assert kept.continued(load("kept.yaml", ["train.spike_factor=10"])).train.spike_factor == 10
+    assert continued(kept, load("kept.yaml")).train.spike_factor == 0
+    assert continued(kept, load("kept.yaml", ["train.spike_factor=10"])).train.spike_factor == 10
     other = RunDirectory("runs/other")
-    assert other.continued(load("kept.yaml", ["run.name=other"])).train.spike_factor == 10
+    assert continued(other, load("kept.yaml", ["run.name=other"])).train.spike_factor == 10
 
 
 if __name__ == "__main__":

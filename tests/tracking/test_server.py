@@ -12,7 +12,8 @@ import torch
 
 from dtrain.data.shards import manifest as manifests
 from dtrain.lock import RunLock
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, evaluations, events, read
 from dtrain.tracking.mlflow import Destination, sync
 from dtrain.tracking.provenance import code

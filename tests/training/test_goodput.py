@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from dtrain.run import Position, RunDirectory
+from dtrain.position import Position
+from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.record.goodput import KINDS, Goodput

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dtrain.run import Position
+from dtrain.position import Position
 from dtrain.tracking.journal import read
 from dtrain.training.record.throughput import gemm_flops_per_second, training_flops
 from dtrain.training.reduction import StepReduction

@@ -1,11 +1,19 @@
-"""Which fields of a sample a training reads, and whether a data set has them. Imports no torch and no NumPy."""
+"""Which fields of a sample a training reads, and whether a data set and each of its samples have them.
+
+Imports no torch and no NumPy.
+"""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from dtrain.config import Config
+from dtrain.data.shards.lacking import Lack, lacking, wrong_labels
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
 from dtrain.errors import UserError
+
+LOOKED_AT = 1024  # labels
+COUNTED = 1_000_000  # samples whose labels are all read where some of those looked at are wrong
 
 
 def wanted_fields(config: Config) -> list[tuple[str, ...]]:
@@ -42,3 +50,42 @@ def check_classes(config: Config, manifest: Manifest, advice: str) -> None:
     ours, theirs = config.model.num_classes, len(manifest.classes or ())
     if 0 < ours < theirs:
         raise UserError(f"model.num_classes is {ours}, but {manifest.path} has {theirs} classes; {advice}")
+
+
+def lacks_of(config: Config, manifest: Manifest, directory: str | Path, everything: bool = False) -> list[Lack]:
+    """What a training by this config would miss in a data set. everything: read all labels, not some."""
+    classes = config.model.num_classes
+    found = lacking(manifest, directory, wanted_fields(config))
+    labels = wrong_labels(manifest, directory, classes, None if everything else LOOKED_AT) if classes else None
+    if labels and labels.of < manifest.samples <= COUNTED:
+        labels = wrong_labels(manifest, directory, classes)
+    return found + ([labels] if labels else [])
+
+
+def check_training(config: Config, manifest: Manifest, everything: bool = False) -> list[str]:
+    """Lines about samples that data.on_error "replace" will pass over.
+
+    Raises UserError where one ends a run, or where they are more than data.max_bad_fraction allows.
+    """
+    data, lines = config.data, []
+    for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
+        for lack in lacks_of(config, one, source.shards, everything):
+            if data.on_error != "replace":
+                raise UserError(f"{one.path}: {lack}; pack the shards without such, or take data.on_error replace")
+            if lack.count > data.max_bad_fraction * lack.of:
+                raise UserError(
+                    f"{one.path}: {lack}; that is more than data.max_bad_fraction {data.max_bad_fraction} allows, so "
+                    "pack the shards without such"
+                )
+            lines.append(f"{lack}; others take their place, by data.on_error")
+    return lines
+
+
+def check_split(manifest: Manifest) -> None:
+    """Raises UserError where a held-out split, of which every sample is used, has one without a picture or label."""
+    wanted = [IMAGE_FIELDS, (LABEL_FIELD,)]
+    lacks = lacking(manifest, manifest.place, wanted)
+    if labels := wrong_labels(manifest, manifest.place, 0, LOOKED_AT):
+        lacks.append(labels)
+    for lack in lacks:
+        raise UserError(f"{manifest.path}: {lack}; every held-out sample is used, so pack the split without such")

@@ -3,7 +3,6 @@
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
-from dtrain.run import RunDirectory
 
 MIXED = 64  # streams of a mixed-in data set, at most
 
@@ -17,15 +16,12 @@ def default_streams(samples: int, most: int = 256) -> int:
     return min(most, max(1, samples // 1024))
 
 
-def with_streams(config: Config, manifest: Manifest, run: RunDirectory | None = None) -> Config:
-    """The config with data.streams resolved: as it says, else as `run` has been read since its start, else the default.
+def with_streams(config: Config, manifest: Manifest, begun: int | None = None) -> Config:
+    """The config with data.streams resolved: as it says, else `begun`, else the default.
 
-    Raises UserError when there are more than samples.
+    begun: what a run that goes on has been read in. Raises UserError when there are more than samples.
     """
-    streams = config.data.streams
-    if streams is None and run is not None and run.config_file.exists() and run.has_trained:
-        streams = run.config().data.streams
-    streams = streams or default_streams(manifest.samples)
+    streams = config.data.streams or begun or default_streams(manifest.samples)
     if streams > manifest.samples:
         raise UserError(f"data.streams {streams} exceeds the {manifest.samples} samples of {manifest.path}")
     return config.model_copy(update={"data": config.data.model_copy(update={"streams": streams})})

@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain.data.pack.fitness import Files, field_of
 from dtrain.data.pack.left_out import LeftOut, summary
 from dtrain.data.pack.metadata import Labels, find, labels_of
-from dtrain.data.pack.sources import FORMS, Choice, Source, check_classes, labelled
+from dtrain.data.pack.source import FORMS, Choice, Source, check_classes, labelled
 from dtrain.data.pack.splits import choose, is_training, splits_among
 from dtrain.data.pack.walk import SUFFIXES, Walk, files_below, folders_in, walk
 from dtrain.errors import UserError

@@ -17,7 +17,8 @@ from dtrain.data.pack import left_out
 from dtrain.data.pack.fitness import FORMATS
 from dtrain.data.pack.left_out import LeftOut
 from dtrain.data.pack.packed import Packed, packed
-from dtrain.data.pack.sources import Choice, open_source
+from dtrain.data.pack.source import Choice
+from dtrain.data.pack.sources import open_source
 from dtrain.data.pack.writing import Limits, write_shards
 from dtrain.data.shards.indexing import index_shards
 from dtrain.data.shards.manifest import check_shards, load, replacing

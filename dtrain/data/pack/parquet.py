@@ -19,7 +19,7 @@ import numpy as np
 from dtrain.data.pack.fitness import Files, field_of
 from dtrain.data.pack.left_out import LeftOut, Unfit
 from dtrain.data.pack.metadata import class_numbers
-from dtrain.data.pack.sources import Choice, Source, check_classes, labelled
+from dtrain.data.pack.source import Choice, Source, check_classes, labelled
 from dtrain.data.pack.splits import choose, is_split, split_of_file
 from dtrain.errors import UserError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.data.pack.sources import Choice, Source, arrays
+from dtrain.data.pack.source import Choice, Source, arrays
 from dtrain.errors import UserError
 
 ROOT = "data/torchvision"

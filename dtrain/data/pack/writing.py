@@ -17,7 +17,7 @@ import numpy as np
 
 from dtrain.data.pack.fitness import Files
 from dtrain.data.pack.left_out import LeftOut, Unfit
-from dtrain.data.pack.sources import Source
+from dtrain.data.pack.source import Source
 from dtrain.data.shards.parallel import in_order
 
 PIECE = 64  # samples a worker turns into members at a time

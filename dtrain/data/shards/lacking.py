@@ -8,18 +8,13 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.config import Config
-from dtrain.data.fields.check import wanted_fields
 from dtrain.data.shards.manifest import ABSENT, RECORD_BYTES, Manifest
 from dtrain.data.shards.members import evenly, open_members
 from dtrain.data.shards.remote import is_url
-from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, class_number, dotted
-from dtrain.errors import UserError
+from dtrain.data.shards.sample_files import DOT_RULE, LABEL_FIELD, class_number, dotted
 from dtrain.files import opener
 from dtrain.terminal import printable
 
-LOOKED_AT = 1024  # labels
-COUNTED = 1_000_000  # samples whose labels are all read where some of those looked at are wrong
 _PIECE = 1 << 22  # bytes of the side file read at a time
 _WORDS = RECORD_BYTES // 4  # of a record, the third of which is the size
 _LONGEST = 64  # bytes of a label that are read
@@ -117,42 +112,3 @@ def _name(manifest: Manifest, directory: str | Path, sample: int, field: str | N
     from dtrain.data.shards.reader import ShardReader  # with NumPy: only to name what is wrong
 
     return ShardReader(manifest, directory).name(sample, field)
-
-
-def lacks_of(config: Config, manifest: Manifest, directory: str | Path, everything: bool = False) -> list[Lack]:
-    """What a training by this config would miss in a data set. everything: read all labels, not some."""
-    classes = config.model.num_classes
-    found = lacking(manifest, directory, wanted_fields(config))
-    labels = wrong_labels(manifest, directory, classes, None if everything else LOOKED_AT) if classes else None
-    if labels and labels.of < manifest.samples <= COUNTED:
-        labels = wrong_labels(manifest, directory, classes)
-    return found + ([labels] if labels else [])
-
-
-def check_training(config: Config, manifest: Manifest, everything: bool = False) -> list[str]:
-    """Lines about samples that data.on_error "replace" will pass over.
-
-    Raises UserError where one ends a run, or where they are more than data.max_bad_fraction allows.
-    """
-    data, lines = config.data, []
-    for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
-        for lack in lacks_of(config, one, source.shards, everything):
-            if data.on_error != "replace":
-                raise UserError(f"{one.path}: {lack}; pack the shards without such, or take data.on_error replace")
-            if lack.count > data.max_bad_fraction * lack.of:
-                raise UserError(
-                    f"{one.path}: {lack}; that is more than data.max_bad_fraction {data.max_bad_fraction} allows, so "
-                    "pack the shards without such"
-                )
-            lines.append(f"{lack}; others take their place, by data.on_error")
-    return lines
-
-
-def check_split(manifest: Manifest) -> None:
-    """Raises UserError where a held-out split, of which every sample is used, has one without a picture or label."""
-    wanted = [IMAGE_FIELDS, (LABEL_FIELD,)]
-    lacks = lacking(manifest, manifest.place, wanted)
-    if labels := wrong_labels(manifest, manifest.place, 0, LOOKED_AT):
-        lacks.append(labels)
-    for lack in lacks:
-        raise UserError(f"{manifest.path}: {lack}; every held-out sample is used, so pack the split without such")

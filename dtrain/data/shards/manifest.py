@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # whoever only asks what the data are, such as a job's submis
     import numpy as np
 
 FORMAT = 1
-RECORD_BYTES = 16  # of dtrain.data.shards.tar.MEMBER
+RECORD = [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")]  # of the side file, as a NumPy dtype
+RECORD_BYTES = 16
 ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
 REMEMBERED = 16 << 20  # bytes of a side file whose check is remembered
 
@@ -107,9 +108,7 @@ class Manifest:
         """(N, F) records `offset`, `size`, `crc32`, read-only, memory-mapped; `size` is ABSENT where a field is."""
         import numpy as np
 
-        from dtrain.data.shards.tar import MEMBER
-
-        return np.memmap(self.side, dtype=MEMBER, mode="r", shape=(self.samples, len(self.fields)))
+        return np.memmap(self.side, dtype=np.dtype(RECORD), mode="r", shape=(self.samples, len(self.fields)))
 
     @cached_property
     def shard_sizes(self) -> "np.ndarray":

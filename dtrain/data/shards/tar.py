@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from dtrain.data.shards import remote
-from dtrain.data.shards.manifest import ABSENT
+from dtrain.data.shards.manifest import ABSENT, RECORD
 from dtrain.data.shards.sample_files import DOT_RULE, LABEL_FIELD, class_number
 from dtrain.errors import UserError
 from dtrain.files import opener
 
-MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # 16 bytes
+MEMBER = np.dtype(RECORD)
 MAX_FIELDS = 64
 MAX_HEADER = 1 << 20  # bytes of a long name or of PAX attributes
 

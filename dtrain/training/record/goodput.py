@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dtrain.run import Position
+from dtrain.position import Position
 from dtrain.tracking.journal import Tail
 from dtrain.tracking.tracker import Tracker
 

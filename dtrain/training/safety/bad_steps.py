@@ -16,7 +16,7 @@ from dtrain.config import Config
 from dtrain.data.order.names import SampleNames
 from dtrain.data.order.skipped import Skipped
 from dtrain.errors import SharedError
-from dtrain.run import Position
+from dtrain.position import Position
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.engine import LARGEST
 from dtrain.training.reduction import StepSums

@@ -10,7 +10,7 @@ from dtrain.data.order.mixture import of_run
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.stream import Report
 from dtrain.errors import SharedError
-from dtrain.run import Position
+from dtrain.position import Position
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.reduction import StepSums
 

@@ -1,0 +1,127 @@
+"""What can be packed: `Source`, and what there is to choose of one.
+
+Each source hands out small items in its own process, which a worker process turns into a sample's files.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtrain.data.pack.fitness import CANNOT_ENCODE, FORMATS, Files, encoded, fit, image_field
+from dtrain.data.pack.left_out import LeftOut
+from dtrain.errors import UserError
+
+FORMS = (
+    "a folder of pictures, or of class folders; a .parquet file or a folder of them; an .npz; "
+    "the manifest.json of shards; sklearn:digits; torchvision:cifar10 and its like"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to take of a source that holds several things; None where there is nothing to choose.
+
+    split: by its folder's or its files' name. label_column, image_column: of a table. root: folder of torchvision's
+    files. download: fetch them where they are missing.
+    """
+
+    split: str | None = None
+    label_column: str | None = None
+    image_column: str | None = None
+    root: str | None = None
+    download: bool = False
+
+    def only(self, source: str, *options: str) -> None:
+        """UserError for an option that was given and means nothing for this source."""
+        for option, value in vars(self).items():
+            if value and option not in options:
+                raise UserError(f"--{option.replace('_', '-')} means nothing for {source}; leave it away")
+
+    @property
+    def request(self) -> dict[str, str]:
+        """What of it decides which samples are packed."""
+        chosen = {key: getattr(self, key) for key in ("split", "label_column", "image_column")}
+        return {key: value for key, value in chosen.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Image files, labelled or not, that can be packed.
+
+    item(i): what `files` needs of the i-th sample; both it and `files` can go to another process.
+    files(item): raises Unfit for a sample to be left out, which is told as unfit(i, reason).
+    content: hex digest that changes when the source does.
+    foreign: its pictures were made elsewhere, so each is decoded, and left out where training would refuse it.
+    left_out: what was seen at once not to be packed. notes: lines to show about what was taken.
+    spool: for a source that can only be read from its beginning. Called with a folder to write to and a function of the
+    samples done, it gives the `item` that then holds.
+    """
+
+    samples: int
+    classes: list[str] | None
+    content: str
+    item: Callable[[int], Any]
+    files: Callable[[Any], Files]
+    foreign: bool = False
+    unfit: Callable[[int, str], LeftOut] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+    spool: Callable[[Path, Callable[[int], None]], Callable[[int], Any]] | None = None
+
+    def ready(self, form: str | None) -> "Source":
+        """With `files` as they are packed: checked, and in the format `form`; one that has it stays as it is."""
+        if self.foreign:
+            return replace(self, files=partial(fit, self.files, form))
+        if form is None:
+            return self
+        return replace(self, item=lambda i: (i, self.item(i)), files=partial(_encoded, self.files, form))
+
+
+def arrays(images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, **more: Any) -> Source:
+    """A source of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, and class numbers (N,)."""
+    content = hashlib.sha256(images.tobytes())
+    if labels is not None:
+        content.update(labels.astype("<i8").tobytes())
+
+    def item(i: int) -> tuple[np.ndarray, int | None]:
+        return images[i], None if labels is None else int(labels[i])
+
+    return Source(len(images), classes, content.hexdigest(), item, _png, **more)
+
+
+def _png(item: tuple[np.ndarray, int | None]) -> Files:
+    from PIL import Image
+
+    pixels, label = item
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return labelled({"png": file.getvalue()}, label)
+
+
+def labelled(files: Files, label: int | None) -> Files:
+    return files if label is None else files | {"cls": str(label).encode()}
+
+
+def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) -> Files:
+    i, own = item
+    sample = files(own)
+    field = image_field(sample)
+    if field is None or field in FORMATS[form]:
+        return sample
+    try:
+        picture = encoded(sample.pop(field), form)
+    except CANNOT_ENCODE as e:
+        raise UserError(f"sample {i} of the source cannot be decoded ({e}); leave it out") from None
+    return {FORMATS[form][0]: picture} | sample
+
+
+def check_classes(classes: list[str], what: str) -> None:
+    """Raises UserError for names that could be neither kept as JSON nor shown. what: what has such a name."""
+    if unreadable := [name for name in classes if not name.isprintable()]:
+        raise UserError(f"the {what} {unreadable[0]!r} has a name that cannot be kept; rename it")
