@@ -23,6 +23,7 @@ ROOMS = [
     ["data"],
     ["models"],
     ["diffusion"],
+    ["objectives"],
     ["tracking"],
     ["checkpoint"],
     ["evaluation"],

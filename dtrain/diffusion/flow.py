@@ -1,13 +1,11 @@
 """Rectified flow: a straight path from data to noise and its velocity (Liu et al. 2023; Lipman et al. 2023)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
-from dtrain.diffusion.times import UNIFORM, LogitNormal, Uniform
 
 MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000, so the model is told 1000·t
 
@@ -19,22 +17,22 @@ class RectifiedFlow:
     The trainer and the samplers use it as they use `GaussianDiffusion`; only the meaning of t differs.
     """
 
-    times: Uniform | LogitNormal = UNIFORM
-
     prediction = "velocity"
     clean = 0.0  # the time that samplers walk to
     last_time = MODEL_TIME  # the scale of what the model is told: guidance intervals are shares of it
 
-    def place(self, u: Tensor) -> Tensor:
-        """The times t in [0, 1) at which the rows with these u (N,) train, float64."""
-        return self.times.place(u)
+    def time(self, place: Tensor) -> Tensor:
+        """The place itself, float64 (N,)."""
+        return place
 
     def level(self, t: float) -> tuple[float, float]:
         """(α_t, σ_t) = (1 − t, t)."""
         return 1 - t, t
 
-    def model_time(self, t: float, x: Tensor) -> Tensor:
-        """What the model is told for every row of x (N, …): float32 (N,), 1000·t."""
+    def model_time(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """The model's time input for the rows of x (N, …): 1000·t, float32 (N,), from t (N,) or one float for all."""
+        if isinstance(t, Tensor):
+            return (MODEL_TIME * t).float()
         return torch.full((len(x),), MODEL_TIME * t, dtype=torch.float32, device=x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
@@ -47,34 +45,13 @@ class RectifiedFlow:
         alpha, sigma = self._levels(t, x0)
         return alpha * x0 + sigma * noise
 
-    def losses(
-        self, model: Callable[[Tensor, Tensor, Tensor], Tensor], x0: Tensor, noise: Tensor, u: Tensor, labels: Tensor
-    ) -> Tensor:
-        """The squared error of the velocity of each row, its mean over C, H, W; in x0's dtype (N,).
-
-        model(x (N, C, H, W), 1000·t float32 (N,), labels int64 (N,)) → (N, C, H, W); u float64 (N,) in [0, 1).
-        """
-        return self.losses_at(model, x0, noise, self.place(u), labels)
-
-    def losses_at(
-        self,
-        model: Callable[[Tensor, Tensor, Tensor], Tensor],
-        x0: Tensor,
-        noise: Tensor,
-        place: Tensor,
-        labels: Tensor,
-    ) -> Tensor:
-        """`losses` at given times (N,) in [0, 1], float64."""
-        t = place
-        output = model(self.noised(x0, noise, t), (MODEL_TIME * t).float(), labels).to(x0.dtype)
-        return (output - target("velocity", x0, noise, 1 - t, t)).square().flatten(1).mean(1)
-
-    def observe(self, u: Tensor, losses: Tensor) -> None:
-        """Nothing: no time distribution of a flow has a memory."""
-
     def split(self, output: Tensor) -> tuple[Tensor, None]:
         """The velocity, and no variance channels."""
         return output, None
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """The velocity, the same at every t."""
+        return target("velocity", x0, noise, *self._levels(t, x0))
 
     def eps(self, output: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
         """x_t + (1 − t) velocity."""

@@ -1,19 +1,14 @@
-"""The discrete Gaussian process: noising, the training losses, and what a network's output says about x_0 and ε."""
+"""The discrete Gaussian process: noising, and what a network's output says about x_0 and ε."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dtrain.diffusion import likelihood
-from dtrain.diffusion.prediction import squared_error_weight, target, to_eps, to_x0
+from dtrain.diffusion.prediction import target, to_eps, to_x0
 from dtrain.diffusion.schedule import Schedule, subsequence
-from dtrain.diffusion.times import UNIFORM, LogitNormal, SecondMoment, Uniform
-
-HYBRID = 0.001  # λ of L_hybrid, with L_VLB in bits/dim (Nichol & Dhariwal 2021, section 3.1)
 
 
 @dataclass(frozen=True)
@@ -42,28 +37,21 @@ class Reverse:
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion:
-    """q(x_t | x_0) = N(α_t x_0, σ_t² I) and a network that speaks of x_0 given x_t (Ho et al. 2020).
+    """q(x_t | x_0) = N(α_t x_0, σ_t² I) and a network that predicts x_0 given x_t (Ho et al. 2020).
 
     prediction: eps | x0 | v.  variance of p(x_{t−1} | x_t): fixed_small (β̃) | fixed_large (β) | learned_range, where
-    the second half of the output's channels interpolates log β̃ … log β.  loss: simple | hybrid | vlb.
+    the second half of the output's channels interpolates log β̃ … log β.
     Holds no generator: every random number comes in as an argument. `config.Gaussian` refuses what cannot be combined.
     """
 
     schedule: Schedule
     prediction: str = "eps"
     variance: str = "fixed_small"
-    loss: str = "simple"
-    min_snr_gamma: float | None = None
-    times: Uniform | LogitNormal | SecondMoment = UNIFORM
     decoder: str = "discretised"  # or continuous: for data that are not 8-bit pixels
 
     clean = -1  # the time that samplers walk to
 
     # -- levels ------------------------------------------------------------------------------------------------------
-
-    def place(self, u: Tensor) -> Tensor:
-        """Where in [0, 1) of the process the rows with these u (N,) train."""
-        return self.times.place(u)
 
     def time(self, place: Tensor) -> Tensor:
         """⌊place·T⌋, int64 (N,), from float64 (N,) in [0, 1). Never T: (1 − 2⁻⁵³)·T still rounds below T."""
@@ -75,9 +63,9 @@ class GaussianDiffusion:
             return 1.0, 0.0
         return float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
 
-    def model_time(self, t: int, x: Tensor) -> Tensor:
-        """What the model is told for every row of x (N, …): int64 (N,)."""
-        return torch.full((len(x),), t, device=x.device)
+    def model_time(self, t: Tensor | int, x: Tensor) -> Tensor:
+        """The model's time input for the rows of x (N, …): int64 (N,), from t (N,) or one int for all."""
+        return t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
 
     @property
     def last_time(self) -> int:
@@ -106,6 +94,10 @@ class GaussianDiffusion:
         """The ε that the model's output at (x_t, t) stands for, in x_t's dtype."""
         prediction, _ = self.split(output)
         return to_eps(self.prediction, prediction.to(x_t.dtype), x_t, *self._levels(t, x_t))
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """What a perfect network would predict at t, shaped as x0."""
+        return target(self.prediction, x0, noise, *self._levels(t, x0))
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
         """The x̂_0 that the model's output at (x_t, t) stands for, in x_t's dtype."""
@@ -139,66 +131,6 @@ class GaussianDiffusion:
             return large
         _, channels = self.split(output)
         return interpolated(channels.to(x_t.dtype), small, large)
-
-    # -- training ----------------------------------------------------------------------------------------------------
-
-    def losses(
-        self, model: Callable[[Tensor, Tensor, Tensor], Tensor], x0: Tensor, noise: Tensor, u: Tensor, labels: Tensor
-    ) -> Tensor:
-        """The loss of each row; their mean over the global batch is what training descends.
-
-        simple: the squared error of the prediction, its mean over C, H, W (Ho et al. 2020, equation 14), times the
-        min-SNR weight where there is one. vlb: T·L_t in bits/dim, an unbiased estimate of the bound without its
-        constant L_T. hybrid: simple + 0.001·vlb in which the mean is detached, so that the bound trains the variance
-        alone.
-
-        model(x (N, C, H, W), t int64 (N,), labels int64 (N,)) → (N, C or 2C, H, W); x0 and noise float32 (N, C, H, W),
-        u float64 (N,) in [0, 1). Returns x0's dtype (N,), whatever the model computes in.
-        """
-        place = self.place(u)
-        losses, weights = self.losses_at(model, x0, noise, place, labels), self.times.weights(place)
-        return losses if weights is None else losses * weights.to(losses.dtype)
-
-    def losses_at(
-        self,
-        model: Callable[[Tensor, Tensor, Tensor], Tensor],
-        x0: Tensor,
-        noise: Tensor,
-        place: Tensor,
-        labels: Tensor,
-    ) -> Tensor:
-        """`losses` at given places (N,) float64 in [0, 1) of the process, unweighted by how they were chosen."""
-        t = self.time(place)
-        x_t = self.noised(x0, noise, t)
-        output = model(x_t, t, labels).to(x0.dtype)
-        if self.loss == "vlb":
-            losses = self.schedule.timesteps * likelihood.term(self, output, x0, x_t, t)
-        else:
-            losses = self._simple(output, x0, noise, t)
-        if self.loss == "hybrid":
-            prediction, channels = self.split(output)
-            detached = torch.cat([prediction.detach(), channels], dim=1)
-            bound = self.schedule.timesteps * likelihood.term(self, detached, x0, x_t, t)
-            losses = losses + HYBRID * bound
-        return losses
-
-    def _simple(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        prediction, _ = self.split(output)
-        error = prediction - target(self.prediction, x0, noise, *self._levels(t, x0))
-        losses = error.square().flatten(1).mean(1)
-        if self.min_snr_gamma is None:
-            return losses
-        weight = squared_error_weight(self.prediction, self.schedule.snr, self.min_snr_gamma)
-        return losses * weight.to(t.device)[t].to(losses.dtype)
-
-    def observe(self, u: Tensor, losses: Tensor) -> None:
-        """Let a time distribution with a memory see the losses (n,) of rows with these u (n,), in the order of k.
-
-        Every rank gives the rows of the whole global batch, after the step's last call of `losses`.
-        """
-        if isinstance(self.times, SecondMoment):
-            place = self.place(u)
-            self.times.observe(self.time(place), losses.detach() / self.times.weights(place))
 
     # -- shapes ------------------------------------------------------------------------------------------------------
 

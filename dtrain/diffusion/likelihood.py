@@ -8,28 +8,24 @@ Everything is a pure function of a batch: what to average over rows, ranks and d
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.gaussian import GaussianDiffusion
 
 BITS = 1 / math.log(2)
 HALF_BIN = 1 / 255  # of an 8-bit channel mapped to [−1, 1]
 
 
-def prior(process: "GaussianDiffusion", x0: Tensor) -> Tensor:
+def prior(process: GaussianDiffusion, x0: Tensor) -> Tensor:
     """L_T of each row (N,) of x0 (N, C, H, W), bits/dim. No network: it is what the schedule leaves of the data."""
     alpha_bar = float(process.schedule.alpha_bar[-1])
     kl = 0.5 * (alpha_bar * x0.square() - alpha_bar - math.log1p(-alpha_bar))
     return BITS * kl.flatten(1).mean(1)
 
 
-def term(
-    process: "GaussianDiffusion", output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
-) -> Tensor:
+def term(process: GaussianDiffusion, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
     """L_t of each row (N,), bits/dim, from the model's output (N, C or 2C, H, W) at x_t; L_0 where t is 0.
 
     clip holds x̂_0 within [−1, 1], where pixels live. L_0 is the discretised decoder, or the density of a Gaussian where
@@ -74,7 +70,7 @@ def log_mass(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 @torch.no_grad()
 def curve(
     denoiser: Callable[[Tensor, Tensor], Tensor],
-    process: "GaussianDiffusion",
+    process: GaussianDiffusion,
     x0: Tensor,
     noise: Callable[[int], Tensor],
     timesteps: Iterable[int] | None = None,

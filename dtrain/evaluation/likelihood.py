@@ -9,6 +9,7 @@ from dtrain import distributed
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
 from dtrain.evaluation.generate import OnProgress, Sampler, quiet
+from dtrain.objectives.denoising import Denoising
 from dtrain.randomness import Draws, Purpose
 
 BLOCK = 128  # held-out images at a time
@@ -70,7 +71,9 @@ def bits_per_dim(
 
 
 @torch.inference_mode()
-def losses_by_level(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, float]:
+def losses_by_level(
+    sampler: Sampler, objective: Denoising, images: torch.Tensor, labels: torch.Tensor, seed: int
+) -> dict[str, float]:
     """loss_level_0 … loss_level_7: the training loss at the middle of each eighth of the process, one fixed noise each.
 
     images (M, C, H, W) in [−1, 1], labels (M,). Collective.
@@ -86,7 +89,7 @@ def losses_by_level(sampler: Sampler, images: torch.Tensor, labels: torch.Tensor
             for level, place in enumerate(places):
                 noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
                 at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
-                total[level] += sampler.process.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
+                total[level] += objective.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
 
     distributed.agree(add_up)
     means = (_summed(total) / len(images)).tolist()

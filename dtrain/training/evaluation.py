@@ -15,6 +15,7 @@ from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
 from dtrain.models.build import allocate
+from dtrain.objectives.denoising import Denoising
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.tracker import Tracker
@@ -39,12 +40,12 @@ class Evaluation:
         self,
         run: RunDirectory,
         config: Config,
-        process,
+        objective: Denoising,
         tracker: Tracker,
         progress: TrainingProgress,
         stop_wanted: Callable[[], bool],
     ):
-        self._run, self._config, self._process = run, config, process
+        self._run, self._config, self._objective = run, config, objective
         self._tracker, self._progress, self._stop_wanted = tracker, progress, stop_wanted
         self._reference: Reference | None = None
         self.gave_numbers = False  # of the last call of `run`
@@ -125,9 +126,9 @@ class Evaluation:
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
         module = distributed.agree(lambda: allocate(config).to(device))
         model = engine.gather("fp32" if weights == "raw" else weights, module)
-        sampler = Sampler.of(model, self._process, config, device)
+        sampler = Sampler.of(model, self._objective.process, config, device)
         metrics, context = evaluate(sampler, config, self._reference, on_progress)
-        levels = losses_by_level(sampler, *self._reference.validation, config.eval.seed)
+        levels = losses_by_level(sampler, self._objective, *self._reference.validation, config.eval.seed)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
         distributed.on_rank_0(self._conclude, sampler, position, started, metrics, levels, context)
 

@@ -9,10 +9,10 @@ from dtrain.config import Config
 from dtrain.data import shared_memory
 from dtrain.data.order.names import SampleNames
 from dtrain.data.shards import manifest as manifests
-from dtrain.diffusion.process import build as build_process
 from dtrain.errors import SharedFailure, UserError
 from dtrain.interrupt import ctrl_c
 from dtrain.lock import RunLock
+from dtrain.objectives.build import build as build_objective
 from dtrain.run import Outcome, RunDirectory
 from dtrain.terminal import say
 from dtrain.tracking.journal import events, highest_attempt
@@ -73,10 +73,10 @@ def train(config: Config) -> Outcome:
     steps, outcome = None, None
     try:
         engine = Engine(config, micro_batch)
-        process = build_process(config.diffusion)
-        position = resume(engine, process, run, config, bad_steps, data=manifest.hash)
+        objective = build_objective(config.diffusion)
+        position = resume(engine, objective, run, config, bad_steps, data=manifest.hash)
         steps = Steps(
-            config, run, manifest, engine, process, position, feed, bad_steps, tracker, stop, watchdog, goodput
+            config, run, manifest, engine, objective, position, feed, bad_steps, tracker, stop, watchdog, goodput
         )
         outcome = steps.take(changes)
         if rank == 0:

@@ -3,24 +3,24 @@
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config, identity, with_earlier_values
 from dtrain.data.shards.manifest import Manifest
-from dtrain.diffusion.flow import RectifiedFlow
-from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
+from dtrain.objectives.denoising import Denoising
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.terminal import say
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.engine import Engine
 from dtrain.training.identity import reconcile
-from dtrain.training.record.levels import forget, remember
 from dtrain.training.safety.bad_steps import BadSteps
 
 
@@ -54,7 +54,7 @@ def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifes
 
 def resume(
     engine: Engine,
-    process: GaussianDiffusion | RectifiedFlow,
+    objective: Denoising,
     run: RunDirectory,
     config: Config,
     bad_steps: BadSteps | None = None,
@@ -69,7 +69,7 @@ def resume(
     """
     found = distributed.on_rank_0(complete, run.checkpoints)  # who looks for himself may miss the last commit
     for path in reversed(found):
-        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, process, config, data), path)
+        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, objective, config, data), path)
         if checkpoint is not None:
             engine.refresh(checkpoint.meta["optimizer_steps"])
             if bad_steps is not None:
@@ -84,7 +84,7 @@ def resume(
         )
     if anew:
         engine.reset()
-        forget(process)
+        objective.reset()
         bad_steps.load_state({})
     if config.run.init_from:
         _begin_from(engine, config)
@@ -93,7 +93,7 @@ def resume(
 
 def _load(
     engine: Engine,
-    process: GaussianDiffusion | RectifiedFlow,
+    objective: Denoising,
     config: Config,
     data: str | None,
     checkpoint: Checkpoint,
@@ -101,7 +101,8 @@ def _load(
     _check_state(checkpoint)
     _check_own(config, data, checkpoint)
     engine.load(checkpoint)
-    remember(process, checkpoint)
+    state = objective.state()
+    objective.load_state({n: torch.from_numpy(checkpoint.tensor(n)).view(v.shape) for n, v in state.items()})
 
 
 def _check_state(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """One step after the other:
 
-    x_0 ~ data,  t ~ U,  eps ~ N(0, I),  gradient step on the process' loss        (Ho et al. 2020, Algorithm 1)
+    x_0 ~ data,  t ~ U,  eps ~ N(0, I),  gradient step on the objective's loss      (Ho et al. 2020, Algorithm 1)
 
 Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
 """
@@ -15,9 +15,9 @@ import torch
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
-from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
+from dtrain.objectives.denoising import Denoising
 from dtrain.position import Position
 from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.best import evaluated, failed_evaluations
@@ -27,7 +27,7 @@ from dtrain.training.batch import learning_rate, prepared, split, with_dropped_l
 from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
 from dtrain.training.record.goodput import Goodput, lost_steps
-from dtrain.training.record.levels import StepLosses, memory
+from dtrain.training.record.levels import StepLosses
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.record.throughput import Meter
 from dtrain.training.reduction import StepReduction
@@ -49,7 +49,7 @@ class Steps:
     run: RunDirectory
     manifest: Manifest
     engine: Engine
-    process: GaussianDiffusion | RectifiedFlow
+    objective: Denoising
     position: Position
     feed: Feed
     bad_steps: BadSteps
@@ -107,8 +107,8 @@ class Steps:
         about = {"data": self.manifest.hash, "batch_size": self.config.data.batch_size}
         about["datasets"] = trained_on(self.manifest, self.config.data)
         about |= {"world_size": distributed.world_size(), "zero_stage": self.config.deepspeed.zero_stage}
-        if isinstance(self.process, GaussianDiffusion):
-            about["snr"] = self.process.schedule.snr_ends
+        if isinstance(self.objective.process, GaussianDiffusion):
+            about["snr"] = self.objective.process.schedule.snr_ends
         about |= {"skipped": self.bad_steps.skipped.ranges} | more
         if scheduled := faults.scheduled():
             about["faults_on_purpose"] = scheduled
@@ -173,7 +173,7 @@ class Steps:
         batch = prepared(self.feed.next(images[0][0]), config, position, bad_steps.skipped)
         self._health.journal(self.feed.report, position)
         poisoned = any(faults.poisons(first, last) for first, last in images)
-        step_losses = StepLosses(self.process, distributed.device())
+        step_losses = StepLosses(self.objective, distributed.device())
         for part in split(batch, self.engine.micro_batch):
             losses = self._losses(part)
             if poisoned:
@@ -188,8 +188,8 @@ class Steps:
         if taken:
             step_losses.observe(distributed.world_size())
         self.position = Position(position.step + taken, images[-1][1])
-        if taken and position.step == 0 and isinstance(self.process, GaussianDiffusion):
-            most, least = self.process.schedule.snr_ends  # not told before: a mistake is one line
+        if taken and position.step == 0 and isinstance(self.objective.process, GaussianDiffusion):
+            most, least = self.objective.process.schedule.snr_ends  # not told before: a mistake is one line
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
         return step_losses, grad_norm, taken
 
@@ -197,7 +197,7 @@ class Steps:
         """The loss of each image of a micro-batch: (n,)."""
         labels = with_dropped_labels(part, self.config)
         model = partial(self.engine, keys=part["dropout"]) if "dropout" in part else self.engine
-        return self.process.losses(model, part["image"], part["noise"], part["time"], labels)
+        return self.objective.losses(model, part["image"], part["noise"], part["time"], labels)
 
     def _hear(self) -> bool:
         """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
@@ -228,7 +228,7 @@ class Steps:
 
     def _save(self) -> None:
         with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
-            self._saving.begin(self.position, self.engine, memory(self.process), bad_steps=self.bad_steps.state())
+            self._saving.begin(self.position, self.engine, self.objective.state(), bad_steps=self.bad_steps.state())
 
     def _save_before_the_end(self) -> None:
         """Some rank has no batch any more. What stood in for it was refused, so the run is where it was before."""
@@ -252,7 +252,7 @@ class Steps:
         with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
             if self._evaluation is None:
                 self._evaluation = evaluation_of(
-                    self.run, self.config, self.process, self.tracker, self._progress, self._stop_wanted
+                    self.run, self.config, self.objective, self.tracker, self._progress, self._stop_wanted
                 )
             self._stopping = not self._evaluation.open(self.position) or self._stopping
         self._meter.restart()
@@ -288,7 +288,7 @@ class Steps:
             left = self.position.step
             self.position = resume(
                 self.engine,
-                self.process,
+                self.objective,
                 self.run,
                 self.config,
                 self.bad_steps,

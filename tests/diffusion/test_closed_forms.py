@@ -57,7 +57,7 @@ def with_variance(p, channels):
 
 @pytest.mark.parametrize(("extreme", "twin"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
 def test_a_learned_range_at_its_ends_is_the_fixed_variances(extreme, twin):
-    learned = GaussianDiffusion(linear(1000), variance="learned_range", loss="hybrid")
+    learned = GaussianDiffusion(linear(1000), variance="learned_range")
     fixed = GaussianDiffusion(linear(1000), variance=twin)
     x_T, timesteps = normals(3, 1, 2, 2), subsequence(1000, 30, "trailing")
     draws = [ancestral(d, p, x_T, timesteps, lambda i: normals(3, 1, 2, 2, seed=i))
@@ -139,7 +139,7 @@ def optimal_channels(p):
 
 
 def test_the_bound_at_the_optimal_variance_is_the_entropy_and_what_the_noise_still_knows():
-    p = GaussianDiffusion(linear(1000), variance="learned_range", loss="hybrid", decoder="continuous")
+    p = GaussianDiffusion(linear(1000), variance="learned_range", decoder="continuous")
     channels = optimal_channels(p)
     prior, curve = bound(p, with_variance(p, lambda t: channels[t]))
     a = mpmath.mpf(1)

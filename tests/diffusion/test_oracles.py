@@ -84,7 +84,7 @@ def test_ancestral_is_theirs(monkeypatch, steps, variance, prediction):
     x = x_T = normals(*SHAPE)
     for t in scheduler.timesteps:
         x = scheduler.step(net(x, t.expand(2)), t, x).prev_sample
-    ours = GaussianDiffusion(SCHEDULE, prediction, variance, "hybrid" if net is wide else "simple")
+    ours = GaussianDiffusion(SCHEDULE, prediction, variance)
     found = ancestral(net, ours, x_T, scheduler.timesteps.tolist(), step_noise)
     torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10)
 

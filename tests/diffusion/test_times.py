@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform, by_noise_level, middles, stratified
+from dtrain.objectives.denoising import Denoising
 
 grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 last = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
@@ -43,7 +44,7 @@ def test_the_logit_normal_has_its_quantiles_and_stays_inside():
     edge = LogitNormal(5.0, 50.0).place(last)
     assert float(edge[0]) >= 0
     assert float(edge[1]) < 1
-    assert GaussianDiffusion(linear(1000), times=LogitNormal(5.0, 50.0)).time(edge).tolist() == [0, 999]
+    assert GaussianDiffusion(linear(1000)).time(edge).tolist() == [0, 999]
 
 
 def test_uniform_is_the_draw_itself():
@@ -120,16 +121,16 @@ def test_importance_resumes_exactly_from_its_state_and_passes_over_losses_that_a
         SecondMoment(4).load_state(times.state())
 
 
-def test_a_process_remembers_the_unweighted_losses():
+def test_an_objective_observes_the_unweighted_losses():
     times = filled([1.0, 3.0, 1.0, 3.0] * 10)
-    process = GaussianDiffusion(linear(40), times=times)
+    objective = Denoising(GaussianDiffusion(linear(40)), times=times)
     x0, u = torch.zeros(64, 1, 2, 2), torch.rand(64, generator=torch.Generator().manual_seed(0)).double()
     noise = torch.ones_like(x0)
-    weights = times.weights(process.place(u))
-    losses = process.losses(lambda x, t, y: torch.zeros_like(x), x0, noise, u, torch.zeros(64, dtype=torch.long))
+    weights = times.weights(objective.place(u))
+    losses = objective.losses(lambda x, t, y: torch.zeros_like(x), x0, noise, u, torch.zeros(64, dtype=torch.long))
     torch.testing.assert_close(losses, weights.float())
-    t = process.time(process.place(u))
-    process.observe(u, losses)
+    t = objective.process.time(objective.place(u))
+    objective.observe(u, losses)
     for timestep in set(t.tolist()):
         new = min(10, int((t == timestep).sum()))
         torch.testing.assert_close(times.history[timestep, -new:], torch.ones(new))

@@ -34,7 +34,7 @@ def rewritten(config):
     """On a rank: load the newest checkpoint and write what was loaded as a checkpoint of step 99 of this shape."""
     from dtrain import distributed
     from dtrain.checkpoint.writer import Writer
-    from dtrain.diffusion import process
+    from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
     from dtrain.training.engine import Engine
@@ -42,7 +42,7 @@ def rewritten(config):
 
     run = RunDirectory(config.run.path)
     engine = Engine(config, rows_per_rank(config, distributed.world_size())[1])
-    resume(engine, process.build(config.diffusion), run, config)
+    resume(engine, build(config.diffusion), run, config)
     writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
     writer.begin(99, engine.pieces(), engine.tensor_sizes(), {"step": 99, "images": 0, "optimizer_steps": 0})
     writer.wait()

@@ -42,14 +42,14 @@ def damage(checkpoint, other, rng) -> str:
 def resumed_from(configs):
     """On a rank: the step each run's directory resumes at, or the error."""
     from dtrain import distributed
-    from dtrain.diffusion import process
+    from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
     from dtrain.training.engine import Engine
     from dtrain.training.start import resume
 
     engine = Engine(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
-    built = process.build(configs[0].diffusion)
+    built = build(configs[0].diffusion)
     return [resume(engine, built, RunDirectory(config.run.path), config).step for config in configs]
 
 

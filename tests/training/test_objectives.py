@@ -111,16 +111,16 @@ def test_published_weights_begin_a_run(digits, tmp_path):
 
 def test_the_loss_by_level_is_weighted_as_it_was_drawn_though_the_importance_changes():
     from dtrain.config import Gaussian
-    from dtrain.diffusion.process import build
+    from dtrain.objectives.build import build
     from dtrain.training.record.levels import StepLosses
 
-    process = build(Gaussian(timesteps=25, loss="vlb", times="importance"))
+    objective = build(Gaussian(timesteps=25, loss="vlb", times="importance"))
     for _ in range(SecondMoment.KEPT):
-        process.times.observe(torch.arange(25), torch.linspace(9, 1, 25))
-    step = StepLosses(process, torch.device("cpu"))
+        objective.times.observe(torch.arange(25), torch.linspace(9, 1, 25))
+    step = StepLosses(objective, torch.device("cpu"))
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
-    place = process.place(u)
-    step.add({"k": torch.arange(200), "time": u}, (1 + place) * process.times.weights(place))
+    place = objective.place(u)
+    step.add({"k": torch.arange(200), "time": u}, (1 + place) * objective.times.weights(place))
     step.observe(1)
     sums, counts = step.by_level().view(2, -1)
     truth = [(1 + place)[(place * 8).long() == level].mean() for level in range(8)]
