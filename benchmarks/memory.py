@@ -10,6 +10,7 @@ of the samples, and through the rest. --traced: Python's allocations too, with t
 import argparse
 import ctypes
 import gc
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
     arguments.add_argument("overrides", nargs="*")
     given = arguments.parse_args()
 
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `tests` could be somebody else's package
     from dtrain import distributed
     from dtrain.data.pack.pack import pack
     from dtrain.training.run_training import train

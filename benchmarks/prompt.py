@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from tests.digits import pack_digits, tiny
 
 COMMANDS = {
