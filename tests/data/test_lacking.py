@@ -104,7 +104,7 @@ def test_of_many_labels_some_are_looked_at_and_all_are_counted_where_one_of_thes
     lack = wrong_labels(manifest, tmp_path, 3, most=4)  # 0, 16, 32, 48
     assert (lack.count, lack.of) == (1, 4)
     assert "in 1 of 4 samples looked at; first:" in str(lack)
-    monkeypatch.setattr("dtrain.data.shards.lacking.LOOKED_AT", 4)
+    monkeypatch.setattr("dtrain.data.fields.check.LOOKED_AT", 4)
     with pytest.raises(UserError, match=r"in 3 of 64 samples; first: .*000002.cls holds 'a'"):
         check_start(config_of(manifest), 1)
 

@@ -72,7 +72,8 @@ def test_many_classes_are_shortened():
 
 def test_a_glance_needs_neither_torch_nor_numpy(mixed):
     code = (
-        "import sys; from dtrain.data import manifest, survey; m = manifest.load(sys.argv[1])\n"
+        "import sys; from dtrain.data.fields import survey; from dtrain.data.shards import manifest\n"
+        "m = manifest.load(sys.argv[1])\n"
         "assert len(survey.survey(m, m.path.parent).headers) == 5\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
