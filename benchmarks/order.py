@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from dtrain.config.sections import Data
+from dtrain.config.data import Data
 from dtrain.data.order.order import Order
 from dtrain.data.order.streams import default_streams
 

@@ -5,11 +5,14 @@
 Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
 """
 
+from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
+from dtrain.config.evaluation import Eval
 from dtrain.config.models import DiT, UNet
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
-from dtrain.config.sections import ArrayField, Data, EMAProfile, Eval, Source, flat
+from dtrain.config.sections import flat
+from dtrain.config.training import EMAProfile
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [

@@ -59,6 +59,12 @@ class DiT(Section):
         own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
         return table | {key: size for key, size in own.items() if size is not None}
 
+    def architecture(self, image_size: int) -> dict[str, object]:
+        """Key → value of what decides which parameters there are, and their shapes."""
+        sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
+        # Its positions are parameters that do not learn.
+        return {"data.image_size": image_size, **sizes, "model.qk_norm": self.qk_norm}
+
 
 class UNet(Section):
     name: Literal["unet"]
@@ -90,3 +96,9 @@ class UNet(Section):
                     f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
                 )
         return self
+
+    def architecture(self, image_size: int) -> dict[str, object]:
+        """Key → value of what decides which parameters there are, and their shapes."""
+        keys = {f"model.{k}": getattr(self, k) for k in ("width", "multipliers", "res_blocks", "scale_shift")}
+        levels = range(len(self.multipliers))
+        return keys | {"model.attention": [i for i in levels if image_size >> i in self.attention]}

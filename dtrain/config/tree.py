@@ -5,19 +5,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
+from dtrain.config.evaluation import Eval
 from dtrain.config.models import DiT, UNet
-from dtrain.config.sections import (
-    Data,
-    DeepSpeed,
-    EMAProfile,
-    Eval,
-    Optim,
-    Run,
-    Section,
-    Tracking,
-    Train,
-)
+from dtrain.config.run import Run, Tracking
+from dtrain.config.sections import Section
+from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
 
 
 def _process_of(diffusion: Any) -> str:
@@ -150,11 +144,4 @@ def architecture(config: Config) -> dict[str, Any]:
         "data.channels": data.channels,
         "diffusion.variance": "learned" if getattr(config.diffusion, "variance", "") == "learned_range" else "fixed",
     }
-    if model.name == "dit":
-        keys["data.image_size"] = data.image_size  # its positions are parameters that do not learn
-        own = {key: size for key, size in model.sizes.items() if key != "heads" or model.qk_norm}
-        own["qk_norm"] = model.qk_norm
-    else:
-        own = {key: getattr(model, key) for key in ("width", "multipliers", "res_blocks", "scale_shift")}
-        own["attention"] = [i for i in range(len(model.multipliers)) if data.image_size >> i in model.attention]
-    return keys | {f"model.{key}": value for key, value in own.items()}
+    return keys | model.architecture(data.image_size)

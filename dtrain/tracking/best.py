@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.sections import HIGHER_IS_BETTER
+from dtrain.config.evaluation import HIGHER_IS_BETTER
 from dtrain.tracking.journal import read
 
 # The size of a block changes no more than the rounding. What the resizing of a reference matters to, a distance, is in

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from dtrain.config.sections import PIN
+from dtrain.config.evaluation import PIN
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.features.torchscript_code import FILES, LIBRARIES, declared, harm_in, module_of
 from dtrain.files import read_bytes

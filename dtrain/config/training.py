@@ -1,0 +1,106 @@
+"""The sections `optim`, `ema`, `deepspeed` and `train`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_serializer, model_validator
+
+from dtrain.config.sections import NonNegative, Positive, Section, flat
+from dtrain.credentials import masked
+
+
+class Optim(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """learning rate, constant after the warm-up"""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, decoupled from the gradient"""
+    warmup_steps: NonNegative = 0
+    """linear from 0; constant afterwards"""
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0
+    """global L2 norm; 0: none"""
+
+
+class EMAProfile(Section):
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """of an average of the weights; it spans the last 1/(1 − decay) steps"""
+
+
+# Raw DeepSpeed options that would undo what dtrain relies on, and the key that is meant instead.
+OWN_OPTIONS = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.gradient_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_steps",
+    "bf16": "deepspeed.precision",
+    "fp16": "deepspeed.precision",
+    "torch_autocast": "deepspeed.precision",
+    "data_types": "deepspeed.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload",
+    "zero_optimization.offload_param": "deepspeed.offload",
+}
+
+
+class DeepSpeed(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """what ranks share out: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 nothing"""
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "fp32"
+    """bf16: weights too, with fp32 masters, stages 1 to 3; bf16_autocast: products only"""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """to the host's memory: masters, moments and averages; all: the weights too, stage 3"""
+    extra: dict[str, Any] = Field({})
+    """raw DeepSpeed options, merged last"""
+
+    @field_serializer("extra", when_used="json")
+    def _extra_as_kept(self, extra: dict[str, Any]) -> dict[str, Any]:
+        return masked(extra)
+
+    @model_validator(mode="after")
+    def _combines(self):
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("precision bf16 drifts at stage 0; take bf16_autocast, or stage 1 to 3")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload} needs partitioned state; take stage 1 to 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload all moves parameters, which only stage 3 partitions, not {self.zero_stage}")
+        given = flat(self.extra)
+        for option, key in OWN_OPTIONS.items():
+            if any(g == option or g.startswith(option + ".") for g in given):
+                raise ValueError(f"extra.{option} is dtrain's to set; use `{key}`")
+        return self
+
+
+class Train(Section):
+    steps: Positive
+    """optimizer steps of the whole run"""
+    micro_batch: Positive | None = None
+    """rows of one rank per forward; null: all of the rank's rows at once"""
+    activation_checkpointing: bool = False
+    """recompute each block in backward: less memory, a third more time"""
+    compile: bool = False
+    """torch.compile: a slow first step, faster ones after"""
+    log_every: Positive = 10
+    """steps between two lines of the journal"""
+    checkpoint_every: Positive = 1000
+    """steps between two checkpoints"""
+    keep_last: Positive = 3
+    """complete checkpoints kept"""
+    keep_every: Positive | None = None
+    """also kept: those of every so many steps"""
+    keep_best: str | None = None
+    """also kept: the one that this metric finds best, such as fd_pixels"""
+    spike_factor: Annotated[float, Field(ge=0)] = 10.0
+    """a gradient norm over so many recent ones is refused; 0: none is"""
+    bad_steps: Positive = 3
+    """refused in a row: the run goes back to its newest checkpoint and leaves their images out"""
+    rollbacks: NonNegative = 5
+    """of a run; the next one ends it and names the samples"""
+    hang_limit: Annotated[float, Field(ge=0)] = 300.0
+    """seconds without a step, at least, that are a hang; 0: none are"""
+    start_limit: Annotated[float, Field(gt=0)] = 1800.0
+    """the same of the start, the first step and a save, which no earlier step can tell"""
+    deadline: str | None = None
+    """[D-]HH:MM:SS from the start, or an ISO 8601 time; null: the SLURM job's end"""
