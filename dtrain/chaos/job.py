@@ -96,7 +96,7 @@ class Job:
         return RunDirectory(Path(self.config.run.dir) / name)
 
     def arguments(self, name: str, shape: Shape, overrides: list[str]) -> list[str]:
-        """Of the command that trains the run `name`."""
+        """The arguments of the command that trains the run `name`."""
         own = [f"run.name={name}", f"deepspeed.zero_stage={shape.stage}", *self._commands()]
         return ["train", str(self.file), *own, *overrides]
 

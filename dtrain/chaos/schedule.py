@@ -141,7 +141,7 @@ def kill_in_an_evaluation(job: Job, point: str, who: str, victims: str, state: S
 
 
 def damage_after_a_kill(kind: str, state: State, rng) -> Plan | None:
-    """Of the newest checkpoint, while there is an older one to go back to."""
+    """Damage the newest checkpoint, while there is an older one to go back to."""
     step = later(state, rng)
     if state.whole < 2 or step is None:
         return None

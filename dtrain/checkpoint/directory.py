@@ -30,7 +30,7 @@ def complete(directory: Path) -> list[Path]:
 
 
 def manifest_hash(path: Path) -> str:
-    """Of a complete checkpoint: its manifest names all that the checkpoint holds by hash."""
+    """The hash of a complete checkpoint's manifest, which names all that the checkpoint holds by hash."""
     return hashlib.sha256(read_bytes(path / "manifest.json", LARGEST, follow=False)).hexdigest()
 
 

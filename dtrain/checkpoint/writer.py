@@ -105,7 +105,7 @@ class Writer:
         return final
 
     def abandon(self) -> None:
-        """A rank could not write: forget this save; rank 0 removes what there is."""
+        """A rank could not write: give this save up; rank 0 removes what there is."""
         self.wait()
         if self.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)

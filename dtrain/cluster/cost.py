@@ -34,7 +34,7 @@ class Activations:
 
 
 def activations(config: Config, micro_batch: int, checkpointing: bool, device: str = "cuda") -> Activations:
-    """Of `micro_batch` rows in `deepspeed.precision`, with or without activation checkpointing.
+    """What is kept for backward of `micro_batch` rows in `deepspeed.precision`, with or without checkpointing them.
 
     device: whose rules of autocast hold, cuda or cpu. A weight's gradient counts only until it is handed on.
     """

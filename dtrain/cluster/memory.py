@@ -32,7 +32,7 @@ class Sizes:
 
     @property
     def persistent(self) -> int:
-        """Of the trainable ones, those that stage 3 never partitions."""
+        """How many of the trainable ones stage 3 never partitions."""
         return sum(n for n in self.each if n < PERSISTENT)
 
     def share(self, ranks: int, stage: int) -> int:
@@ -70,7 +70,7 @@ class State:
 
 
 def state(config: Config, sizes: Sizes, ranks: int, stage: int) -> State:
-    """Of the config's precision, offload and averages at another `stage`, of the rank that holds most.
+    """What the rank that holds most has, by the config's precision, offload and averages, at `stage`.
 
     Stages 1 and 2 keep the gradients of a parameter that a share's end cuts through whole, on both sides.
     """
@@ -121,5 +121,5 @@ def bucket_bytes(config: Config, sizes: Sizes) -> int:
 
 
 def checkpoint_bytes(config: Config, sizes: Sizes) -> int:
-    """Of one checkpoint: fp32 weights, two moments, the averages; frozen weights once."""
+    """Bytes of one checkpoint: fp32 weights, two moments, the averages; frozen weights once."""
     return 4 * (sizes.trainable * (3 + len(config.ema)) + sizes.frozen)

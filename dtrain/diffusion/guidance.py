@@ -68,5 +68,5 @@ def _within(t: Tensor, interval: tuple[float, float], last_time: float) -> Tenso
 
 
 def _std(x: Tensor) -> Tensor:
-    """Of each row, (N, 1, 1, 1)."""
+    """The standard deviation of each row, (N, 1, 1, 1)."""
     return x.flatten(1).std(1).view(-1, 1, 1, 1)

@@ -102,7 +102,7 @@ def ddim(
 def encode(denoiser: Denoiser, process: GaussianDiffusion, x_0: Tensor, timesteps: list[int]) -> Tensor:
     """The x_T that deterministic DDIM along the same falling `timesteps` leads back to x_0 (Song et al. 2021, 4.3).
 
-    Each step asks for ε at the time it goes to, since at clean data there is no noise to speak of. The error of a round
+    Each step asks for ε at the time it goes to, since clean data hold no noise. The error of a round
     trip falls as 1/S.
     """
     x, here = x_0, process.clean

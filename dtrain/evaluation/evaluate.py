@@ -192,7 +192,7 @@ class Opened:
 
 
 def newest_step(run: RunDirectory) -> int:
-    """Of the newest complete checkpoint. A collective: who looks for himself may miss, or find, one more commit."""
+    """The step of the newest complete checkpoint. Collective: ranks that each list the folder may differ."""
     return distributed.on_rank_0(lambda: open_checkpoint(run).meta["step"])
 
 

@@ -68,7 +68,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Of all but the path: data may be moved."""
+        """A hash of all but the path: data may be moved."""
         content = json.dumps([self.data, self.extractor, self.preprocessing])
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -103,7 +103,7 @@ class UNet(nn.Module):
 
     The constructor only allocates; `layers.initialize` gives the weights (`models.build.build` does both). With
     num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
-    the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half speaks of
+    the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
     the variance.
     """
 

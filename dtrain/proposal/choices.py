@@ -17,7 +17,7 @@ FEW = 5000  # pictures
 
 
 def image_size(facts: Facts, machine: Machine) -> int:
-    """Of the pictures themselves where they are small, else what this machine trains in an hour or a few."""
+    """The pictures' own side where they are small, else what this machine trains in an hour or a few."""
     side, most = facts.shorter_side, 64 if machine.gpus else 32
     if side >= most:
         return most
@@ -56,7 +56,7 @@ class Choices:
 
     @cached_property
     def patch(self) -> int | None:
-        """Of at most 256 tokens an image; None where no patch divides it into so few."""
+        """The smallest with at most 256 tokens an image; None where no patch divides it into so few."""
         return next((p for p in (2, 4, 8) if self.size % p == 0 and (self.size // p) ** 2 <= 256), None)
 
     @property

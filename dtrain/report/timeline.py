@@ -27,7 +27,7 @@ def attempts(run: Run) -> list[list[Line]]:
 
 
 def lost_steps(run: Run) -> list[int]:
-    """Of each attempt the steps that a later one went through again, as far as they were journaled."""
+    """How many steps of each attempt a later one went through again, as far as they were journaled."""
     begins = [(line["attempt"], line["step"]) for line in run.happened if line["event"] == "attempt"]
     found = []
     for lines in attempts(run):

@@ -15,7 +15,7 @@ NOT_SETTINGS = ("artifact", "differs", "batch_size", "reference_resize")
 
 
 def higher_is_better(metric: str) -> bool:
-    """Of a journal's key, such as `precision_inception`; distances and bits/dim are better lower."""
+    """metric: a journal's key, such as `precision_inception`. Distances and bits/dim are better lower."""
     return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER_IS_BETTER)
 
 
@@ -35,7 +35,7 @@ def failed_evaluations(journal_file: Path) -> Counter[int]:
 
 
 def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
-    """Of the given steps the one with the best value of `metric`; None where none has one.
+    """The one of the given steps with the best value of `metric`; None where none has one.
 
     Compared are evaluations made as the newest with this metric was made: fewer samples are a greater distance.
     """

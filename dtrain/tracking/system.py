@@ -75,7 +75,7 @@ def machine(network_before, folder: Path) -> dict[str, float]:
 
 
 def gpus() -> dict[str, float]:
-    """Of every GPU of the node, as nvidia-smi tells it; none where there is no nvidia-smi."""
+    """How busy every GPU of the node is, as nvidia-smi tells it; none where there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout

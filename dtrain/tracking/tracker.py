@@ -92,7 +92,7 @@ class Tracker:
     def write_own(self, event: str, position: Position, context: dict) -> None:
         """What this rank alone knows, in its own journal; the attempt is the one rank 0 began."""
         if self._own.attempt is None:
-            # Of rank 0's journal: who calls this has heard of rank 0 since it began.
+            # Rank 0's journal: a rank that calls this has had word of rank 0 since it began.
             self._own.attempt = highest_attempt(events(self._run.journal_file))
         self._append(self._own, event, position, None, context)
 

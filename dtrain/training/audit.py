@@ -83,7 +83,7 @@ def replay(mixture: Mixture, sets: tuple[Manifest, ...], images: int, left_out: 
 
 
 def _contradictions(use: np.ndarray, passed: int, taken: int, epoch: int) -> list[str]:
-    """Of e whole epochs and a part of one: no sample more than e + 1 times, and what an epoch leaves out is few.
+    """What e whole epochs and a part of one deny: no sample comes more than e + 1 times, and an epoch leaves few out.
 
     passed: images of the order gone through; taken: those of them that were trained on.
     """

@@ -38,5 +38,5 @@ def with_dropped_labels(batch: dict[str, torch.Tensor], config: Config) -> torch
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of step 1, 2, …: linear warm-up, then constant."""
+    """The learning rate of step 1, 2, …: linear warm-up, then constant."""
     return config.optim.lr * min(1.0, step / max(1, config.optim.warmup_steps))

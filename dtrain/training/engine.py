@@ -113,7 +113,7 @@ class Engine:
         return norm
 
     def _norm(self) -> float:
-        """Of the step being taken. DeepSpeed's own has been reduced by the time the optimizer is called."""
+        """The gradient norm of this step. DeepSpeed's own has been reduced by the time the optimizer is called."""
         return self._norm_at_0 if self.stage == 0 else float(self.zero._global_grad_norm)
 
     def _clip_at_0(self) -> float:

@@ -55,7 +55,7 @@ class Saving:
         return self._writer.failure is not None
 
     def lacks_room(self, engine: Engine) -> bool:
-        """Whether the disk is too full for a checkpoint. Asked of rank 0, before any rank writes, for all to hear."""
+        """Whether the disk is too full for a checkpoint. Asked of rank 0 before any rank writes; all get the answer."""
         self._needed = int(4 * sum(engine.tensor_sizes().values()) * SPARE)
         try:
             self._free = shutil.disk_usage(self._run.checkpoints).free
@@ -99,7 +99,7 @@ class Saving:
         sizes = engine.tensor_sizes() | {name: values.numel() for name, values in more.items()}
         self._writer.begin(position.step, pieces, sizes, meta)
 
-    def heard(self, sums: StepSums) -> None:
+    def on_reduced(self, sums: StepSums) -> None:
         """What the reduction says of the save in flight, the same on every rank."""
         if self._position is not None and (sums.written or sums.failed):
             self._finish(sums.failed)

@@ -67,7 +67,8 @@ def resume(
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
-    found = distributed.on_rank_0(complete, run.checkpoints)  # who looks for himself may miss the last commit
+    # A rank that lists the folder by itself may miss the last commit.
+    found = distributed.on_rank_0(complete, run.checkpoints)
     for path in reversed(found):
         checkpoint, problem = _load_on_all_ranks(partial(_load, engine, objective, config, data), path)
         if checkpoint is not None:

@@ -132,7 +132,7 @@ class Steps:
             self._open_evaluation()
             started += time.perf_counter() - opening  # no part of a step, whose time sets the limit of a hang
 
-        self._hear()
+        self._on_reduced()
         step = self.position.step
         last = step == config.train.steps
         save_due = last or (taken and step % config.train.checkpoint_every == 0)
@@ -156,7 +156,7 @@ class Steps:
             data_seconds=self.feed.seconds,
         )
         if save_due or evaluation_due or self._stopping or bad_steps.too_many:
-            no_room = self._hear()  # the journal must not lack a step that a checkpoint holds
+            no_room = self._on_reduced()  # the journal must not lack a step that a checkpoint holds
         if bad_steps.too_many:
             self._go_back()
         elif save_due:
@@ -199,7 +199,7 @@ class Steps:
         model = partial(self.engine, keys=part["dropout"]) if "dropout" in part else self.engine
         return self.objective.losses(model, part["image"], part["noise"], part["time"], labels)
 
-    def _hear(self) -> bool:
+    def _on_reduced(self) -> bool:
         """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
         if (sums := self._reduction.finish()) is None:
             return False
@@ -207,14 +207,14 @@ class Steps:
             self._save_before_the_end()
             self.feed.raise_on_all()
         self._reduced = sums.position
-        self.watchdog.heard(sums.step_seconds)
-        self._saving.heard(sums)
+        self.watchdog.on_reduced(sums.step_seconds)
+        self._saving.on_reduced(sums)
         self._stopping = self._stopping or sums.stop
-        self._health.heard(sums)
-        if (refused := self.bad_steps.heard(sums)) is not None:
+        self._health.on_reduced(sums)
+        if (refused := self.bad_steps.on_reduced(sums)) is not None:
             self._progress.say(refused)
             return sums.no_room
-        self._meter.heard(sums)
+        self._meter.on_reduced(sums)
         config, step = self.config, sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
             metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
@@ -233,7 +233,7 @@ class Steps:
     def _save_before_the_end(self) -> None:
         """Some rank has no batch any more. What stood in for it was refused, so the run is where it was before."""
         self.position = self._reduced
-        self.bad_steps.forget_pending()
+        self.bad_steps.drop_pending()
         if self.position.step and self.position.step != self._saving.tried:
             if distributed.on_rank_0(self._saving.lacks_room, self.engine):
                 self._saving.skip(self.position)

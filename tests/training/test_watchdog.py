@@ -129,7 +129,7 @@ def test_what_an_evaluation_takes_to_open_is_no_part_of_the_step_that_limits_are
 
 def hang_in(path):
     watchdog = Watchdog(RunDirectory(path), 0, 1.0, 1800.0)
-    watchdog.heard([0.01])
+    watchdog.on_reduced([0.01])
     watchdog.beat(1)
     time.sleep(600)
 
@@ -148,7 +148,7 @@ def test_a_full_disk_does_not_hinder_the_end(tmp_path):
 
 def beating(path, seconds):
     watchdog = Watchdog(RunDirectory(path), 0, 2.0, 1800.0)
-    watchdog.heard([0.01])
+    watchdog.on_reduced([0.01])
     os.kill(os.getpid(), signal.SIGSTOP)  # until the test lets it go on
     watchdog.beat(1)
     end = time.monotonic() + seconds
@@ -176,11 +176,11 @@ def test_limits_are_learned_from_what_all_ranks_took_and_each_says_where_it_come
         assert "train.start_limit" in watchdog.limit_of(phase).why
     watchdog.beat(1, 30.0)
     assert watchdog.limit_of("step") == (300, "10 times the slowest recent step")
-    watchdog.heard([1.0, 40.0])
+    watchdog.on_reduced([1.0, 40.0])
     watchdog.beat(2, 50.0)
     assert watchdog.limit_of("step").seconds == 400
     for _ in range(50):
-        watchdog.heard([2.0, 3.0])
+        watchdog.on_reduced([2.0, 3.0])
     assert watchdog.limit_of("step").seconds == 30
     assert watchdog.limit_of("saving").seconds == 900
     assert watchdog.limit_of("evaluation").seconds == 6 * 3600
@@ -191,7 +191,7 @@ def test_limits_are_learned_from_what_all_ranks_took_and_each_says_where_it_come
     assert watchdog.limit_of("evaluation").why == "10 times the slowest recent evaluation"
     patient = Watchdog(RunDirectory(tmp_path), 0, 300, 900.0)
     patient.close()
-    patient.heard([0.1])
+    patient.on_reduced([0.1])
     assert patient.limit_of("step") == (300, "train.hang_limit, the least of all limits")
 
 

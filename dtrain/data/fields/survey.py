@@ -25,7 +25,7 @@ class Survey:
 
     @property
     def shorter_sides(self) -> list[int]:
-        """Of each picture, in pixels, sorted."""
+        """The shorter side of each picture, in pixels, sorted."""
         return sorted(min(one.width, one.height) for one in self.headers)
 
     @property

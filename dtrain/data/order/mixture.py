@@ -87,7 +87,7 @@ class Mixture:
         return (blocks * self._quotas + np.bincount(source, minlength=len(self.orders))).tolist()
 
     def _lay_out(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one block: the source at each place, and its rank among that source's places; each (1024,) int64."""
+        """A block's source at each place, and its rank among that source's places; each (1024,) int64."""
         sources = np.repeat(np.arange(len(self.orders)), self._quotas)
         sources = sources[permutation(self._draws.words(Purpose.MIXTURE, block, size=BLOCK))]
         ranks = np.empty_like(sources)

@@ -33,7 +33,7 @@ class SampleNames:
         return names
 
     def _located(self, k: np.ndarray) -> list[tuple[str, int, int, int]]:
-        """Of each image: its shard, its number in there, its source, and its sample id in the source."""
+        """(shard, number in there, source, sample id in the source) of each image."""
         found = []
         for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
             sizes = self._manifests[source].shard_sizes

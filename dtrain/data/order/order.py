@@ -112,7 +112,7 @@ class Order:
         return permutation(words).astype(np.uint32)
 
     def _permute_shards(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Of one epoch: rotation r_e, shard at each place (S,), samples up to the end of each place (S,) int64."""
+        """An epoch's rotation r_e, shard at each place (S,), samples up to the end of each place (S,) int64."""
         rotation = int(self._draws.words(Purpose.ROTATION, epoch)[0] % np.uint64(self.samples))
         shards = permutation(self._draws.words(Purpose.SHARD_ORDER, epoch, size=self._sizes.size))
         return rotation, shards, np.cumsum(self._sizes[shards])

@@ -125,7 +125,7 @@ def _name(prefix: Path, number: int) -> Path:
 
 
 def _members(files: Callable[[Any], Files], piece: list[tuple[str, Any]]) -> list[tuple[bytes, int] | str]:
-    """Of each sample its tar members, and the bytes of its fields; or the reason to leave it out."""
+    """(tar members, bytes of the fields) of each sample, or the reason to leave it out."""
     from webdataset import TarWriter
 
     found = []

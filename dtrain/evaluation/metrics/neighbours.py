@@ -39,7 +39,7 @@ def radii(points: Tensor, k: int) -> Tensor:
 
 
 def _share_covered(points: Tensor, centres: Tensor, radius: Tensor) -> float:
-    """Of points (N, D), the share within `radius` (M,) of one of the centres (M, D)."""
+    """The share of points (N, D) within `radius` (M,) of one of the centres (M, D)."""
     covered = 0
     for rows in points.split(ROWS):
         inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)

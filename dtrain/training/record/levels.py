@@ -42,8 +42,8 @@ class StepLosses:
         self._objective.observe(u, losses)
 
 
-def mean_by_level(heard: list[StepSums]) -> dict[str, float]:
-    """loss_level_0 (least noise) … loss_level_7 over the steps heard of; a level that had no row is left out."""
-    sums = [sum(s.levels[i] for s in heard) for i in range(2 * LEVEL_BINS)]
+def mean_by_level(reduced: list[StepSums]) -> dict[str, float]:
+    """loss_level_0 (least noise) … loss_level_7 over these steps; a level that had no row is left out."""
+    sums = [sum(s.levels[i] for s in reduced) for i in range(2 * LEVEL_BINS)]
     pairs = zip(sums[:LEVEL_BINS], sums[LEVEL_BINS:], strict=True)
     return {f"loss_level_{i}": total / count for i, (total, count) in enumerate(pairs) if count}

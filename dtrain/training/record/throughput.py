@@ -15,7 +15,7 @@ BACKWARD = 2  # a backward pass costs twice its forward pass
 
 
 class Meter:
-    """Throughput since the last `restart`, from the steps that were heard of."""
+    """Throughput since the last `restart`, from the steps that were reduced."""
 
     def __init__(self, config: Config, world_size: int, device: torch.device):
         self.batch_size = config.data.batch_size
@@ -27,28 +27,28 @@ class Meter:
 
     def restart(self) -> None:
         """Begin anew, leaving out time that was not training."""
-        self._since, self._heard = time.perf_counter(), []
+        self._since, self._reduced = time.perf_counter(), []
 
-    def heard(self, sums: StepSums) -> None:
-        self._heard.append(sums)
-        self.seconds_per_step = (time.perf_counter() - self._since) / len(self._heard)
+    def on_reduced(self, sums: StepSums) -> None:
+        self._reduced.append(sums)
+        self.seconds_per_step = (time.perf_counter() - self._since) / len(self._reduced)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the steps heard of, the loss by noise level among them.
+        """Means over the steps reduced, the loss by noise level among them.
 
         mfu: of the model's own FLOPs, whatever is recomputed.
         bytes_read, bad_samples: sums since the last `restart`; cache_hit_rate: of the blocks of remote shards.
         data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
         """
         images_per_second = self.batch_size / self.seconds_per_step
-        spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._heard]
-        waits = [max(s.data_seconds) for s in self._heard]
-        blocks = sum(s.cache_hits + s.cache_misses for s in self._heard)
-        hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._heard) / blocks} if blocks else {}
+        spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._reduced]
+        waits = [max(s.data_seconds) for s in self._reduced]
+        blocks = sum(s.cache_hits + s.cache_misses for s in self._reduced)
+        hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._reduced) / blocks} if blocks else {}
         return hit_rate | {
-            **mean_by_level(self._heard),
-            "bytes_read": sum(s.bytes_read for s in self._heard),
-            "bad_samples": sum(s.replaced for s in self._heard),
+            **mean_by_level(self._reduced),
+            "bytes_read": sum(s.bytes_read for s in self._reduced),
+            "bad_samples": sum(s.replaced for s in self._reduced),
             "images_per_second": images_per_second,
             "step_seconds": self.seconds_per_step,
             "step_seconds_spread": sum(spread) / len(spread),

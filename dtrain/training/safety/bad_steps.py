@@ -69,7 +69,7 @@ class BadSteps:
         self._untold.append(Refused(norm, limit, images))
         return False
 
-    def heard(self, sums: StepSums) -> str | None:
+    def on_reduced(self, sums: StepSums) -> str | None:
         """Journal a refused step once all ranks have reduced it; what to tell the user of it."""
         if sums.taken:
             return None
@@ -82,7 +82,7 @@ class BadSteps:
         self._tracker.write("fault", sums.position, {"grad_norm": norm}, context)
         return message
 
-    def forget_pending(self) -> None:
+    def drop_pending(self) -> None:
         """The refused steps that no rank has been told of were of rows that stood in for a batch: they are none."""
         del self.refused[len(self.refused) - len(self._untold) :]
         self._untold.clear()

@@ -53,7 +53,7 @@ class DataHealth:
                 terminal.say(message)  # into this rank's log
             self._events.append(("fault", after, {"kind": "worker", "message": message}))
 
-    def heard(self, sums: StepSums) -> None:
+    def on_reduced(self, sums: StepSums) -> None:
         """Raises SharedError, on every rank at the same step, when more samples are bad than data.max_bad_fraction."""
         for event, position, context in self._events:
             self._tracker.write_own(event, position, context)

@@ -21,7 +21,7 @@ class Refusal:
         optimizer.register_step_post_hook(self._put_back)
 
     def begin(self, limit: float) -> None:
-        """Of the next step: a norm over `limit`, infinite or not a number is refused."""
+        """Before the next step, which is refused where its norm is over `limit`, infinite or not a number."""
         self._limit, self._refused = limit, None
 
     def refuses(self) -> bool:

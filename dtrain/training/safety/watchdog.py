@@ -59,13 +59,13 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int, seconds: float | None = None) -> None:
-        """A step is done, or the run is ready for its first. seconds: what it took here, until all ranks' are heard."""
+        """A step is done, or the run ready for its first. seconds: what it took here, until all ranks' are reduced."""
         self.step = step
         if seconds is not None and not self._recent["step"]:
             self._recent["step"].append(seconds)
         self._enter("step")
 
-    def heard(self, seconds: list[float]) -> None:
+    def on_reduced(self, seconds: list[float]) -> None:
         """How long a step took each rank."""
         self._recent["step"].append(max(seconds))
 
