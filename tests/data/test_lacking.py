@@ -109,6 +109,16 @@ def test_of_many_labels_some_are_looked_at_and_all_are_counted_where_one_of_thes
         check_start(config_of(manifest), 1)
 
 
+def test_a_damaged_label_is_no_wrong_label_so_the_training_begins_and_names_the_damage(tmp_path):
+    manifest = data_set(tmp_path, samples(64))
+    shard = tmp_path / manifest.shards[0].name
+    shard.write_bytes(bytes(255 - byte for byte in shard.read_bytes()))
+    assert wrong_labels(manifest, tmp_path, 3) is None
+    assert "starts" in check_start(config_of(manifest), 1)
+    with pytest.raises(BadSample, match="crc32"):
+        StepDataset(config_of(manifest), manifest, 0, 1, 0)[0]
+
+
 def test_the_rule_of_the_first_dot_is_said_where_it_bites(tmp_path):
     write_shards(tmp_path, samples(20))
     rename(tmp_path, "000004.png", "photo v2.0.png")

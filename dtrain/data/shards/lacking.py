@@ -76,7 +76,7 @@ def _absent(manifest: Manifest, columns: list[list[int]]) -> tuple[list[int], li
 def wrong_labels(manifest: Manifest, directory: str | Path, num_classes: int, most: int | None = None) -> Lack | None:
     """Labels that are no number below `num_classes` (0: any number), among `most` samples of a local data set, or all.
 
-    What cannot be read is passed over: whoever reads the shard names it.
+    What cannot be read or is damaged is passed over: whoever reads the shard for its pictures names it.
     """
     if LABEL_FIELD not in manifest.fields or is_url(directory):
         return None
@@ -85,8 +85,7 @@ def wrong_labels(manifest: Manifest, directory: str | Path, num_classes: int, mo
     with open_members(manifest, directory) as members:
         for sample in samples:
             try:
-                offset, size = members.of(sample)[LABEL_FIELD]
-                text = members.read(sample, offset, min(size, _LONGEST))
+                text = members.head(sample, LABEL_FIELD, _LONGEST)
             except (KeyError, OSError):
                 continue
             number = class_number(text)

@@ -1,11 +1,12 @@
 """Single members of a local data set, read where the side file says they lie. Imports no torch and no NumPy.
 
-For a glance at a few; a training reads through `shards.py`, which checks every byte.
+For a glance at a few; a training reads through `reader.py`, which checks every byte.
 """
 
 import errno
 import os
 import struct
+import zlib
 from bisect import bisect_right
 from contextlib import contextmanager
 from itertools import accumulate
@@ -27,10 +28,18 @@ class Members:
 
     def of(self, sample: int) -> dict[str, tuple[int, int]]:
         """Field → (offset, size) of those that a sample has."""
-        width = len(self._manifest.fields) * RECORD_BYTES
-        records = _RECORD.iter_unpack(os.pread(self._side.fileno(), width, sample * width))
-        named = zip(self._manifest.fields, records, strict=True)
-        return {field: (offset, size) for field, (offset, size, _) in named if size != ABSENT}
+        return {field: (offset, size) for field, (offset, size, _) in self._records(sample).items()}
+
+    def head(self, sample: int, field: str, most: int) -> bytes:
+        """The first `most` bytes of a member. Raises KeyError where the sample has no such field.
+
+        Raises OSError as `read` does, and where a member of at most so many bytes is not as it was indexed.
+        """
+        offset, size, crc32 = self._records(sample)[field]
+        data = self.read(sample, offset, min(size, most))
+        if size <= most and zlib.crc32(data) != crc32:
+            raise OSError(errno.EIO, "a member is not as it was indexed")
+        return data
 
     def read(self, sample: int, offset: int, size: int) -> bytes:
         """Bytes of the sample's shard. Raises OSError where it cannot be read, or has not so many bytes."""
@@ -42,6 +51,12 @@ class Members:
             self.close()
             self._open = number, open_regular(self._directory / shard.name)
         return os.pread(self._open[1], size, offset)
+
+    def _records(self, sample: int) -> dict[str, tuple[int, int, int]]:
+        width = len(self._manifest.fields) * RECORD_BYTES
+        records = _RECORD.iter_unpack(os.pread(self._side.fileno(), width, sample * width))
+        named = zip(self._manifest.fields, records, strict=True)
+        return {field: record for field, record in named if record[1] != ABSENT}
 
     def close(self) -> None:
         if self._open is not None:
