@@ -98,7 +98,7 @@ class Denoising:
         """
         if self.observes:
             place = self.place(u)
-            self.times.observe(self.process.time(place), losses.detach() / self.times.weights(place))
+            self.times.observe(self.process.time(place), self.unweighted(losses.detach(), place))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside the networks: float32, the same on every rank."""

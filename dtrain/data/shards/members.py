@@ -15,7 +15,7 @@ from pathlib import Path
 from dtrain.data.shards.manifest import ABSENT, RECORD_BYTES, Manifest
 from dtrain.files import open_regular, opener
 
-_RECORD = struct.Struct("<QII")  # dtrain.data.shards.tar.MEMBER: offset, size, crc32
+_RECORD = struct.Struct("<QII")  # manifest.RECORD without NumPy: offset, size, crc32
 
 
 class Members:
