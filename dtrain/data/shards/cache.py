@@ -1,7 +1,7 @@
 """A block cache on local disk, shared by all processes of a node and safe against kills.
 
 A block is one file, written beside its place and renamed into it, so a reader finds a block whole or not at all. What
-a block holds is checked by the members' crc32 when they are read out of it (`shards.py`).
+a block holds is checked by the members' crc32 when they are read out of it (`reader.py`).
 """
 
 import fcntl
