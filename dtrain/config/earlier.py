@@ -3,7 +3,7 @@
 A run's own config.yaml, or a checkpoint's config, may lack keys that were added since. Each means there what was done
 before it existed; only a new run takes today's default. Whoever adds a key that decides what a run computes, or how it
 is evaluated, adds a row here; the golden configs hold everybody to it. `data.streams` is resolved beside this table, in
-`data/streams.py`, because its value follows from the data.
+`data/order/streams.py`, because its value follows from the data.
 """
 
 from typing import Any, NamedTuple
