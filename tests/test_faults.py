@@ -13,8 +13,8 @@ from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks, start_ranks
 from tests.test_cli import command
+from tests.training.runs import train
 from tests.training.test_full_disk import small_disk
-from tests.training.test_loop import train
 
 
 @pytest.fixture

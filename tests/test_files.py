@@ -34,7 +34,7 @@ from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.report.made import append, make_run
 from tests.test_foreign_files import rewrite_side
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 
 @contextmanager

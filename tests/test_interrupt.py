@@ -16,7 +16,7 @@ from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.terminal import Terminal
 from tests.test_cli import command
-from tests.training.test_loop import trained
+from tests.training.runs import trained
 
 LONG = ("train.steps=100000", "train.checkpoint_every=100000")
 

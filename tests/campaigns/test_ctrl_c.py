@@ -21,7 +21,7 @@ from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
 from tests.end_to_end.test_launch import DEEPSPEED, ROOT, port, processes_of
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 pytestmark = pytest.mark.campaign
 

@@ -5,7 +5,7 @@ import pytest
 from dtrain.config import load
 from tests.digits import CONFIG, losses
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 pytestmark = pytest.mark.campaign
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.digits import tiny
 from tests.training.elastic import resume_elsewhere, shape, tensors, write
-from tests.training.test_loop import trained
+from tests.training.runs import trained
 
 pytestmark = pytest.mark.campaign
 STEPS = 110

@@ -12,7 +12,7 @@ from dtrain.config import Config
 from tests.digits import tiny
 from tests.printed import blocks
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 NO_SOCKETS = """import socket
 def refuse(*_, **__): raise SystemExit("the network was touched")

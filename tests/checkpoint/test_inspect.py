@@ -12,7 +12,7 @@ from dtrain.tracking.best import best_step
 from dtrain.tracking.journal import Journal
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 
 def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or_the_best(digits, tmp_path):

@@ -15,7 +15,7 @@ from dtrain.cluster.status import known_runs, table
 from dtrain.errors import UserError
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 
 def submitted(name: str, job: int) -> None:

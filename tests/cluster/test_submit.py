@@ -12,7 +12,7 @@ from tests.cluster.stubs import RECORD, Stubs
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.test_cli import contents
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 DTRAIN = [sys.executable, "-c", "from dtrain.cli import main; main()"]
 

@@ -13,7 +13,7 @@ from dtrain.training.check import check_start
 from tests.data.servers import serve
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 EVALUATED = ("train.steps=8", "eval.every=8", "eval.features=pixels", "eval.metrics=[fd]")
 

@@ -13,7 +13,7 @@ import pytest
 from dtrain.tracking.journal import events, read
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 ROOT = Path(__file__).parent.parent.parent
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"

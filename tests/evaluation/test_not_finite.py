@@ -11,7 +11,7 @@ from dtrain.run import RunDirectory
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.test_cli import command
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 OVERFLOW = "3e38"  # guidance near float32's end
 

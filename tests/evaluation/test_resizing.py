@@ -31,7 +31,7 @@ from dtrain.training.check import check_start
 from tests.digits import tiny
 from tests.evaluation.test_networks import Layers, saved
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 CPU = torch.device("cpu")
 FORTY_EIGHT = Path(__file__).parent.parent / "golden" / "data" / "holdout"

@@ -24,7 +24,7 @@ from tests.digits import losses
 from tests.golden.runner import HERE, machine
 from tests.ranks import run_ranks
 from tests.test_cli import command
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 EXPECTED = HERE / "kept" / "expected.json"
 

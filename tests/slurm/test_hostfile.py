@@ -16,7 +16,7 @@ from tests.afterwards import afterwards
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.slurm.cluster import ROOT
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 pytestmark = pytest.mark.slurm
 SSH = """#!/bin/bash

@@ -11,7 +11,7 @@ from dtrain.tracking.journal import events, read
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.slurm.cluster import submit
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 pytestmark = pytest.mark.slurm  # a quarter of an hour
 # Evaluations make a step slow and change nothing of the losses, so that the run to compare with takes no time.

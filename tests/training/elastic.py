@@ -9,7 +9,7 @@ from dtrain.checkpoint.directory import complete
 from dtrain.checkpoint.format import Checkpoint
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 SAVED_AT = 10
 

@@ -8,7 +8,7 @@ import pytest
 from dtrain.checkpoint.directory import complete
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train, train_saying_into, trained
+from tests.training.runs import train, train_saying_into, trained
 
 SEED, DAMAGES = 0, 200
 KINDS = ("flip", "truncate", "delete", "exchange", "stale")

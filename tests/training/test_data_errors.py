@@ -14,7 +14,7 @@ from tests.data.shard_files import data_set, labelled_pictures
 from tests.data.test_audit import tree
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.test_cli import command
-from tests.training.test_stopping import wait_for_step
+from tests.training.runs import wait_for_step
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,7 +8,7 @@ from tests.digits import tiny
 from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.elastic import resume_elsewhere, shape, tensors, write
-from tests.training.test_loop import train, trained
+from tests.training.runs import train, trained
 
 STEPS = 40
 # (stage, ranks) written and read: each stage and each number of ranks as both. A campaign takes all 144 pairs.

@@ -12,7 +12,7 @@ from dtrain.tracking.journal import Journal, events, read
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks
-from tests.training.test_loop import train, trained
+from tests.training.runs import train, trained
 
 
 def evaluations(config):

@@ -7,7 +7,7 @@ from tests.digits import losses, tiny
 from tests.networks import Alone, Corner, saved
 from tests.ranks import run_ranks
 from tests.test_cli import command, failing
-from tests.training.test_loop import train_saying_into, trained
+from tests.training.runs import train_saying_into, trained
 
 NEVER, ALWAYS = 64.0, -1.0  # above black, below it
 

@@ -16,7 +16,7 @@ from tests.afterwards import afterwards
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import join_ranks, run_ranks, start_ranks
-from tests.training.test_loop import train, trained
+from tests.training.runs import train, trained
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.record.goodput import KINDS, Goodput
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import kill_when, train
+from tests.training.runs import kill_when, train
 
 
 def lines(config, event="goodput"):

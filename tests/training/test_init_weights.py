@@ -14,7 +14,7 @@ from dtrain.models.build import build
 from dtrain.training.check import check_start
 from tests.digits import CONFIG, tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 
 def first_weights(config) -> dict[str, np.ndarray]:

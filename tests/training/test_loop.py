@@ -1,34 +1,15 @@
 """The whole loop on real ranks: the same losses at any stage and world size, and after a kill."""
 
-import contextlib
 import math
-import os
-import signal
-import time
 
 import pytest
 
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
-from tests.digits import losses, tiny
+from tests.digits import tiny
 from tests.longer import longer
-from tests.ranks import run_ranks, start_ranks
-
-
-def train(config):
-    from dtrain.training.run_training import train as run_training
-
-    run_training(config)
-
-
-def train_saying_into(config, path):
-    with path.open("a") as said, contextlib.redirect_stdout(said):
-        train(config)
-
-
-def trained(config, world_size):
-    run_ranks(train, world_size, config)
-    return losses(config)
+from tests.ranks import run_ranks
+from tests.training.runs import kill_when, train, train_saying_into, trained
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +42,6 @@ def test_a_run_tells_the_signal_to_noise_ratio_at_both_ends_when_it_starts(digit
 def test_micro_batches_and_loader_processes_change_nothing(digits, tmp_path, reference):
     got = trained(tiny(digits, tmp_path, "train.micro_batch=3", "data.workers=2"), 2)
     assert got == pytest.approx(reference, abs=1e-5)
-
-
-def kill_when(config, world_size, step):
-    """Start ranks and SIGKILL all as soon as they are past `step` and a checkpoint was made since `step` − 5."""
-    started = start_ranks(train, world_size, config)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        lines = events(config.run.path / "journal.jsonl")
-        trained_to = max((e["step"] for e in lines if e["event"] == "train"), default=0)
-        saved_to = max((e["step"] for e in lines if e["event"] == "checkpoint"), default=0)
-        if trained_to >= step and saved_to >= step - 5:
-            break
-        assert all(p.is_alive() for p, _ in started), "a rank ended before it was killed"
-        time.sleep(0.005)
-    for process, _ in started:
-        os.kill(process.pid, signal.SIGKILL)
-    for process, _ in started:
-        process.join()
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 1), longer(1, 2), longer(2, 2), (3, 2)])

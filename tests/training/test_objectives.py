@@ -8,7 +8,7 @@ from dtrain.diffusion.times import SecondMoment
 from dtrain.tracking.journal import read
 from tests.digits import losses, tiny
 from tests.longer import mostly_longer
-from tests.training.test_loop import trained
+from tests.training.runs import trained
 
 UNET = (
     "model={name: unet, width: 16, multipliers: [1, 2], res_blocks: 1, attention: [4], dropout: 0.2, num_classes: 10}"

@@ -8,7 +8,7 @@ import pytest
 from dtrain.chaos.forked import fork_ranks
 from dtrain.run import RunDirectory
 from tests.digits import losses, tiny
-from tests.training.test_loop import trained
+from tests.training.runs import trained
 
 
 def _train_into(place: str, config: str) -> None:

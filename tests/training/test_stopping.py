@@ -18,25 +18,7 @@ from dtrain.tracking.journal import events
 from dtrain.training.safety.stopping import StopRequest, deadline, duration
 from tests.digits import losses, tiny
 from tests.ranks import join_ranks, run_ranks, start_ranks
-from tests.training.test_loop import trained
-
-
-def train_for_outcome(config):
-    from dtrain.training.run_training import train as run_training
-
-    return run_training(config)
-
-
-def wait_for_step(config, step, timeout=60.0):
-    end = time.monotonic() + timeout
-    while (
-        max((e["step"] for e in events(config.run.path / "journal.jsonl") if e["event"] == "train"), default=0) < step
-    ):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-LONG = ("train.steps=100000", "train.checkpoint_every=100000")
+from tests.training.runs import LONG, train, trained, wait_for_step
 
 
 def ask(how, config, started):
@@ -49,7 +31,7 @@ def ask(how, config, started):
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "stop file"])
 def test_a_stop_ends_in_a_checkpoint_at_a_step_boundary_and_the_run_goes_on_exactly(digits, tmp_path, how):
     config = tiny(digits, tmp_path, *LONG)
-    started = start_ranks(train_for_outcome, 2, config)
+    started = start_ranks(train, 2, config)
     wait_for_step(config, 12)
     ask(how, config, started)
     assert join_ranks(started) == ["stopped", "stopped"]
@@ -70,7 +52,7 @@ def test_a_stop_ends_in_a_checkpoint_at_a_step_boundary_and_the_run_goes_on_exac
 def test_a_deadline_stops_the_run_before_it_passes(digits, tmp_path):
     config = tiny(digits, tmp_path, *LONG, "train.deadline=00:00:14")
     started = time.time()
-    assert run_ranks(train_for_outcome, 2, config) == ["stopped", "stopped"]
+    assert run_ranks(train, 2, config) == ["stopped", "stopped"]
     assert time.time() - started < 14
     assert RunDirectory(config.run.path).outcome()["outcome"] == "stopped"
 
@@ -128,11 +110,11 @@ def test_the_margin_before_a_deadline_grows_with_measured_saves_and_steps():
 
 def test_a_second_job_is_refused_and_changes_nothing(digits, tmp_path):
     config = tiny(digits, tmp_path, *LONG)
-    started = start_ranks(train_for_outcome, 1, config)
+    started = start_ranks(train, 1, config)
     wait_for_step(config, 3)
     before = (config.run.path / "config.yaml").read_text()
     with pytest.raises(RuntimeError, match=r"tiny is in use by process \d+ on .*; wait for it, stop it with `touch"):
-        run_ranks(train_for_outcome, 1, tiny(digits, tmp_path, "train.steps=7"))
+        run_ranks(train, 1, tiny(digits, tmp_path, "train.steps=7"))
     assert (config.run.path / "config.yaml").read_text() == before
     (config.run.path / "stop").touch()
     assert join_ranks(started) == ["stopped"]

@@ -7,7 +7,7 @@ from dtrain.training.record.throughput import gemm_flops_per_second, training_fl
 from dtrain.training.reduction import StepReduction
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_loop import train
+from tests.training.runs import train
 
 
 def test_the_flops_of_a_dit_are_those_counted_by_hand(digits, tmp_path):

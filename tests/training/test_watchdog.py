@@ -15,9 +15,8 @@ from dtrain.training.safety.watchdog import FIRST_EVALUATION, Watchdog
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks, start_ranks
+from tests.training.runs import LONG, train, wait_for_step
 from tests.training.test_full_disk import small_disk
-from tests.training.test_loop import train
-from tests.training.test_stopping import LONG, wait_for_step
 
 LIMIT = "train.hang_limit=3"
 

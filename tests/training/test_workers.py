@@ -14,8 +14,7 @@ from tests.digits import losses, tiny
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.shared_memory import needs_root, own_shared_memory
 from tests.test_cli import command
-from tests.training.test_loop import train, trained
-from tests.training.test_stopping import wait_for_step
+from tests.training.runs import train, trained, wait_for_step
 from tests.training.test_watchdog import children
 
 STEPS = "train.steps=60"
