@@ -1,6 +1,5 @@
 """Mistakes people make: one clear line, exit code 2, nothing overwritten."""
 
-import hashlib
 import io
 import os
 import re
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,36 +17,11 @@ import typer
 import dtrain
 from dtrain.chaos import forked
 from dtrain.data.shards.indexing import index
+from tests.command_line import command, failing
 from tests.digits import tiny
+from tests.folders import contents
 from tests.printed import commands
 from tests.ranks import run_ranks
-
-
-def command(*arguments):
-    """(exit code, what this rank wrote to the terminal) of `dtrain …`, in this rank."""
-    from dtrain.cli import main
-
-    sys.argv = ["dtrain", *map(str, arguments)]
-    log = Path(tempfile.mkdtemp()) / "terminal.txt"
-    fd = os.open(log, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
-    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), line_buffering=True)
-    try:
-        main()
-    except SystemExit as e:
-        sys.stdout.flush()
-        return e.code, log.read_text()
-
-
-def failing(*arguments, world_size=1):
-    """The one line of a command that must fail with exit code 2 on every rank that says something."""
-    results = run_ranks(command, world_size, *arguments)
-    assert 2 in [code for code, _ in results]
-    lines = [line for code, text in results for line in text.splitlines()]
-    assert len(lines) == 1, lines
-    return lines[0].removeprefix("dtrain: ")
 
 
 @pytest.fixture
@@ -58,12 +31,6 @@ def work(digits, tmp_path, monkeypatch):
     shutil.copytree(digits, tmp_path / "digits")
     (tmp_path / "tiny.yaml").write_text(tiny(tmp_path / "digits", tmp_path / "runs", "train.steps=3").dump())
     return tmp_path
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file's hash."""
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.mark.parametrize(

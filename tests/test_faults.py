@@ -10,11 +10,11 @@ from dtrain import faults
 from dtrain.errors import UserError
 from dtrain.faults import POINTS, Fault
 from dtrain.tracking.journal import events
+from tests.command_line import command
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks, start_ranks
-from tests.test_cli import command
+from tests.small_disk import small_disk
 from tests.training.runs import train
-from tests.training.test_full_disk import small_disk
 
 
 @pytest.fixture

@@ -12,13 +12,11 @@ from dtrain.checkpoint.directory import complete, step_of
 from dtrain.data.pack.pack import pack
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
+from tests.command_line import command
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.terminal import Terminal
-from tests.test_cli import command
-from tests.training.runs import trained
-
-LONG = ("train.steps=100000", "train.checkpoint_every=100000")
+from tests.training.runs import LONG, trained
 
 
 @pytest.fixture

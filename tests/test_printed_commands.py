@@ -18,9 +18,9 @@ import typer
 from PIL import Image
 
 from dtrain.cli import UsageError, app
+from tests.command_line import command as run_command
 from tests.printed import PAGES, ROOT, Command, blocks, commands, inline
 from tests.ranks import run_ranks
-from tests.test_cli import command as run_command
 
 # Words put behind a printed command, where the last value of an option counts.
 SHORT_RUN = (

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from dtrain.terminal import printable
+from tests.command_line import command
 from tests.data.shard_files import labelled_pictures, write_shards
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 ESCAPE = "\x1b]0;mine\x07\x1b[2J"  # sets the window's title, and clears it
 SHOWN = r"\x1b]0;mine\x07\x1b[2J"

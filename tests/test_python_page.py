@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.checkpoint.exported import trained
+from tests.command_line import command
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 

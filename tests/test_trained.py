@@ -19,9 +19,9 @@ from dtrain.models import DiT, UNet
 from dtrain.models.build import build
 from dtrain.run import RunDirectory
 from tests.checkpoint.exported import trained
+from tests.command_line import command
 from tests.digits import CONFIG
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from dtrain.checkpoint.directory import complete, step_of
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from tests.digits import losses, tiny
-from tests.end_to_end.test_launch import DEEPSPEED, ROOT, port, processes_of
+from tests.end_to_end.launched import DEEPSPEED, ROOT, port
+from tests.processes import processes_of
 from tests.ranks import run_ranks
 from tests.training.runs import train
 

@@ -13,7 +13,8 @@ from dtrain.errors import STOPPED
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from tests.digits import tiny
-from tests.end_to_end.test_launch import launch, processes_of
+from tests.end_to_end.launched import launch
+from tests.processes import processes_of
 
 pytestmark = pytest.mark.campaign
 

@@ -15,9 +15,9 @@ from PIL import Image
 from dtrain.distributed import free_port
 from dtrain.tracking.best import training_evaluations
 from tests.campaigns.browser import CHROMIUM, Browser
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 pytestmark = [
     pytest.mark.campaign,

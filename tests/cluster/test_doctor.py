@@ -19,10 +19,10 @@ from dtrain.cluster.tested import DEEPSPEED_DEFAULTS, VERSIONS
 from dtrain.distributed import free_port
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.shared_memory import needs_root, own_shared_memory
-from tests.test_cli import command
 
 
 def examined(*arguments, ranks: int = 1):

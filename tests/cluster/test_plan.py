@@ -17,11 +17,11 @@ from dtrain.config import load
 from dtrain.models.build import allocate, build
 from dtrain.models.layers import Attention
 from dtrain.training.record.throughput import training_flops
+from tests.command_line import command
 from tests.digits import CONFIG, tiny
 from tests.longer import mostly_longer
 from tests.ranks import run_ranks
 from tests.shared_memory import needs_root, own_shared_memory
-from tests.test_cli import command
 
 UNET = "model={name: unet, width: 32, multipliers: [1, 2], attention: [16], res_blocks: 2}"
 ADM = "model={name: unet, width: 48, multipliers: [1, 2, 2], attention: [8], head_width: 24, scale_shift: true, "

@@ -10,8 +10,8 @@ import pytest
 from dtrain.lock import RunLock
 from tests.cluster.stubs import RECORD, Stubs
 from tests.digits import tiny
+from tests.folders import contents
 from tests.ranks import run_ranks
-from tests.test_cli import contents
 from tests.training.runs import train
 
 DTRAIN = [sys.executable, "-c", "from dtrain.cli import main; main()"]

@@ -24,10 +24,7 @@ from dtrain.data.shards.manifest import load
 from dtrain.data.shards.reader import ShardReader
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
-
-
-def tree(folder) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+from tests.folders import contents
 
 
 def samples_of(folder) -> list[dict[str, bytes]]:
@@ -83,7 +80,7 @@ def test_packed_shards_are_webdatasets(digits):
 
 def test_packing_again_gives_the_same_bytes_and_another_seed_others(digits, tmp_path):
     pack("sklearn:digits", tmp_path / "same", holdout=360, seed=1)
-    assert tree(tmp_path / "same") == tree(digits)
+    assert contents(tmp_path / "same") == contents(digits)
     pack("sklearn:digits", tmp_path / "other", holdout=360, seed=2)
     mine, other = (load(f / "holdout" / "manifest.json") for f in (digits, tmp_path / "other"))
     assert mine.hash != other.hash
@@ -97,16 +94,16 @@ def test_what_the_same_request_packed_is_kept(digits):
 
 
 def test_other_requests_and_other_folders_are_refused_untouched(digits, tmp_path):
-    before = tree(digits)
+    before = contents(digits)
     with pytest.raises(UserError, match=r"was packed with holdout 360, not 100; name another destination"):
         pack("sklearn:digits", digits, holdout=100, seed=1)
     with pytest.raises(UserError, match=r"was packed with seed 1, not 0"):
         pack("sklearn:digits", digits, holdout=360)
-    assert tree(digits) == before
+    assert contents(digits) == before
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"exists and was not made by `dtrain pack`"):
         pack("sklearn:digits", tmp_path)
-    assert tree(tmp_path) == {"thesis.txt": b"mine"}
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
 
 
 def test_a_packed_folder_that_lost_a_shard_is_not_kept_silently(tmp_path):
@@ -243,7 +240,7 @@ def test_shards_are_what_webdatasets_own_writer_makes_of_the_same_samples(many):
 def test_any_number_of_processes_packs_the_same_bytes(many):
     seen = []
     pack(str(many / "a.npz"), many / "three", **MANY, processes=3, progress=lambda *done: seen.append(done))
-    assert tree(many / "three") == tree(many / "one")
+    assert contents(many / "three") == contents(many / "one")
     assert seen == [(n, 330) for n in range(1, 331)]
 
 
@@ -285,7 +282,7 @@ def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_
     (partial / "train" / ".manifest.json.1.tmp").touch()  # as a kill between two steps of its writing leaves it
     seen = []
     pack(str(many / "a.npz"), destination, **MANY, processes=processes, progress=lambda *done: seen.append(done))
-    assert tree(destination) == tree(many / "one")
+    assert contents(destination) == contents(many / "one")
     assert reused > 2 * kills
     assert 0 < len(seen) < 330
     assert list(tmp_path.iterdir()) == [destination]
@@ -304,7 +301,7 @@ def test_workers_that_are_killed_end_packing_in_one_line_and_nothing_is_lost(man
         pack(str(many / "a.npz"), tmp_path / "new", **MANY, processes=2, progress=on_sample)
     assert len(list((tmp_path / ".new.partial").rglob("*.tar"))) >= 10
     pack(str(many / "a.npz"), tmp_path / "new", **MANY, processes=2)
-    assert tree(tmp_path / "new") == tree(many / "one")
+    assert contents(tmp_path / "new") == contents(many / "one")
 
 
 def test_what_another_request_left_when_it_was_killed_is_not_taken_over(many, tmp_path):

@@ -22,7 +22,8 @@ from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, picture
-from tests.data.test_pack import samples_of, shards_in, tree
+from tests.data.test_pack import samples_of, shards_in
+from tests.folders import contents
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:
@@ -314,7 +315,7 @@ def test_any_number_of_processes_leaves_out_the_same_and_progress_reaches_all(mi
     options = MANY | {"holdout": 0}
     pack(str(folder / "source"), tmp_path / "one", **options, processes=1)
     pack(str(folder / "source"), tmp_path / "two", **options, processes=2, progress=lambda *done: seen.append(done))
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert seen[-1] == (240, 240)
     assert all(a < b for (a, _), (b, _) in pairwise(seen))
 
@@ -339,7 +340,7 @@ def test_a_kill_loses_nothing_of_what_was_left_out(mixed, tmp_path):
         had = len(shards_in(tmp_path / ".killed.partial"))
     assert had >= 5
     pack(str(folder / "source"), tmp_path / "killed", **MANY)
-    assert tree(tmp_path / "killed") == tree(folder / "one")
+    assert contents(tmp_path / "killed") == contents(folder / "one")
 
 
 def test_a_flat_folder_trains_without_labels_each_picture_once_an_epoch(flat, tmp_path):

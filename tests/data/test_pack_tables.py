@@ -19,8 +19,9 @@ from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
-from tests.data.test_pack import samples_of, tree
+from tests.data.test_pack import samples_of
 from tests.data.test_pack_folders import lay, packed_names
+from tests.folders import contents
 
 ANIMALS = ["cat", "dog", "hare"]
 
@@ -268,7 +269,7 @@ def test_parquet_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(ex
         process.join()
         assert partial.exists()
     pack(str(exported), tmp_path / "two", choice=choice)
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_a_picture_of_a_table_is_the_one_that_training_reads(exported, tmp_path):

@@ -3,46 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from dtrain.tracking.journal import events, read
 from tests.digits import losses, tiny
+from tests.end_to_end.launched import launch
+from tests.processes import processes_of
 from tests.ranks import run_ranks
 from tests.training.runs import train
-
-ROOT = Path(__file__).parent.parent.parent
-DEEPSPEED = Path(sys.executable).parent / "deepspeed"
-
-
-def launch(folder: Path, *arguments: str, script: str = "launch/train.py", ranks: int = 2) -> subprocess.Popen:
-    """`deepspeed launch/train.py …` in a process group of its own, its output in launcher.log."""
-    environment = os.environ | {"PATH": f"{DEEPSPEED.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port()), ROOT / script, *arguments]
-    with open(folder / "launcher.log", "a") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def port() -> int:
-    from dtrain.distributed import free_port
-
-    return free_port()
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Every process of a launch: launcher, node launcher, ranks and loader workers, found by their working folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.launcher

@@ -17,9 +17,9 @@ from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.scratch import Scratch
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import training_evaluations
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
-from tests.test_cli import command
 
 METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall]"
 

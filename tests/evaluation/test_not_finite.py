@@ -8,9 +8,9 @@ from dtrain.errors import NotFinite
 from dtrain.evaluation.generate import Sampler
 from dtrain.models.build import build
 from dtrain.run import RunDirectory
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.test_cli import command
 from tests.training.runs import train
 
 OVERFLOW = "3e38"  # guidance near float32's end

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dtrain.run import RunDirectory
 from tests.checkpoint.exported import trained
+from tests.command_line import command, failing
 from tests.ranks import run_ranks
-from tests.test_cli import command, failing
 
 NAMES = ["nought", "one/two", *"23456789"]
 

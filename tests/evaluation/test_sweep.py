@@ -11,9 +11,9 @@ from dtrain.evaluation.combinations import checkpoints_of, combinations
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.sweep import Row, best, heat_map, summary, sweep, table
 from dtrain.run import RunDirectory
+from tests.command_line import command, failing
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
-from tests.test_cli import command, failing
 
 AXES = {"checkpoint": [2, 4], "ema": [0, "raw"], "eta": [0, 1.0], "steps": [2, 3]}
 

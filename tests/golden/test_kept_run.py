@@ -20,10 +20,10 @@ from dtrain.report.runs import Run
 from dtrain.run import RunDirectory
 from dtrain.training.check import check_start
 from dtrain.training.identity import continued
+from tests.command_line import command
 from tests.digits import losses
 from tests.golden.runner import HERE, machine
 from tests.ranks import run_ranks
-from tests.test_cli import command
 from tests.training.runs import train
 
 EXPECTED = HERE / "kept" / "expected.json"

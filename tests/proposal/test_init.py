@@ -1,6 +1,5 @@
 """`dtrain init` on what people have: the config it writes starts, trains and evaluates as it is."""
 
-import hashlib
 import io
 import os
 import re
@@ -27,8 +26,9 @@ from dtrain.proposal.source import DataSet, held_out
 from dtrain.proposal.text import Line, document
 from dtrain.proposal.timing import Timing
 from dtrain.tracking.journal import events
+from tests.command_line import command
+from tests.folders import contents
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 
 @pytest.fixture
@@ -189,10 +189,6 @@ def test_what_is_no_data_is_refused_in_one_line_and_nothing_is_left(work, data):
     assert code == 2, text
     assert len(text.splitlines()) == 1
     assert not (work / "data").exists()
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
 def facts(samples: int, side: int, grey: bool, classes: int) -> Facts:

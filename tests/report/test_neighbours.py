@@ -7,10 +7,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.report.made import Page
-from tests.test_cli import command
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.digits import tiny
 from tests.slurm.cluster import submit
-from tests.training.test_full_disk import small_disk
+from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.slurm
 

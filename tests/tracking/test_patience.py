@@ -5,7 +5,7 @@ import pytest
 from dtrain.tracking import patience
 from dtrain.tracking.journal import Journal, events
 from dtrain.tracking.patience import PatientJournal
-from tests.training.test_full_disk import small_disk
+from tests.small_disk import small_disk
 
 
 def fill(path):

@@ -14,10 +14,10 @@ import yaml
 from dtrain.credentials import MASK, masked, redacted_diff
 from dtrain.data.shards.manifest import load as load_manifest
 from dtrain.tracking.journal import read
+from tests.command_line import command
 from tests.data.servers import serve
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.test_cli import command
 
 SECRETS = {
     "a password with a slash": "hunter/2&co",

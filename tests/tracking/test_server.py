@@ -19,9 +19,9 @@ from dtrain.tracking.mlflow import Destination, sync
 from dtrain.tracking.provenance import code
 from dtrain.tracking.system import parse_gpus
 from dtrain.tracking.tracker import record_evaluation
+from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.test_cli import command
 from tests.tracking.servers import Proxy, Rest, pairs
 
 EXPERIMENT = "two nodes"

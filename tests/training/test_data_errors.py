@@ -10,10 +10,10 @@ import yaml
 from dtrain.config import validate
 from dtrain.errors import SharedError
 from dtrain.tracking.journal import events
+from tests.command_line import command
 from tests.data.shard_files import data_set, labelled_pictures
 from tests.data.test_audit import tree
 from tests.ranks import join_ranks, run_ranks, start_ranks
-from tests.test_cli import command
 from tests.training.runs import wait_for_step
 
 ROOT = Path(__file__).parent.parent.parent

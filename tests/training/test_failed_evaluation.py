@@ -2,11 +2,11 @@
 
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read
+from tests.command_line import command, failing
 from tests.data.shard_files import data_set, picture
 from tests.digits import losses, tiny
 from tests.networks import Alone, Corner, saved
 from tests.ranks import run_ranks
-from tests.test_cli import command, failing
 from tests.training.runs import train_saying_into, trained
 
 NEVER, ALWAYS = 64.0, -1.0  # above black, below it

@@ -1,7 +1,5 @@
 """Checkpoints on a real file system that is full, or read-only, or without inodes: training goes on and says so."""
 
-import contextlib
-import os
 import subprocess
 import time
 
@@ -12,21 +10,11 @@ from dtrain.checkpoint.format import Checkpoint
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from dtrain.tracking.tracker import sync
-from tests.afterwards import afterwards
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import join_ranks, run_ranks, start_ranks
+from tests.small_disk import small_disk
 from tests.training.runs import train, trained
-
-
-@contextlib.contextmanager
-def small_disk(path, options):
-    """A tmpfs at `path`."""
-    path.mkdir(parents=True)
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]).returncode:
-        pytest.skip("mounting a small file system takes root")
-    with afterwards('umount -l "$1"', str(path)):
-        yield
 
 
 def steps_saved(config):

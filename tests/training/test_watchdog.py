@@ -14,15 +14,12 @@ from dtrain.run import RunDirectory
 from dtrain.training.safety.watchdog import FIRST_EVALUATION, Watchdog
 from tests.digits import losses, tiny
 from tests.longer import longer
+from tests.processes import children
 from tests.ranks import run_ranks, start_ranks
+from tests.small_disk import small_disk
 from tests.training.runs import LONG, train, wait_for_step
-from tests.training.test_full_disk import small_disk
 
 LIMIT = "train.hang_limit=3"
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
 def runs(pid: int) -> bool:

@@ -10,12 +10,12 @@ import pytest
 from dtrain.errors import FAILED
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
+from tests.command_line import command
 from tests.digits import losses, tiny
+from tests.processes import children
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.shared_memory import needs_root, own_shared_memory
-from tests.test_cli import command
 from tests.training.runs import train, trained, wait_for_step
-from tests.training.test_watchdog import children
 
 STEPS = "train.steps=60"
 
