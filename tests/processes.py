@@ -1,5 +1,6 @@
 """The processes of this machine, as /proc lists them."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -19,3 +20,8 @@ def processes_of(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def worker_pids() -> list[int]:
+    """The processes that this one started through multiprocessing and that have not ended."""
+    return [child.pid for child in multiprocessing.active_children()]

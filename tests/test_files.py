@@ -29,11 +29,10 @@ from dtrain.report.runs import read_runs
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, events
 from tests.checkpoint.test_format import save
-from tests.data.shard_files import data_set, labelled_pictures
+from tests.data.shard_files import data_set, labelled_pictures, rewrite_side
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
 from tests.report.made import append, make_run
-from tests.test_foreign_files import rewrite_side
 from tests.training.runs import train
 
 

@@ -41,7 +41,7 @@ from dtrain.tracking.mlflow.keys import image_key, metric_key
 from dtrain.training.identity import has_trained
 from dtrain.training.record.summary import summary
 from tests.checkpoint.test_format import save
-from tests.data.shard_files import data_set, labelled_pictures
+from tests.data.shard_files import data_set, labelled_pictures, rewrite_side
 from tests.report.made import CONTEXT, append, make_run
 
 INPUTS = int(os.environ.get("DTRAIN_CAMPAIGN_FUZZ", "12"))  # of each kind
@@ -258,14 +258,6 @@ def test_whatever_stands_in_a_manifest_it_is_read_or_refused(shards, tmp_path):
         text = json.dumps(change(whole, rng)).encode()
         path.write_bytes(text if rng.random() < 0.8 else spoiled(text, rng))
         answers(seed, data_readers(folder))
-
-
-def rewrite_side(folder: Path, table: np.ndarray) -> None:
-    """A side file of these members, and the manifest that names it by its hash."""
-    document = json.loads((folder / "manifest.json").read_bytes())
-    document["members"]["sha256"] = hashlib.sha256(table.tobytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(document))
-    (folder / "manifest.members").write_bytes(table.tobytes())
 
 
 def test_whatever_stands_in_a_side_file_no_sample_is_read_wrong_and_verify_finds_it(shards, tmp_path):

@@ -1,15 +1,20 @@
 """Small shards for the tests, written by webdataset itself, and the folders and configurations around them."""
 
+import hashlib
 import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from webdataset import ShardWriter
 
+from dtrain import config as configuration
 from dtrain.config import Config, validate
 from dtrain.data.shards.indexing import index_shards
-from dtrain.data.shards.manifest import Manifest
+from dtrain.data.shards.manifest import Manifest, load
+from dtrain.data.shards.reader import ShardReader
 
 
 def picture(number: int, size: int = 8, channels: int = 3, form: str = "PNG") -> bytes:
@@ -45,3 +50,42 @@ def configuration(folder: Path, batch_size: int = 8, num_classes: int = 3, seed:
         "train": {"steps": 1},
     }
     return validate(tree, "a test")
+
+
+def samples_of(folder) -> list[dict[str, bytes]]:
+    manifest = load(folder / "manifest.json")
+    reader = ShardReader(manifest, folder)
+    return [reader.read(i) for i in range(manifest.samples)]
+
+
+LONG = "n" * 70 + "/" + "m" * 130  # more than ustar's 100 bytes of name, and a component over its limit
+
+
+def write_tar(path, members: list[tuple[str, bytes]], form=tarfile.PAX_FORMAT, pax_headers=None):
+    with tarfile.open(path, "w", format=form, pax_headers=pax_headers) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def tree(folder, steps, batch_size=8, **data) -> dict:
+    return {
+        "run": {"name": "run", "dir": str(folder / "runs"), "seed": 5},
+        "data": {"shards": str(folder / "data"), "image_size": 8, "batch_size": batch_size, "workers": 0}
+        | {"streams": 2, "shuffle_window": 9, "on_error": "replace"}
+        | data,
+        "model": {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 4, "num_classes": 3},
+        "train": {"steps": steps, "log_every": 1, "checkpoint_every": 1000},
+        "deepspeed": {"zero_stage": 0},
+        "tracking": {"enabled": False},
+    }
+
+
+def rewrite_side(folder: Path, table: np.ndarray) -> None:
+    """A side file of these members, and the manifest that names it by its hash."""
+    document = json.loads((folder / "manifest.json").read_bytes())
+    document["members"]["sha256"] = hashlib.sha256(table.tobytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "manifest.members").write_bytes(table.tobytes())

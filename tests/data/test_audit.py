@@ -11,21 +11,8 @@ from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
 from dtrain.training.audit import audit
-from tests.data.shard_files import data_set, labelled_pictures
+from tests.data.shard_files import data_set, labelled_pictures, tree
 from tests.ranks import run_ranks
-
-
-def tree(folder, steps, batch_size=8, **data) -> dict:
-    return {
-        "run": {"name": "run", "dir": str(folder / "runs"), "seed": 5},
-        "data": {"shards": str(folder / "data"), "image_size": 8, "batch_size": batch_size, "workers": 0}
-        | {"streams": 2, "shuffle_window": 9, "on_error": "replace"}
-        | data,
-        "model": {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 4, "num_classes": 3},
-        "train": {"steps": steps, "log_every": 1, "checkpoint_every": 1000},
-        "deepspeed": {"zero_stage": 0},
-        "tracking": {"enabled": False},
-    }
 
 
 def _train(plain: dict) -> str:

@@ -16,8 +16,9 @@ from dtrain.data.loader import MOST_DEATHS, LoaderFailure, _Context, train_batch
 from dtrain.data.shards.manifest import load
 from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
+from tests.data.batches import rows_of
 from tests.data.shard_files import configuration, data_set, labelled_pictures
-from tests.data.test_stream import rows_of, worker_pids
+from tests.processes import worker_pids
 from tests.ranks import run_ranks
 from tests.shared_memory import needs_root, own_shared_memory
 

@@ -21,16 +21,10 @@ from dtrain.data.pack import writing
 from dtrain.data.pack.pack import pack
 from dtrain.data.shards.indexing import index
 from dtrain.data.shards.manifest import load
-from dtrain.data.shards.reader import ShardReader
 from dtrain.errors import UserError
-from tests.data.shard_files import picture
+from tests.data.shard_files import picture, samples_of
+from tests.data.sources import shards_in
 from tests.folders import contents
-
-
-def samples_of(folder) -> list[dict[str, bytes]]:
-    manifest = load(folder / "manifest.json")
-    reader = ShardReader(manifest, folder)
-    return [reader.read(i) for i in range(manifest.samples)]
 
 
 @pytest.fixture(scope="module")
@@ -242,14 +236,6 @@ def test_any_number_of_processes_packs_the_same_bytes(many):
     pack(str(many / "a.npz"), many / "three", **MANY, processes=3, progress=lambda *done: seen.append(done))
     assert contents(many / "three") == contents(many / "one")
     assert seen == [(n, 330) for n in range(1, 331)]
-
-
-def shards_in(folder):
-    """Also while folders in it come and go."""
-    try:
-        return list(folder.rglob("*.tar"))
-    except FileNotFoundError:
-        return []
 
 
 def _pack_slowly(many, destination, processes) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from dtrain.data.pack.pack import pack
 from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
-from tests.data.shard_files import configuration, picture
-from tests.data.test_pack import samples_of, shards_in
+from tests.data.shard_files import configuration, picture, samples_of
+from tests.data.sources import lay, packed_names, shards_in
 from tests.folders import contents
 
 
@@ -30,26 +29,6 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
-
-
-def lay(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
-def packed_names(folder: Path, source: Path) -> dict[str, int | None]:
-    """By their bytes: the files below `source` that were packed, each with its label."""
-    names = {f.read_bytes(): str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()}
-    found = {}
-    for split in ("train", "holdout"):
-        if (folder / split).exists():
-            for sample in samples_of(folder / split):
-                image = next(sample[f] for f in ("jpg", "png", "webp") if f in sample)
-                found[names[image]] = int(sample["cls"]) if "cls" in sample else None
-    return found
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))

@@ -15,7 +15,7 @@ from dtrain.cli import main
 from dtrain.data.pack.pack import pack
 from dtrain.data.pack.source import Choice
 from dtrain.errors import UserError
-from tests.data.test_pack import samples_of
+from tests.data.shard_files import samples_of
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,9 @@ from dtrain.data.shards.manifest import load
 from dtrain.data.stream import StepDataset, read_split
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose
+from tests.data.batches import rows_of
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture
+from tests.processes import worker_pids
 
 SAMPLES = 57
 
@@ -30,16 +32,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     data_set(path, labelled_pictures(SAMPLES))
     return path
-
-
-def rows_of(batches) -> dict[int, dict[str, bytes]]:
-    """k → name → the row's bytes, and no k twice."""
-    rows = {}
-    for batch in batches:
-        for row, k in enumerate(batch["k"].tolist()):
-            assert k not in rows
-            rows[k] = {name: tensor[row].numpy().tobytes() for name, tensor in batch.items()}
-    return rows
 
 
 def test_a_row_is_its_image_its_label_and_draws_keyed_by_its_number(folder):
@@ -182,10 +174,6 @@ def alive(pids: list[int], seconds: float) -> list[int]:
         if not running or time.monotonic() > end:
             return running
         time.sleep(0.02)
-
-
-def worker_pids() -> list[int]:
-    return [child.pid for child in multiprocessing.active_children()]
 
 
 def test_closing_the_iterator_ends_its_workers(folder):

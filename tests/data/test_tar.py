@@ -1,7 +1,6 @@
 """Indexing tar files of every common writer, and refusing every tar that has lost something."""
 
 import hashlib
-import io
 import re
 import subprocess
 import tarfile
@@ -15,9 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from dtrain.data.shards.tar import ABSENT, member_name, scan, split_name
 from dtrain.errors import UserError
-from tests.data.shard_files import write_shards
-
-LONG = "n" * 70 + "/" + "m" * 130  # more than ustar's 100 bytes of name, and a component over its limit
+from tests.data.shard_files import LONG, write_shards, write_tar
 
 
 def contents(path, result):
@@ -41,15 +38,6 @@ def as_webdataset_reads(path):
     """The same by webdataset's own reader."""
     pipeline = webdataset.WebDataset(str(path), shardshuffle=False, nodesplitter=None)
     return [{k: v for k, v in sample.items() if not k.startswith("__")} for sample in pipeline]
-
-
-def write_tar(path, members: list[tuple[str, bytes]], form=tarfile.PAX_FORMAT, pax_headers=None):
-    with tarfile.open(path, "w", format=form, pax_headers=pax_headers) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_shards_of_webdatasets_writer(tmp_path):

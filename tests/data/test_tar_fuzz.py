@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dtrain.data.shards.tar import ABSENT, Scan, scan
 from dtrain.errors import UserError
-from tests.data.test_tar import LONG, write_tar
+from tests.data.shard_files import LONG, write_tar
 
 EACH = 100  # inputs an example
 INPUTS = int(os.environ.get("DTRAIN_CAMPAIGN_FUZZ", "500"))  # of each kind

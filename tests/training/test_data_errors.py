@@ -11,8 +11,7 @@ from dtrain.config import validate
 from dtrain.errors import SharedError
 from dtrain.tracking.journal import events
 from tests.command_line import command
-from tests.data.shard_files import data_set, labelled_pictures
-from tests.data.test_audit import tree
+from tests.data.shard_files import data_set, labelled_pictures, tree
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.runs import wait_for_step
 
