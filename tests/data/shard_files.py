@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 from webdataset import ShardWriter
 
-from dtrain import config as configuration
 from dtrain.config import Config, validate
 from dtrain.data.shards.indexing import index_shards
 from dtrain.data.shards.manifest import Manifest, load
 from dtrain.data.shards.reader import ShardReader
+
+# More than ustar's 100 bytes of name, and a component over its limit.
+LONG_NAME = "n" * 70 + "/" + "m" * 130
 
 
 def picture(number: int, size: int = 8, channels: int = 3, form: str = "PNG") -> bytes:
@@ -23,6 +25,10 @@ def picture(number: int, size: int = 8, channels: int = 3, form: str = "PNG") ->
     file = io.BytesIO()
     Image.fromarray(levels[:, :, 0] if channels == 1 else levels).save(file, form)
     return file.getvalue()
+
+
+def labelled_pictures(count: int, classes: int = 3, channels: int = 3, size: int = 8) -> list[dict]:
+    return [{"png": picture(i, size, channels), "cls": str(i % classes).encode()} for i in range(count)]
 
 
 def write_shards(folder: Path, samples: list[dict], shard_samples: int = 10) -> list[Path]:
@@ -34,12 +40,33 @@ def write_shards(folder: Path, samples: list[dict], shard_samples: int = 10) -> 
     return sorted(folder.glob("*.tar"))
 
 
-def labelled_pictures(count: int, classes: int = 3, channels: int = 3, size: int = 8) -> list[dict]:
-    return [{"png": picture(i, size, channels), "cls": str(i % classes).encode()} for i in range(count)]
+def write_tar(path, members: list[tuple[str, bytes]], form=tarfile.PAX_FORMAT, pax_headers=None):
+    """A tar with these members, written by Python's tarfile."""
+    with tarfile.open(path, "w", format=form, pax_headers=pax_headers) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def data_set(folder: Path, samples: list[dict], shard_samples: int = 10) -> Manifest:
     return index_shards(write_shards(folder, samples, shard_samples), folder / "manifest.json")
+
+
+def samples_of(folder) -> list[dict[str, bytes]]:
+    """Field → bytes, of every sample of the data set in the folder."""
+    manifest = load(folder / "manifest.json")
+    reader = ShardReader(manifest, folder)
+    return [reader.read(i) for i in range(manifest.samples)]
+
+
+def rewrite_side(folder: Path, table: np.ndarray) -> None:
+    """Replace the side file by one of these members, and its hash in the manifest."""
+    document = json.loads((folder / "manifest.json").read_bytes())
+    document["members"]["sha256"] = hashlib.sha256(table.tobytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "manifest.members").write_bytes(table.tobytes())
 
 
 def configuration(folder: Path, batch_size: int = 8, num_classes: int = 3, seed: int = 5, **data) -> Config:
@@ -52,25 +79,8 @@ def configuration(folder: Path, batch_size: int = 8, num_classes: int = 3, seed:
     return validate(tree, "a test")
 
 
-def samples_of(folder) -> list[dict[str, bytes]]:
-    manifest = load(folder / "manifest.json")
-    reader = ShardReader(manifest, folder)
-    return [reader.read(i) for i in range(manifest.samples)]
-
-
-LONG = "n" * 70 + "/" + "m" * 130  # more than ustar's 100 bytes of name, and a component over its limit
-
-
-def write_tar(path, members: list[tuple[str, bytes]], form=tarfile.PAX_FORMAT, pax_headers=None):
-    with tarfile.open(path, "w", format=form, pax_headers=pax_headers) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def tree(folder, steps, batch_size=8, **data) -> dict:
+def short_run(folder, steps, batch_size=8, **data) -> dict:
+    """A config as plain data: `steps` steps on the shards in `folder`/data, damaged samples replaced by others."""
     return {
         "run": {"name": "run", "dir": str(folder / "runs"), "seed": 5},
         "data": {"shards": str(folder / "data"), "image_size": 8, "batch_size": batch_size, "workers": 0}
@@ -81,11 +91,3 @@ def tree(folder, steps, batch_size=8, **data) -> dict:
         "deepspeed": {"zero_stage": 0},
         "tracking": {"enabled": False},
     }
-
-
-def rewrite_side(folder: Path, table: np.ndarray) -> None:
-    """A side file of these members, and the manifest that names it by its hash."""
-    document = json.loads((folder / "manifest.json").read_bytes())
-    document["members"]["sha256"] = hashlib.sha256(table.tobytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(document))
-    (folder / "manifest.members").write_bytes(table.tobytes())

@@ -6,7 +6,7 @@ from tests.data.shard_files import samples_of
 
 
 def shards_in(folder):
-    """Also while folders in it come and go."""
+    """Every tar below the folder; also while folders in it come and go."""
     try:
         return list(folder.rglob("*.tar"))
     except FileNotFoundError:
@@ -14,6 +14,7 @@ def shards_in(folder):
 
 
 def lay(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write these files, each with the folders that it needs."""
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +23,7 @@ def lay(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def packed_names(folder: Path, source: Path) -> dict[str, int | None]:
-    """By their bytes: the files below `source` that were packed, each with its label."""
+    """Name below `source` → label or None, of each file that was packed; found again by its bytes."""
     names = {f.read_bytes(): str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()}
     found = {}
     for split in ("train", "holdout"):

@@ -11,7 +11,7 @@ from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events, read
 from dtrain.training.audit import audit
-from tests.data.shard_files import data_set, labelled_pictures, tree
+from tests.data.shard_files import data_set, labelled_pictures, short_run
 from tests.ranks import run_ranks
 
 
@@ -37,8 +37,8 @@ def damaged(tmp_path_factory):
     for bad in (7, 20, 41):
         pictures[bad]["png"] = b"broken"
     data_set(folder / "data", pictures)
-    assert run_ranks(_train, 2, tree(folder, 9, max_bad_fraction=0.2)) == ["finished"] * 2
-    assert run_ranks(_train, 1, tree(folder, 15, batch_size=12, max_bad_fraction=0.2)) == ["finished"]
+    assert run_ranks(_train, 2, short_run(folder, 9, max_bad_fraction=0.2)) == ["finished"] * 2
+    assert run_ranks(_train, 1, short_run(folder, 15, batch_size=12, max_bad_fraction=0.2)) == ["finished"]
     return folder
 
 
@@ -81,7 +81,7 @@ def test_an_audit_proves_a_run_across_a_resize_and_denies_a_forged_journal(damag
 
 def test_too_many_bad_samples_end_every_rank_at_the_same_step(damaged, tmp_path):
     (tmp_path / "data").symlink_to(damaged / "data")
-    first, second = run_ranks(_train, 2, tree(tmp_path, 15, max_bad_fraction=0.03))
+    first, second = run_ranks(_train, 2, short_run(tmp_path, 15, max_bad_fraction=0.03))
     assert first == second
     assert first.startswith(("2 bad", "3 bad"))  # a step may meet two of the three at once
     assert "bad samples of 60 images are more than data.max_bad_fraction 0.03 allows" in first
@@ -91,7 +91,7 @@ def test_a_mixture_counts_its_sources_in_the_journal(tmp_path):
     data_set(tmp_path / "data", labelled_pictures(40))
     data_set(tmp_path / "other", labelled_pictures(24))
     mix = [{"name": "other", "shards": str(tmp_path / "other"), "weight": 1.0}]
-    assert run_ranks(_train, 1, tree(tmp_path, 4, batch_size=32, mix=mix)) == ["finished"]
+    assert run_ranks(_train, 1, short_run(tmp_path, 4, batch_size=32, mix=mix)) == ["finished"]
     run = RunDirectory(tmp_path / "runs" / "run")
     last = [line for line in read(run.journal_file) if line["event"] == "train"][-1]
     counts = {name: last["metrics"][f"images/{name}"] for name in ("main", "other")}
@@ -104,7 +104,7 @@ def test_a_mixture_counts_its_sources_in_the_journal(tmp_path):
 
 def test_the_bench_measures_every_stage(tmp_path):
     data_set(tmp_path / "data", labelled_pictures(40))
-    config = validate(tree(tmp_path, 1, batch_size=4, on_error="raise"), "a test")
+    config = validate(short_run(tmp_path, 1, batch_size=4, on_error="raise"), "a test")
     rates = bench(config, seconds=0.1)
     assert list(rates) == ["read", "decode", "transform", "randomness", "collate", "whole"]
     slowest = min((name for name in rates if name != "whole"), key=rates.get)

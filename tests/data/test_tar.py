@@ -14,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from dtrain.data.shards.tar import ABSENT, member_name, scan, split_name
 from dtrain.errors import UserError
-from tests.data.shard_files import LONG, write_shards, write_tar
+from tests.data.shard_files import LONG_NAME, write_shards, write_tar
 
 
 def contents(path, result):
@@ -48,7 +48,7 @@ def test_shards_of_webdatasets_writer(tmp_path):
 
 @pytest.mark.parametrize("form", ["gnu", "pax", "ustar", "v7"])
 def test_shards_of_gnu_tar(tmp_path, form):
-    deep = LONG if form in ("gnu", "pax") else "deep"
+    deep = LONG_NAME if form in ("gnu", "pax") else "deep"
     names = [f"{folder}/{key}.{field}" for folder in ("a", deep) for key in ("x", "y") for field in ("CLS", "jpg")]
     for number, name in enumerate(names):
         file = tmp_path / "source" / name
@@ -68,7 +68,7 @@ def test_shards_of_gnu_tar(tmp_path, form):
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_shards_of_pythons_tarfile(tmp_path, form):
-    members = [(f"{LONG}/ключ-{i}.jpg", bytes([i]) * (1 + i * 700)) for i in range(5)]
+    members = [(f"{LONG_NAME}/ключ-{i}.jpg", bytes([i]) * (1 + i * 700)) for i in range(5)]
     headers = {"comment": "a global header"} if form == tarfile.PAX_FORMAT else None
     path = write_tar(tmp_path / "shard.tar", members, form, headers)
     result = scan(path)

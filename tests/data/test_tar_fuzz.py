@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dtrain.data.shards.tar import ABSENT, Scan, scan
 from dtrain.errors import UserError
-from tests.data.shard_files import LONG, write_tar
+from tests.data.shard_files import LONG_NAME, write_tar
 
 EACH = 100  # inputs an example
 INPUTS = int(os.environ.get("DTRAIN_CAMPAIGN_FUZZ", "500"))  # of each kind
@@ -54,7 +54,7 @@ def whole(tmp_path_factory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
     parts = []
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        name = "short" if form == tarfile.USTAR_FORMAT else LONG
+        name = "short" if form == tarfile.USTAR_FORMAT else LONG_NAME
         members = [(f"{form}{name}-{i}.jpg", bytes([i + 1]) * (i * 400)) for i in range(3)]
         data = write_tar(folder / f"{form}.tar", members, form).read_bytes()
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:

@@ -11,7 +11,7 @@ from dtrain.config import validate
 from dtrain.errors import SharedError
 from dtrain.tracking.journal import events
 from tests.command_line import command
-from tests.data.shard_files import data_set, labelled_pictures, tree
+from tests.data.shard_files import data_set, labelled_pictures, short_run
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.runs import wait_for_step
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def config(folder: Path, steps: int, **data) -> dict:
-    return tree(folder, steps, on_error="raise", **data)
+    return short_run(folder, steps, on_error="raise", **data)
 
 
 def error_of(plain: dict) -> str:
