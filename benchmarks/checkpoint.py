@@ -18,7 +18,7 @@ import torch
 from dtrain import distributed
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import validate
-from dtrain.training.engine import Engine
+from dtrain.training.player import Player
 
 REPEATS = 5
 
@@ -49,7 +49,7 @@ def main() -> None:
     distributed.initialize()
     rank, world_size = distributed.rank(), distributed.world_size()
     config = config_of(given.stage, batch=8 * world_size)
-    engine = Engine(config, micro_batch=8)
+    engine = Player.of(config, micro_batch=8)
     x = torch.randn(8, 3, 32, 32)
     t, y = torch.randint(0, 1000, (8,)), torch.randint(0, 10, (8,))
 
@@ -74,7 +74,7 @@ def main() -> None:
             busy.append(seconds(step))
         written = time.perf_counter() - started
         writer.commit()
-        theirs = seconds(lambda r=repeat: engine.module.save_checkpoint(str(place / "theirs"), tag=f"t{r}"))
+        theirs = seconds(lambda r=repeat: engine.engine.save_checkpoint(str(place / "theirs"), tag=f"t{r}"))
         distributed.barrier()
         if rank == 0:
             shutil.rmtree(place / "theirs")

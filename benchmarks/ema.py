@@ -15,7 +15,7 @@ from benchmarks.checkpoint import config_of
 from dtrain import distributed
 from dtrain.config import EMAProfile
 from dtrain.training import ema
-from dtrain.training.engine import Engine
+from dtrain.training.player import Player
 
 REPEATS = 10
 BATCH = 16
@@ -32,7 +32,7 @@ def main() -> None:
     distributed.initialize()
     tree = config_of(stage=2, batch=BATCH)
     config = tree.model_copy(update={"model": tree.model.model_copy(update={"size": "S/4"})})
-    engine = Engine(config, micro_batch=BATCH)
+    engine = Player.of(config, micro_batch=BATCH)
     x = torch.randn(BATCH, 3, 32, 32)
     t, y = torch.randint(0, 1000, (BATCH,)), torch.randint(0, 10, (BATCH,))
 
@@ -40,7 +40,7 @@ def main() -> None:
         engine.backward((engine(x, t, y) - x).square().mean())
         engine.step(1e-4)
 
-    weights = torch.nn.ParameterList(p.detach().clone() for _, p in engine.trainable)
+    weights = torch.nn.ParameterList(p.detach().clone() for _, p in engine.state.trainable)
     theirs = EMAModel(weights, decay=0.9999)
 
     held = torch.optim.AdamW(weights)  # holds the same weights as the engine's, and is never stepped

@@ -16,7 +16,7 @@ from diffusers import DiTTransformer2DModel
 from dtrain import distributed
 from dtrain.config import validate
 from dtrain.models.build import build
-from dtrain.training.engine import Engine
+from dtrain.training.player import Player
 from dtrain.training.record.throughput import gemm_flops_per_second, training_flops
 
 BATCH = 16
@@ -58,7 +58,7 @@ def main() -> None:
     x = torch.randn(BATCH, 3, 32, 32)
     t, y = torch.randint(0, 1000, (BATCH,)), torch.randint(0, 1000, (BATCH,))
 
-    engine = Engine(config, micro_batch=BATCH)
+    engine = Player.of(config, micro_batch=BATCH)
 
     def ours():
         engine.backward((engine(x, t, y) - x).square().mean())

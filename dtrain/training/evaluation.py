@@ -19,7 +19,7 @@ from dtrain.objectives.denoising import Denoising
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.engine import Engine
+from dtrain.training.player import Player
 from dtrain.training.record.output import traceback_of
 from dtrain.training.record.progress import TrainingProgress
 
@@ -63,7 +63,7 @@ class Evaluation:
             self._progress.say(f"what samples are compared with cannot be read, so evaluations will fail: {e}")
             return True
 
-    def run(self, engine: Engine, position: Position) -> bool:
+    def run(self, engine: Player, position: Position) -> bool:
         """False where it gave way, and another start is to make up for it. A collective.
 
         The gathered module is freed when it returns.
@@ -118,7 +118,7 @@ class Evaluation:
         then = f"repeat it with: dtrain evaluate {self._run.path}" if last else "the training goes on"
         self._progress.say(f"the evaluation of step {position.step} failed: {error}; {then}")
 
-    def _evaluate(self, engine: Engine, position: Position, on_progress: OnProgress) -> None:
+    def _evaluate(self, engine: Player, position: Position, on_progress: OnProgress) -> None:
         faults.at("eval", position.step)
         if self._reference is None:
             self._read(on_progress)

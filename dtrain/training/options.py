@@ -50,7 +50,7 @@ def deepspeed_options(config: Config, world_size: int, micro_batch: int, paramet
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if ours.offload != "none":
         options["zero_optimization"]["offload_optimizer"] = host
-    if ours.offload == "all":
+    if ours.offload == "all" and ours.zero_stage == 3:  # which a single player may leave
         options["zero_optimization"]["offload_param"] = host
     return _merged(options, ours.extra)
 

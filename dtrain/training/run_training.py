@@ -19,9 +19,9 @@ from dtrain.tracking.journal import events, highest_attempt
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.check import check_inputs, warnings
 from dtrain.training.division import rows_per_rank
-from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
 from dtrain.training.identity import resolved
+from dtrain.training.player import Player
 from dtrain.training.record.goodput import Goodput
 from dtrain.training.record.output import leave_terminal, redirect_to_log
 from dtrain.training.safety.agreement import check_agreement
@@ -72,7 +72,7 @@ def train(config: Config) -> Outcome:
     goodput = Goodput(tracker)
     steps, outcome = None, None
     try:
-        engine = Engine(config, micro_batch)
+        engine = Player.of(config, micro_batch)
         objective = build_objective(config.diffusion)
         position = resume(engine, objective, run, config, bad_steps, data=manifest.hash)
         steps = Steps(

@@ -16,9 +16,10 @@ from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import best_step
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.engine import Engine, Piece
+from dtrain.training.player import Player
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
+from dtrain.training.zero_state import Piece
 
 SPARE = 1.02  # of the free space a save wants: indexes, and others who write
 
@@ -54,7 +55,7 @@ class Saving:
     def failed(self) -> bool:
         return self._writer.failure is not None
 
-    def lacks_room(self, engine: Engine) -> bool:
+    def lacks_room(self, engine: Player) -> bool:
         """Whether the disk is too full for a checkpoint. Asked of rank 0 before any rank writes; all get the answer."""
         self._needed = int(4 * sum(engine.tensor_sizes().values()) * SPARE)
         try:
@@ -63,7 +64,7 @@ class Saving:
             return False  # the save itself will say what is wrong
         return self._free < self._needed
 
-    def require_room(self, engine: Engine) -> None:
+    def require_room(self, engine: Player) -> None:
         """On rank 0, before the first step: raises UserError where the disk is too full for a single checkpoint."""
         if self.lacks_room(engine):
             raise UserError(f"{self._shortage()}; make room, or choose another run.dir")
@@ -78,7 +79,7 @@ class Saving:
         self.tried = position.step
         self._lost(position, self._shortage())
 
-    def begin(self, position: Position, engine: Engine, more: dict[str, torch.Tensor], **meta) -> None:
+    def begin(self, position: Position, engine: Player, more: dict[str, torch.Tensor], **meta) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight.
 
         more: tensors by name that every rank holds alike; rank 0 writes them. meta: plain data beside them.

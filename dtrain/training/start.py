@@ -19,8 +19,8 @@ from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.terminal import say
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
-from dtrain.training.engine import Engine
 from dtrain.training.identity import reconcile
+from dtrain.training.player import Player
 from dtrain.training.safety.bad_steps import BadSteps
 
 
@@ -53,7 +53,7 @@ def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifes
 
 
 def resume(
-    engine: Engine,
+    engine: Player,
     objective: Denoising,
     run: RunDirectory,
     config: Config,
@@ -93,7 +93,7 @@ def resume(
 
 
 def _load(
-    engine: Engine,
+    engine: Player,
     objective: Denoising,
     config: Config,
     data: str | None,
@@ -131,7 +131,7 @@ def _check_own(config: Config, data: str | None, checkpoint: Checkpoint) -> None
         raise UserError(f"{checkpoint.path} is of another run: it was trained on other data, of another manifest")
 
 
-def _begin_from(engine: Engine, config: Config) -> None:
+def _begin_from(engine: Player, config: Config) -> None:
     """The weights of another run, or of a file, into the engine of a new run."""
     source, which = config.run.init_from, config.run.init_weights
     if is_weight_file(source):

@@ -24,8 +24,8 @@ from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
-from dtrain.training.engine import Engine
 from dtrain.training.feed import Feed
+from dtrain.training.player import Player
 from dtrain.training.record.goodput import Goodput, lost_steps
 from dtrain.training.record.levels import StepLosses
 from dtrain.training.record.progress import TrainingProgress
@@ -48,7 +48,7 @@ class Steps:
     config: Config
     run: RunDirectory
     manifest: Manifest
-    engine: Engine
+    engine: Player
     objective: Denoising
     position: Position
     feed: Feed

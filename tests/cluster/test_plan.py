@@ -140,8 +140,8 @@ def test_a_published_model_has_its_published_size_and_operations():
 
 def held(config) -> tuple[int, int]:
     """(bytes of all tensors that came to this process with the engine, between backward pass and step; of a save)."""
-    from tests.training.test_engine import batch_losses
-    from tests.training.test_engine import build as build_engine
+    from tests.training.test_player import batch_losses
+    from tests.training.test_player import build as build_engine
 
     before = storages()
     engine = build_engine(config)

@@ -37,11 +37,11 @@ def rewritten(config):
     from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
-    from dtrain.training.engine import Engine
+    from dtrain.training.player import Player
     from dtrain.training.start import resume
 
     run = RunDirectory(config.run.path)
-    engine = Engine(config, rows_per_rank(config, distributed.world_size())[1])
+    engine = Player.of(config, rows_per_rank(config, distributed.world_size())[1])
     resume(engine, build(config.diffusion), run, config)
     writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
     writer.begin(99, engine.pieces(), engine.tensor_sizes(), {"step": 99, "images": 0, "optimizer_steps": 0})

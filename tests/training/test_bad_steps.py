@@ -5,7 +5,7 @@ import pytest
 
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_engine import batch_losses, build
+from tests.training.test_player import batch_losses, build
 
 SHAPES = [
     *([f"deepspeed.zero_stage={stage}", "train.micro_batch=4"] for stage in (0, 1, 2, 3)),
@@ -19,7 +19,7 @@ SHAPES = [
 
 def state(engine):
     return {(p.name, p.start): p.values.clone() for p in engine.pieces(whole=True)} | {
-        ("step", i): engine.optimizer.state[m]["step"].clone() for i, m in enumerate(engine._masters())
+        ("step", i): engine.optimizer.state[m]["step"].clone() for i, m in enumerate(engine.state.masters())
     }
 
 

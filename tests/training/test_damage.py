@@ -45,10 +45,10 @@ def resumed_from(configs):
     from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
-    from dtrain.training.engine import Engine
+    from dtrain.training.player import Player
     from dtrain.training.start import resume
 
-    engine = Engine(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
+    engine = Player.of(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
     built = build(configs[0].diffusion)
     return [resume(engine, built, RunDirectory(config.run.path), config).step for config in configs]
 

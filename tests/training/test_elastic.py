@@ -83,7 +83,7 @@ def test_every_way_to_save_memory_trains_like_the_plain_one(digits, tmp_path, re
 
 
 def test_initial_weights_are_the_same_at_every_stage_and_exact_under_bf16(digits, tmp_path):
-    from tests.training.test_engine import pieces_of
+    from tests.training.test_player import pieces_of
 
     def start(overrides, world_size):
         out = {}
@@ -143,13 +143,13 @@ def test_a_new_run_begins_with_anothers_weights(digits, tmp_path):
 def begun_from(config, places):
     """The largest difference of this rank's first weights from rank 0's, where ranks look at different places."""
     from dtrain import distributed
-    from dtrain.training.engine import Engine
+    from dtrain.training.player import Player
     from dtrain.training.start import _begin_from
 
-    engine = Engine(config, 12)
+    engine = Player.of(config, 12)
     mine = config.run.model_copy(update={"init_from": places[distributed.rank()]})
     _begin_from(engine, config.model_copy(update={"run": mine}))
-    weights = np.concatenate([p.detach().numpy().flatten() for _, p in engine.trainable])
+    weights = np.concatenate([p.detach().numpy().flatten() for _, p in engine.state.trainable])
     return np.abs(weights - distributed.gather_objects(weights)[0]).max()
 
 

@@ -19,12 +19,12 @@ from tests.training.runs import train
 
 def first_weights(config) -> dict[str, np.ndarray]:
     """What the engine of a new run holds before its first step."""
-    from dtrain.training.engine import Engine
+    from dtrain.training.player import Player
     from dtrain.training.start import _begin_from
 
-    engine = Engine(config, 24)
+    engine = Player.of(config, 24)
     _begin_from(engine, config)
-    return {name: p.detach().numpy().copy() for name, p in engine.trainable}
+    return {name: p.detach().numpy().copy() for name, p in engine.state.trainable}
 
 
 def sets(config) -> dict[str, dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 def held(config):
     """(parameters, bytes by kind) of this rank between the backward pass and the step."""
-    from tests.training.test_engine import batch_losses, build
+    from tests.training.test_player import batch_losses, build
 
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -21,16 +21,16 @@ def held(config):
     for losses in batch_losses(engine, config, 1):
         engine.backward(losses.mean())
     states = list(engine.optimizer.state.values())
-    weights = [p.ds_tensor if engine.stage == 3 else p.data for _, p in engine.trainable]
+    weights = [p.ds_tensor if engine.stage == 3 else p.data for _, p in engine.state.trainable]
     gradients = [g for group in engine.zero.averaged_gradients.values() for g in group if torch.is_tensor(g)]
     kinds = {
         "weights": size(weights),
-        "masters": size(engine._masters()),
-        "gradients": size(gradients) + size(p.grad for _, p in engine.trainable if p.grad is not None),
+        "masters": size(engine.state.masters()),
+        "gradients": size(gradients) + size(p.grad for _, p in engine.state.trainable if p.grad is not None),
         "moments": size(s[k] for s in states for k in ("exp_avg", "exp_avg_sq")),
         "averages": size(s[k] for s in states for k in s if k.startswith("ema")),
     }
-    return sum(engine.tensor_sizes()[f"{n}:fp32"] for n, _ in engine.trainable), kinds
+    return sum(engine.tensor_sizes()[f"{n}:fp32"] for n, _ in engine.state.trainable), kinds
 
 
 @pytest.mark.parametrize(

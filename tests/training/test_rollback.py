@@ -29,11 +29,11 @@ def observed(config, spike=(0, 0)):
 
     spike: images whose loss, and so whose gradient, is 10,000 times as large.
     """
-    from dtrain.training.engine import Engine
     from dtrain.training.feed import Feed
+    from dtrain.training.player import Player
 
     seen, current = [], []
-    step, read_next, backward = Engine.step, Feed.next, Engine.backward
+    step, read_next, backward = Player.step, Feed.next, Player.backward
 
     def watched_next(self, first):
         batch = read_next(self, first)
@@ -51,14 +51,14 @@ def observed(config, spike=(0, 0)):
     def spiking_backward(self, loss):
         backward(self, loss * (1e4 if any(spike[0] <= k < spike[1] for k in current) else 1))
 
-    Engine.step, Feed.next, Engine.backward = watched_step, watched_next, spiking_backward
+    Player.step, Feed.next, Player.backward = watched_step, watched_next, spiking_backward
     error = None
     try:
         train(config)
     except SharedError as e:
         error = str(e)
     finally:
-        Engine.step, Feed.next, Engine.backward = step, read_next, backward
+        Player.step, Feed.next, Player.backward = step, read_next, backward
     return seen, error
 
 

@@ -18,7 +18,7 @@ from dtrain.data.order.skipped import Skipped
 from dtrain.errors import SharedError
 from dtrain.position import Position
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.engine import LARGEST
+from dtrain.training.player import LARGEST
 from dtrain.training.reduction import StepSums
 
 WINDOW = 128  # norms of steps that were taken

@@ -1,4 +1,4 @@
-"""The engine under real DeepSpeed on real ranks."""
+"""A player under real DeepSpeed on real ranks."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ DECAYS = (0.9, 0.5)
 def build(config):
     from dtrain import distributed
     from dtrain.training.division import rows_per_rank
-    from dtrain.training.engine import Engine
+    from dtrain.training.player import Player
 
     _, micro = rows_per_rank(config, distributed.world_size())
-    return Engine(config, micro)
+    return Player.of(config, micro)
 
 
 def batch_losses(engine, config, step):

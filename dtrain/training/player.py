@@ -1,0 +1,355 @@
+"""The only door to DeepSpeed: an optimizer and the networks it moves, in an engine of their own.
+
+Most trainings have one player, which moves the backbone. A small network that is trained with the backbone, by the same
+loss, is another network of the same player; networks trained against each other have a player each.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain import distributed
+from dtrain.checkpoint.format import Checkpoint
+from dtrain.config import Config
+from dtrain.config.training import Optim
+from dtrain.errors import UserError
+from dtrain.models.build import allocate
+from dtrain.models.layers import initialize
+from dtrain.randomness import key_of
+from dtrain.training import ema
+from dtrain.training.deepspeed_import import deepspeed
+from dtrain.training.options import NO_CLIPPING, deepspeed_options
+from dtrain.training.safety.refusal import Refusal
+from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
+
+LARGEST = sys.float_info.max
+BACKBONE = "backbone"  # its parameters carry no prefix in a checkpoint; those of another network "<network>/"
+
+
+def full_name(network: str, parameter: str) -> str:
+    """What a checkpoint calls a network's parameter."""
+    return parameter if network == BACKBONE else f"{network}/{parameter}"
+
+
+def network_of(name: str) -> str:
+    """The network whose parameter a checkpoint calls `name`."""
+    return name.partition("/")[0] if "/" in name else BACKBONE
+
+
+class Networks(nn.Module):
+    """Several networks as one module, which DeepSpeed takes for a model: forward(network, *arguments)."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+
+    def forward(self, network: str, *args, **kwargs):
+        return self.networks[network](*args, **kwargs)
+
+
+class Player:
+    """Networks under DeepSpeed ZeRO with one AdamW, a group of parameters a network, and with EMAs.
+
+    `network(name)` is called for a forward, `backward` takes each micro-batch's loss, then comes `step`.
+
+    networks: name → a function that allocates the module, its weights not yet written, whose `initial_value(name,
+    shape, seed)` says what they begin as: with seed `run.seed` for the backbone, for another network with one that
+    follows from `run.seed` and its name. optim, zero_stage: by default the config's. averaged: whether the EMAs of the
+    config are kept. lr_factors: network → what its learning rate is multiplied with, where it is not 1.
+
+    Raises UserError for what DeepSpeed would do silently wrong.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        micro_batch: int,
+        networks: Mapping[str, Callable[[], nn.Module]],
+        *,
+        name: str = "main",
+        optim: Optim | None = None,
+        averaged: bool = True,
+        lr_factors: Mapping[str, float] | None = None,
+        zero_stage: int | None = None,
+    ):
+        optim, stage = optim or config.optim, config.deepspeed.zero_stage if zero_stage is None else zero_stage
+        deepspeed_section = config.deepspeed.model_copy(update={"zero_stage": stage})
+        config = config.model_copy(update={"optim": optim, "deepspeed": deepspeed_section})
+        factors = dict.fromkeys(networks, 1.0) | dict(lr_factors or {})
+        assert factors.keys() == networks.keys(), f"{name}: {lr_factors} names other networks than {list(networks)}"
+        _refuse(config, name, list(networks))
+        self.name, self.stage, self.micro_batch = name, stage, micro_batch
+        self.averaged = averaged
+        self.profiles = config.ema if averaged else []
+        self.clip = optim.gradient_clip or NO_CLIPPING
+        self.optimizer_steps = 0
+        with torch.device("meta"):
+            plans = {network: allocated() for network, allocated in networks.items()}
+        parameters = [(full_name(n, local), p) for n, plan in plans.items() for local, p in plan.named_parameters()]
+        self.shapes = {full: tuple(p.shape) for full, p in parameters}
+        numel = sum(p.numel() for _, p in parameters if p.requires_grad)
+        self.options = options = deepspeed_options(config, distributed.world_size(), micro_batch, numel)
+
+        # At stage 3 every layer is partitioned as soon as it is allocated, so no rank ever holds the whole model.
+        deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+        with deepspeed.zero.Init(config_dict_or_path=options) if stage == 3 else nullcontext():
+            self.networks = {network: allocated() for network, allocated in networks.items()}
+        self._seeds = {n: config.run.seed if n == BACKBONE else key_of(f"{config.run.seed}/{n}") for n in networks}
+        for network, module in self.networks.items():
+            if stage != 3:
+                initialize(module, self._seeds[network])
+            module.activation_checkpointing = config.train.activation_checkpointing
+        named = {n: list(module.named_parameters()) for n, module in self.networks.items()}
+        groups = [[(full_name(n, local), p) for local, p in named[n] if p.requires_grad] for n in named]
+        frozen = [(full_name(n, local), p) for n in named for local, p in named[n] if not p.requires_grad]
+        self._factors = list(factors.values())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for _, p in group], "lr": optim.lr * factor}
+                for group, factor in zip(groups, self._factors, strict=True)
+            ],
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+        )
+        alone = next(iter(self.networks.values())) if len(networks) == 1 else None
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=alone or Networks(self.networks), optimizer=self.optimizer, config=options
+        )
+        averages = ema.ema_keys(self.profiles)
+        self.state = ZeroState(
+            stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages
+        )
+        if stage == 3 or config.deepspeed.precision == "bf16":
+            self._write_initial_weights()
+        self._refusal = Refusal(self.optimizer, self._norm)
+        ema.attach(self.optimizer, self.profiles, unless=self._refusal.refuses)
+        if config.train.compile:
+            self.engine.compile()
+        self._autocast = config.deepspeed.precision == "bf16_autocast"
+        self._idle = set(networks)  # networks that no loss of this step has gone through
+
+    @classmethod
+    def of(cls, config: Config, micro_batch: int) -> "Player":
+        """The player of a training that has one: it moves the config's backbone."""
+        return cls(config, micro_batch, {BACKBONE: lambda: allocate(config)})
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        """The forward of the only network."""
+        (name,) = self.networks
+        return self.network(name)(*args, **kwargs)
+
+    def network(self, name: str) -> Callable:
+        """A network's forward in this player's own turn: what descends from it goes into `backward`.
+
+        `torch.autograd.grad` of it is wrong at stages 1 and 3 now and then: differentiate what `beside` gives.
+        """
+        assert name in self.networks, f"{name} is not a network of {self.name}"
+
+        def forward(*args, **kwargs):
+            if torch.is_grad_enabled():
+                self._idle.discard(name)
+            return self.engine(*args, **kwargs) if len(self.networks) == 1 else self.engine(name, *args, **kwargs)
+
+        return forward
+
+    def beside(self, name: str) -> Callable:
+        """A network's forward in another player's turn, where this player is `frozen`.
+
+        The engine itself would count it as a step of its own. It enters autocast by itself, its module does not.
+        """
+        assert name in self.networks, f"{name} is not a network of {self.name}"
+
+        def forward(*args, **kwargs):
+            with torch.autocast(distributed.device().type, torch.bfloat16, enabled=self._autocast):
+                module = self.engine.module
+                return module(*args, **kwargs) if len(self.networks) == 1 else module(name, *args, **kwargs)
+
+        return forward
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """From the first forward to the end of the backward of another player's turn: no gradient comes to the weights.
+
+        DeepSpeed would take one for a gradient of this player's own step, or stop with an error.
+        """
+        for _, p in self.state.trainable:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for _, p in self.state.trainable:
+                p.requires_grad_(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient. DeepSpeed divides by the number of micro-batches itself.
+
+        A loss that is not finite makes the whole gradient so, and with it the norm that every rank gets: the factor is
+        exactly 1 otherwise, and nobody waits for its value.
+        """
+        self.engine.backward(loss * (1 + 0 * loss.detach()))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch; moves nothing
+
+    def step(self, lr: float, limit: float = LARGEST) -> float:
+        """Clip, step, move the EMAs, after the last micro-batch's `backward`; the norm of the mean gradient, unclipped.
+
+        A step whose norm is over `limit`, infinite or not a number moves nothing, bit for bit, on any rank: no weight,
+        moment, average or step count. The norm is the same on all ranks, so they need not ask each other. lr: of
+        networks whose factor is 1. Raises UserError where a network had no part in the losses: Adam would move it yet.
+        """
+        assert self.engine.is_gradient_accumulation_boundary(), "step() belongs after the last micro-batch"
+        if self._idle:
+            raise UserError(
+                f"no loss of player {self.name} in this step came from its {' and '.join(sorted(self._idle))}, which "
+                "Adam would move all the same; give what is trained at other steps a player of its own"
+            )
+        for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = lr * factor
+        if self.stage == 0:
+            self._norm_at_0 = self._clip_at_0()
+        self._refusal.begin(limit)
+        self.engine.step()
+        self._idle = set(self.networks)
+        norm = self._norm()
+        self.optimizer_steps += norm <= limit
+        return norm
+
+    def _norm(self) -> float:
+        """The gradient norm of this step. DeepSpeed's own has been reduced by the time the optimizer is called."""
+        return self._norm_at_0 if self.stage == 0 else float(self.zero._global_grad_norm)
+
+    def _clip_at_0(self) -> float:
+        """Ranks hold the same gradients but may round differently where their devices differ: they take the largest."""
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.state.trainable], self.clip)
+        norm = torch.where(norm.isfinite(), norm, torch.inf)
+        if distributed.world_size() > 1:
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+        return norm.item()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def pieces(self, whole: bool = False) -> list[Piece]:
+        """Every piece this rank holds, live; see `ZeroState.pieces`."""
+        return self.state.pieces(whole)
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """Name → number of elements of every global tensor a checkpoint of this player holds."""
+        numel = self.numel()
+        sizes = {f"{name}:{key}": numel[name] for name, _ in self.state.trainable for key in self.state.keys}
+        return sizes | {f"{name}:fp32": numel[name] for name, _ in self.state.frozen}
+
+    def numel(self) -> dict[str, int]:
+        """Parameter → number of elements."""
+        return {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+
+    def _write_initial_weights(self) -> None:
+        """The exact initial weights into the fp32 masters and EMAs, where building the model could not put them."""
+
+        def value_of(name: str) -> Tensor:
+            network = network_of(name)
+            local = name if network == BACKBONE else name.removeprefix(f"{network}/")
+            return self.networks[network].initial_value(local, self.shapes[name], self._seeds[network])
+
+        self.state.zero_padding()
+        self.state.write(value_of)
+        self.refresh(optimizer_steps=0)
+
+    def reset(self) -> None:
+        """Back to the initial weights, EMAs as these, moments zero, no step taken. On all ranks."""
+        self.state.zero_moments()
+        self._write_initial_weights()
+
+    def set_weights(self, model: nn.Module, network: str = BACKBONE) -> None:
+        """Begin with a whole model's weights, EMAs as these and moments zero; `refresh` must follow on all ranks."""
+        weights = {full_name(network, name): p.detach() for name, p in model.named_parameters()}
+        self.state.write(weights.get)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill this rank's pieces from a checkpoint of any shape; `refresh` must follow on all ranks.
+
+        An EMA profile that the checkpoint lacks begins as its weights. Raises Damaged, or UserError for another model.
+        """
+        check_model(checkpoint, self.numel())
+        self.fill(checkpoint)
+
+    def load_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
+        """Begin with a checkpoint's weights, EMAs as these and moments zero; `refresh` must follow on all ranks.
+
+        key: "fp32", the raw ones, or of one of its averages "ema_0". Raises Damaged, or UserError for another model.
+        """
+        check_weights(checkpoint, key)
+        check_model(checkpoint, self.numel())
+        self.fill_weights(checkpoint, key)
+
+    def fill(self, checkpoint: Checkpoint) -> None:
+        """`load`, where it has been checked that the checkpoint is of this model."""
+        self.state.fill(
+            checkpoint, lambda name, key: (name, key) if f"{name}:{key}" in checkpoint.tensors else (name, "fp32")
+        )
+
+    def fill_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
+        """`load_weights`, where it has been checked that the checkpoint is of this model."""
+        averaged = {name for name, _ in self.state.trainable if self.averaged}  # others have only "fp32"
+        self.state.fill(
+            checkpoint, lambda name, own: None if own in MOMENTS else (name, key if name in averaged else "fp32")
+        )
+
+    def refresh(self, optimizer_steps: int) -> None:
+        """After the pieces were overwritten: make the model's own weights equal them and set Adam's step count."""
+        self.count_steps(optimizer_steps)
+        self.state.refresh()
+
+    def count_steps(self, optimizer_steps: int) -> None:
+        """Say how many steps the state has taken."""
+        self.optimizer_steps = optimizer_steps
+        self.state.count_steps(optimizer_steps)
+
+    @torch.no_grad()
+    def gather(self, key: str, into: nn.Module, network: str = BACKBONE) -> nn.Module:
+        """Copy a network's whole weights (key "fp32") or an EMA ("ema_0") into a plain module on every rank.
+
+        A collective: every rank calls it. Frozen parameters and buffers are copied as they are.
+        """
+        self.state.gather(key, {full_name(network, name): p for name, p in into.named_parameters()})
+        buffers = dict(into.named_buffers())
+        for name, b in self.networks[network].named_buffers():
+            buffers[name].copy_(b)
+        return into
+
+
+def _refuse(config: Config, player: str, networks: list[str]) -> None:
+    """Raises UserError for what DeepSpeed would do silently wrong."""
+    if config.deepspeed.precision != "bf16":
+        return
+    if len(networks) > 1:
+        raise UserError(
+            f"deepspeed.precision=bf16 would round the weights of {' and '.join(networks)}, which player {player} "
+            "moves together; take bf16_autocast"
+        )
+    if config.deepspeed.zero_stage == 0:
+        raise UserError(f"deepspeed.precision=bf16 drifts at stage 0, which player {player} needs; take bf16_autocast")
+
+
+def check_weights(checkpoint: Checkpoint, key: str) -> None:
+    """Raises UserError where the checkpoint holds no average of that key."""
+    if key != "fp32" and not any(name.endswith(f":{key}") for name in checkpoint.tensors):
+        raise UserError(f"{checkpoint.path} holds no weights {key}")
+
+
+def check_model(checkpoint: Checkpoint, ours: Mapping[str, int]) -> None:
+    """Raises UserError where its parameters are not those of `ours`, name → number of elements."""
+    theirs = {n.removesuffix(":fp32"): size for n, size in checkpoint.tensors.items() if n.endswith(":fp32")}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{checkpoint.path} is of another model: {name} has {theirs.get(name, 'no')} elements there, "
+                f"{ours.get(name, 'none')} here"
+            )
