@@ -28,7 +28,7 @@ from dtrain.report.pictures import grids
 from dtrain.report.runs import read_runs
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, events
-from tests.checkpoint.test_format import save
+from tests.checkpoint.written import save
 from tests.data.shard_files import data_set, labelled_pictures, rewrite_side
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
@@ -266,7 +266,8 @@ def test_a_reports_pictures_may_lie_on_another_disk_and_nowhere_else(runs):
 def test_what_leads_out_of_a_run_is_not_sent_to_mlflow(tmp_path, caplog):
     from mlflow import MlflowClient
 
-    from tests.tracking.test_mlflow import destination, sync
+    from dtrain.tracking.mlflow import sync
+    from tests.tracking.destinations import destination
 
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)

@@ -40,7 +40,7 @@ from dtrain.tracking.mlflow.files import files_of
 from dtrain.tracking.mlflow.keys import image_key, metric_key
 from dtrain.training.identity import has_trained
 from dtrain.training.record.summary import summary
-from tests.checkpoint.test_format import save
+from tests.checkpoint.written import save
 from tests.data.shard_files import data_set, labelled_pictures, rewrite_side
 from tests.report.made import CONTEXT, append, make_run
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from dtrain.checkpoint.diffusers import to_diffusers
@@ -16,22 +16,10 @@ from dtrain.diffusion.schedule import cosine, linear, with_zero_terminal_snr
 from dtrain.errors import UserError
 from dtrain.models.dit import DiT
 from dtrain.models.unet import UNet
+from tests.checkpoint.diffusers_models import CLASSES, randomised
 from tests.longer import mostly_longer
 
-CLASSES = {"transformer": DiTTransformer2DModel, "unet": UNet2DModel}
 EPS = GaussianDiffusion(linear(1000))
-
-
-def randomised(model):
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if name == "pos_embed":
-            p.data = DiT.initial_value(name, tuple(p.shape), 0)
-        elif p.dim() == 1:
-            p.data = ("norm" in name and "weight" in name) + 0.1 * torch.randn(p.shape, generator=generator)
-        else:
-            p.data = torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5
-    return model.eval()
 
 
 def dit(**changes):

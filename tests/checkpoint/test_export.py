@@ -22,8 +22,8 @@ from dtrain.diffusion.samplers import sample
 from dtrain.errors import UserError
 from dtrain.models.build import allocate
 from dtrain.run import RunDirectory
+from tests.checkpoint.diffusers_models import CLASSES, randomised
 from tests.checkpoint.exported import run_readme, run_readme_in_a_fork, trained
-from tests.checkpoint.test_diffusers import CLASSES, randomised
 from tests.digits import CONFIG, tiny
 
 UNET = "model={name: unet, width: 16, multipliers: [1, 2], res_blocks: 1, attention: [4], num_classes: 0}"

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,28 +13,7 @@ from dtrain.checkpoint import format
 from dtrain.checkpoint.directory import complete, remove_partial, surplus
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.checkpoint.writer import Writer
-
-
-@dataclass
-class Piece:
-    name: str
-    start: int
-    values: torch.Tensor
-
-
-def save(directory, tensors, cuts, step=1, meta=None):
-    """Write `tensors` as a world of len(cuts) ranks, rank r holding elements cuts[r][name] = (start, stop)."""
-    directory.mkdir(exist_ok=True)
-    writers = [Writer(directory, rank, len(cuts)) for rank in range(len(cuts))]
-    for writer, cut in zip(writers, cuts, strict=True):
-        pieces = [Piece(n, a, torch.from_numpy(tensors[n][a:b])) for n, (a, b) in cut.items() if b > a]
-        writer.begin(step, pieces, {n: len(t) for n, t in tensors.items()}, meta or {"step": step})
-    for writer in reversed(writers):
-        writer.wait()
-        assert writer.written
-    for writer in reversed(writers):
-        path = writer.commit()
-    return path
+from tests.checkpoint.written import Piece, save
 
 
 @st.composite

@@ -3,61 +3,21 @@
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from dtrain.cluster import slurm
 from dtrain.errors import UserError
+from tests.cluster.hostile import DIGITS, HOSTILE, rendered
 from tests.cluster.stubs import Stubs
 from tests.digits import tiny
 
-HOSTILE = [
-    "$(touch pwned)",
-    "`touch pwned`",
-    "; touch pwned",
-    "x; touch pwned #",
-    "&& touch pwned",
-    "|| touch pwned",
-    "| touch pwned",
-    "> pwned",
-    "'; touch pwned; '",
-    '"; touch pwned; "',
-    "'\"'\"'$(touch pwned)",
-    "${IFS}touch${IFS}pwned",
-    "$HOME ~ $0 $SLURM_JOB_ID",
-    "a b  c",
-    "*",
-    "[a-z]?{x,y}",
-    "!!",
-    "-rf",
-    "--local_rank=3 --help",
-    "#SBATCH --wrap=pwned",
-    "%%name %%folder %j %%%A",
-    "%%(touch pwned)",
-    "(touch pwned)",
-    "EOF",
-    "é ü 图像 🙂",
-    "=",
-    "&",
-]
-DIGITS = Path("digits")  # a script is written without looking at the data
 UNCARRIED = ["a\nb", "a\n#SBATCH --uid=0\n", "a\rb", "a\tb", "a\x1b[2J", "a\x7f", "a\udcff"]
 
 
 @pytest.fixture
 def request_():
     return slurm.Request(2, 1, "1:00:00")
-
-
-def rendered(folder, name, request):
-    """A training whose config, data override, run directory and working folder are called so; the script and more."""
-    config = tiny(DIGITS, Path("runs"))
-    run = config.run.model_copy(update={"dir": str(folder / f"runs {name}")})  # the config would expand ${variables}
-    config = config.model_copy(update={"run": run})
-    overrides = [f"tracking.experiment={name}", f"run.dir={folder / f'runs {name}'}"]
-    job = slurm.training(folder / f"{name}.yaml", overrides, config)
-    return slurm.render(job, request), job, overrides
 
 
 @pytest.mark.parametrize("name", HOSTILE)

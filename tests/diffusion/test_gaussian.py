@@ -8,12 +8,7 @@ from dtrain.config import Gaussian
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build
 from dtrain.diffusion.schedule import linear
-
-process = GaussianDiffusion(linear(1000))
-
-
-def numbers(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+from tests.diffusion.numbers import PROCESS, normal, perfect_output
 
 
 @given(st.integers(21, 5000))
@@ -25,29 +20,29 @@ def test_time_spans_the_schedule_and_never_leaves_it(T):
 
 def test_every_timestep_holds_an_equal_share_of_u():
     u = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
-    assert torch.bincount(process.time(u)).tolist() == [50] * 1000
+    assert torch.bincount(PROCESS.time(u)).tolist() == [50] * 1000
 
 
 def test_noised_is_alpha_x0_plus_sigma_noise():
-    x0, noise, t = numbers(5, 3, 4, 4), numbers(5, 3, 4, 4, seed=1), torch.tensor([0, 1, 500, 998, 999])
+    x0, noise, t = normal(5, 3, 4, 4), normal(5, 3, 4, 4, seed=1), torch.tensor([0, 1, 500, 998, 999])
     beta = np.linspace(1e-4, 0.02, 1000)
     for row, i in enumerate(t.tolist()):
         alpha_bar = np.prod(1 - beta[: i + 1])
         expected = np.sqrt(alpha_bar) * x0[row].double().numpy() + np.sqrt(1 - alpha_bar) * noise[row].double().numpy()
-        np.testing.assert_allclose(process.noised(x0.double(), noise.double(), t)[row].numpy(), expected, rtol=1e-12)
-        np.testing.assert_allclose(process.noised(x0, noise, t)[row].numpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(PROCESS.noised(x0.double(), noise.double(), t)[row].numpy(), expected, rtol=1e-12)
+        np.testing.assert_allclose(PROCESS.noised(x0, noise, t)[row].numpy(), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(
-            process.noised(x0[row : row + 1], noise[row : row + 1], i)[0], process.noised(x0, noise, t)[row]
+            PROCESS.noised(x0[row : row + 1], noise[row : row + 1], i)[0], PROCESS.noised(x0, noise, t)[row]
         )
 
 
 def test_x0_and_eps_undo_the_noising():
-    x0, noise, t = numbers(4, 3, 4, 4).double(), numbers(4, 3, 4, 4, seed=1).double(), torch.tensor([0, 10, 500, 999])
-    x_t = process.noised(x0, noise, t)
-    assert torch.equal(process.eps(noise, x_t, t), noise)
-    torch.testing.assert_close(process.x0(noise, x_t, t), x0, rtol=0, atol=1e-12)
+    x0, noise, t = normal(4, 3, 4, 4).double(), normal(4, 3, 4, 4, seed=1).double(), torch.tensor([0, 10, 500, 999])
+    x_t = PROCESS.noised(x0, noise, t)
+    assert torch.equal(PROCESS.eps(noise, x_t, t), noise)
+    torch.testing.assert_close(PROCESS.x0(noise, x_t, t), x0, rtol=0, atol=1e-12)
     for row, i in enumerate(t.tolist()):
-        assert torch.equal(process.x0(noise[row], x_t[row], i), process.x0(noise, x_t, t)[row])
+        assert torch.equal(PROCESS.x0(noise[row], x_t[row], i), PROCESS.x0(noise, x_t, t)[row])
 
 
 def test_the_configured_process():
@@ -56,20 +51,14 @@ def test_the_configured_process():
     assert torch.equal(built.schedule.alpha_bar, linear(500).alpha_bar)
 
 
-def told(x0, noise, t, prediction):
-    """The perfect answer at timestep t, from the definitions."""
-    alpha, sigma = float(process.schedule.alpha[t]), float(process.schedule.sigma[t])
-    return {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0}[prediction]
-
-
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_every_prediction_says_what_x0_and_eps_are(prediction, variance):
     p = GaussianDiffusion(linear(1000), prediction, variance)
-    x0, noise, t = numbers(4, 3, 4, 4).double(), numbers(4, 3, 4, 4, seed=1).double(), torch.tensor([0, 10, 500, 999])
-    output = torch.stack([told(x0[r], noise[r], i, prediction) for r, i in enumerate(t.tolist())])
+    x0, noise, t = normal(4, 3, 4, 4).double(), normal(4, 3, 4, 4, seed=1).double(), torch.tensor([0, 10, 500, 999])
+    output = torch.stack([perfect_output(x0[r], noise[r], i, prediction) for r, i in enumerate(t.tolist())])
     if variance == "learned_range":
-        output = torch.cat([output, numbers(4, 3, 4, 4, seed=2).double()], dim=1)
+        output = torch.cat([output, normal(4, 3, 4, 4, seed=2).double()], dim=1)
     x_t = p.noised(x0, noise, t)
     torch.testing.assert_close(p.x0(output, x_t, t), x0, rtol=0, atol=1e-10)
     torch.testing.assert_close(p.eps(output, x_t, t), noise, rtol=0, atol=1e-10)

@@ -18,49 +18,10 @@ from dtrain.evaluation.features.build import Pixels, extractor, metric_name
 from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork
 from dtrain.evaluation.metrics.frechet import frechet_distance
 from dtrain.evaluation.metrics.statistics import statistics_of
+from tests.evaluation.networks import Layers, LikeInception, Means, saved
 from tests.longer import longer
 
 CIFAR10 = os.environ.get("DTRAIN_CIFAR10")
-
-
-class Layers(torch.nn.Module):
-    """Stands for Inception's layers: 2048 features that depend on every pixel."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolution = torch.nn.Conv2d(3, 8, 5, stride=4)
-        self.pool = torch.nn.AdaptiveAvgPool2d(16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pool(torch.relu(self.convolution(x)))  # (n, 8, 16, 16): 2048 numbers
-
-
-class LikeInception(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers, self.output = Layers(), torch.nn.Linear(2048, 1008)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(self.layers(x).flatten(1))
-
-
-class Means(torch.nn.Module):
-    """A user's network at 16 pixels: the mean of each colour."""
-
-    def __init__(self):
-        super().__init__()
-        self.size = 16
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3))
-
-
-def saved(module: torch.nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(0)
-        torch.jit.script(module.eval()).save(str(path))
-    return path
 
 
 @pytest.fixture

@@ -5,17 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from dtrain.errors import UserError
-from dtrain.models.dit import DiT
-from dtrain.models.layers import initialize, positions
+from dtrain.models.layers import positions
 from dtrain.models.published import load_published
-
-SIZES = {"channels": 3, "patch": 2, "width": 32, "depth": 2, "heads": 4, "num_classes": 5}
-
-
-def small(seed=0, image_size=8, **changes):
-    model = DiT(image_size, **SIZES | changes)
-    initialize(model, seed)
-    return model
+from tests.models.small import small
 
 
 def published(image_size=8, learn_sigma=True):

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from dtrain.errors import UserError
 from dtrain.models.published import load_published, published
 from dtrain.models.weight_file import read_weights
-from tests.models.test_published import small
+from tests.models.small import small
 
 RAW, AVERAGED = small(seed=1), small(seed=2)
 

@@ -12,13 +12,13 @@ from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import SecondMoment, Uniform
 from dtrain.objectives.build import build
 from dtrain.objectives.denoising import Denoising
-from tests.diffusion.test_gaussian import numbers, process, told
+from tests.diffusion.numbers import PROCESS, normal, perfect_output
 
-objective = Denoising(process)
+objective = Denoising(PROCESS)
 
 
 def test_each_rows_loss_is_its_own_mean_squared_error():
-    x0, noise, labels = numbers(4, 3, 5, 5), numbers(4, 3, 5, 5, seed=1), torch.tensor([3, 1, 2, 0])
+    x0, noise, labels = normal(4, 3, 5, 5), normal(4, 3, 5, 5, seed=1), torch.tensor([3, 1, 2, 0])
     u = torch.tensor([0.0, 0.3141, 0.6, 0.9999], dtype=torch.float64)
 
     def model(x, t, y):
@@ -28,7 +28,7 @@ def test_each_rows_loss_is_its_own_mean_squared_error():
     assert losses.dtype == torch.float32
     assert losses.shape == (4,)
     for row, t in enumerate([0, 314, 600, 999]):
-        x_t = process.noised(x0[row], noise[row], t).double()
+        x_t = PROCESS.noised(x0[row], noise[row], t).double()
         expected = ((x_t * labels[row] + t / 1000 - noise[row]) ** 2).mean()
         np.testing.assert_allclose(losses[row], expected, rtol=1e-5)
 
@@ -45,19 +45,19 @@ def test_losses_of_a_bfloat16_model_are_summed_in_float32():
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_the_simple_loss_is_the_weighted_error_of_the_prediction(prediction, gamma):
     p = GaussianDiffusion(linear(1000), prediction)
-    x0, noise, labels = numbers(4, 2, 3, 3), numbers(4, 2, 3, 3, seed=1), torch.zeros(4, dtype=torch.long)
-    u, output = torch.tensor([0.0, 0.2, 0.6, 0.9999], dtype=torch.float64), numbers(4, 2, 3, 3, seed=2)
+    x0, noise, labels = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1), torch.zeros(4, dtype=torch.long)
+    u, output = torch.tensor([0.0, 0.2, 0.6, 0.9999], dtype=torch.float64), normal(4, 2, 3, 3, seed=2)
     losses = Denoising(p, min_snr_gamma=gamma).losses(lambda x, t, y: output, x0, noise, u, labels)
     for row, t in enumerate([0, 200, 600, 999]):
-        error = float((told(x0[row], noise[row], t, prediction) - output[row]).square().mean())
+        error = float((perfect_output(x0[row], noise[row], t, prediction) - output[row]).square().mean())
         snr = float(p.schedule.snr[t])
         weight = {"eps": min(snr, 5) / snr, "x0": min(snr, 5), "v": min(snr, 5) / (snr + 1)}[prediction]
         assert float(losses[row]) == pytest.approx(error * (weight if gamma else 1), rel=1e-4)
 
 
 def test_min_snr_weighs_every_prediction_as_the_same_error_of_x0():
-    x0, noise = numbers(3, 1, 4, 4).double(), numbers(3, 1, 4, 4, seed=1).double()
-    x0_hat, u = numbers(3, 1, 4, 4, seed=2).double(), torch.tensor([0.01, 0.4, 0.8], dtype=torch.float64)
+    x0, noise = normal(3, 1, 4, 4).double(), normal(3, 1, 4, 4, seed=1).double()
+    x0_hat, u = normal(3, 1, 4, 4, seed=2).double(), torch.tensor([0.01, 0.4, 0.8], dtype=torch.float64)
     losses = []
     for prediction in ("eps", "x0", "v"):
         p = GaussianDiffusion(linear(1000), prediction)
@@ -74,7 +74,7 @@ def test_min_snr_weighs_every_prediction_as_the_same_error_of_x0():
 @pytest.mark.parametrize("T", [100, 1000])
 def test_the_vlb_loss_is_the_bound_without_its_prior_on_average_over_times(T):
     p = GaussianDiffusion(linear(T), "v", "learned_range")
-    x0, noise = 0.3 * numbers(1, 1, 4, 4).double(), numbers(1, 1, 4, 4, seed=1).double()
+    x0, noise = 0.3 * normal(1, 1, 4, 4).double(), normal(1, 1, 4, 4, seed=1).double()
 
     def model(x, t, y=None):
         return torch.cat([0.5 * x, torch.sin(x) + t.view(-1, 1, 1, 1) / T], dim=1)
@@ -90,7 +90,7 @@ def test_importance_keeps_the_vlb_loss_on_average():
     times = SecondMoment(50)
     for _ in range(10):
         times.observe(torch.arange(50), torch.linspace(5, 0.1, 50))
-    x0, noise = 0.3 * numbers(1, 1, 2, 2).double(), numbers(1, 1, 2, 2, seed=1).double()
+    x0, noise = 0.3 * normal(1, 1, 2, 2).double(), normal(1, 1, 2, 2, seed=1).double()
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     everywhere = [a.expand(len(u), -1, -1, -1) for a in (x0, noise)]
     means = [
@@ -106,11 +106,11 @@ def test_the_hybrid_loss_trains_the_mean_by_the_simple_loss_alone_and_the_varian
     hybrid, simple, vlb = (
         Denoising(GaussianDiffusion(linear(T), "eps", "learned_range"), loss) for loss in ("hybrid", "simple", "vlb")
     )
-    x0, noise, labels = numbers(6, 1, 3, 3), numbers(6, 1, 3, 3, seed=1), torch.zeros(6, dtype=torch.long)
+    x0, noise, labels = normal(6, 1, 3, 3), normal(6, 1, 3, 3, seed=1), torch.zeros(6, dtype=torch.long)
     u = torch.tensor([0.0, 0.001, 0.01, 0.3, 0.8, 0.999], dtype=torch.float64)
     gradients, values = {}, {}
     for name, p in {"hybrid": hybrid, "simple": simple, "vlb": vlb}.items():
-        output = (0.1 * numbers(6, 2, 3, 3, seed=2)).requires_grad_()
+        output = (0.1 * normal(6, 2, 3, 3, seed=2)).requires_grad_()
         values[name] = p.losses(lambda x, t, y, output=output: output, x0, noise, u, labels)
         (gradients[name],) = torch.autograd.grad(values[name].sum(), output)
     torch.testing.assert_close(values["hybrid"], values["simple"] + 0.001 * values["vlb"], rtol=1e-5, atol=0)
@@ -126,11 +126,11 @@ def test_the_bounds_gradient_is_finite_at_every_timestep_and_that_of_a_term_by_i
     """At the end of the cosine schedule an x̂_0 is 1e5, which must not reach the decoder of rows of other timesteps."""
     p = build(Gaussian(schedule="cosine", timesteps=timesteps, variance="learned_range", loss=loss))
     u = torch.cat([torch.arange(0, timesteps, 7), torch.tensor([timesteps - 1])]).double().add(0.5) / timesteps
-    x0, noise = numbers(len(u), 1, 4, 4).clamp(-1, 1), numbers(len(u), 1, 4, 4, seed=1)
+    x0, noise = normal(len(u), 1, 4, 4).clamp(-1, 1), normal(len(u), 1, 4, 4, seed=1)
     labels = torch.zeros(len(u), dtype=torch.long)
 
     def gradient(rows):
-        output = numbers(len(u), 2, 4, 4, seed=2)[rows].requires_grad_()
+        output = normal(len(u), 2, 4, 4, seed=2)[rows].requires_grad_()
         losses = p.losses(lambda x, t, y: output, x0[rows], noise[rows], u[rows], labels[rows])
         return torch.autograd.grad(losses.sum(), output)[0]
 
@@ -146,15 +146,15 @@ def test_losses_at_a_place_know_nothing_of_how_it_was_chosen():
     for _ in range(10):
         times.observe(torch.arange(1000), torch.linspace(9, 1, 1000))
     place, labels = torch.tensor([0.1, 0.5], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
-    arguments = (lambda x, t, y: 0.5 * x, numbers(2, 1, 3, 3), numbers(2, 1, 3, 3, seed=1), place, labels)
+    arguments = (lambda x, t, y: 0.5 * x, normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1), place, labels)
     plain = objective.losses(*arguments)
-    assert torch.equal(Denoising(process, times=times).losses_at(*arguments), plain)
-    assert not torch.equal(Denoising(process, times=times).losses(*arguments), plain)
+    assert torch.equal(Denoising(PROCESS, times=times).losses_at(*arguments), plain)
+    assert not torch.equal(Denoising(PROCESS, times=times).losses(*arguments), plain)
 
 
 def test_tables_first_used_in_inference_mode_still_train():
     p = Denoising(GaussianDiffusion(linear(1000), "v", "learned_range"), "hybrid", 5.0)
-    x0, noise, labels = numbers(2, 1, 3, 3), numbers(2, 1, 3, 3, seed=1), torch.zeros(2, dtype=torch.long)
+    x0, noise, labels = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1), torch.zeros(2, dtype=torch.long)
     u, scale = torch.tensor([0.0, 0.5], dtype=torch.float64), torch.ones(1, requires_grad=True)
 
     def model(x, t, y):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.cluster import slurm as jobs
+from tests.cluster.hostile import HOSTILE, rendered
 from tests.cluster.stubs import Stubs
-from tests.cluster.test_hostile_names import HOSTILE, rendered
 from tests.slurm.cluster import Job
 
 pytestmark = pytest.mark.slurm

@@ -14,9 +14,8 @@ from PIL import Image
 
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Journal, read
-from dtrain.tracking.mlflow import Destination, Shipper, default_uri, sync
-
-EXPERIMENT = "digits"
+from dtrain.tracking.mlflow import Shipper, default_uri, sync
+from tests.tracking.destinations import EXPERIMENT, destination
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +29,6 @@ def run(runs, request) -> Path:
     path = runs / request.node.name
     path.mkdir()
     return path
-
-
-def destination(run: Path, **changed) -> Destination:
-    whole = {
-        "journal_path": run / "journal.jsonl",
-        "uri": default_uri(run),
-        "experiment": EXPERIMENT,
-        "run_name": run.name,
-        "run_key": f"key-of-{run.name}",
-        "params": {"model.width": 96, "optim.lr": 1e-3},
-        "tags": {"git.commit": "abc"},
-    }
-    return Destination(**whole | changed)
 
 
 def ship(run: Path, **changed) -> None:
