@@ -1,12 +1,14 @@
 """Imports go one way: a file imports only from rooms above its own, and no file, directly or not, itself."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import dtrain
 
 ROOT = Path(dtrain.__file__).parent
+TESTS = Path(__file__).parent
 
 # From the ground up, as docs/architecture.md draws it. Files of one room import each other; no file is in two.
 ROOMS = [
@@ -90,3 +92,16 @@ def test_no_file_imports_itself_in_a_circle():
 def test_only_the_ground_is_free_of_rooms_and_every_room_stands():
     known = modules()
     assert {name for names in ROOMS for name in names} <= set(known)
+
+
+def test_no_file_of_tests_imports_from_a_test_file():
+    """What several of them need stands in modules that hold no tests."""
+    found = {
+        f"{path.relative_to(TESTS)} imports {module}"
+        for path in TESTS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for module in [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        if re.fullmatch(r"tests\b.*\.test_\w+", module)
+    }
+    assert found == set()

@@ -140,11 +140,10 @@ def test_a_published_model_has_its_published_size_and_operations():
 
 def held(config) -> tuple[int, int]:
     """(bytes of all tensors that came to this process with the engine, between backward pass and step; of a save)."""
-    from tests.training.test_player import batch_losses
-    from tests.training.test_player import build as build_engine
+    from tests.training.players import batch_losses, build_player
 
     before = storages()
-    engine = build_engine(config)
+    engine = build_player(config)
     for step in (1, 2):
         for losses in batch_losses(engine, config, step):
             engine.backward(losses.mean())

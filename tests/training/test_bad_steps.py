@@ -5,7 +5,7 @@ import pytest
 
 from tests.digits import tiny
 from tests.ranks import run_ranks
-from tests.training.test_player import batch_losses, build
+from tests.training.players import batch_losses, build_player, differing, state
 
 SHAPES = [
     *([f"deepspeed.zero_stage={stage}", "train.micro_batch=4"] for stage in (0, 1, 2, 3)),
@@ -15,17 +15,6 @@ SHAPES = [
     ["deepspeed.zero_stage=3", "deepspeed.offload=all"],
     ["deepspeed.zero_stage=3", "deepspeed.extra={zero_optimization: {sub_group_size: 2000}}"],
 ]
-
-
-def state(engine):
-    return {(p.name, p.start): p.values.clone() for p in engine.pieces(whole=True)} | {
-        ("step", i): engine.optimizer.state[m]["step"].clone() for i, m in enumerate(engine.state.masters())
-    }
-
-
-def differing(before, after):
-    assert before.keys() == after.keys()
-    return [name for name in before if not np.array_equal(before[name].float().numpy(), after[name].float().numpy())]
 
 
 def step(engine, config, number, harm=None, limit=None):
@@ -49,7 +38,7 @@ def infinite_loss_of_finite_gradient(loss, _):
 
 def refused_steps(config):
     """What bad steps moved, their norms, and how the state then differs from that of an engine that never saw them."""
-    engine = build(config)
+    engine = build_player(config)
     step(engine, config, 1)
     before = state(engine)
     norms = [step(engine, config, 2, nan), step(engine, config, 3, infinite_loss_of_finite_gradient)]
@@ -57,7 +46,7 @@ def refused_steps(config):
     moved = differing(before, state(engine))
     counted = engine.optimizer_steps
     norms.append(step(engine, config, 5))
-    plain = build(config)
+    plain = build_player(config)
     for number in (1, 5):
         step(plain, config, number)
     return moved, counted, norms, differing(state(plain), state(engine)), len(differing(before, state(engine)))

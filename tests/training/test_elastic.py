@@ -83,7 +83,7 @@ def test_every_way_to_save_memory_trains_like_the_plain_one(digits, tmp_path, re
 
 
 def test_initial_weights_are_the_same_at_every_stage_and_exact_under_bf16(digits, tmp_path):
-    from tests.training.test_player import pieces_of
+    from tests.training.players import pieces_of
 
     def start(overrides, world_size):
         out = {}

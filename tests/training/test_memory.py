@@ -12,12 +12,12 @@ from tests.ranks import run_ranks
 
 def held(config):
     """(parameters, bytes by kind) of this rank between the backward pass and the step."""
-    from tests.training.test_player import batch_losses, build
+    from tests.training.players import batch_losses, build_player
 
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    engine = build(config)
+    engine = build_player(config)
     for losses in batch_losses(engine, config, 1):
         engine.backward(losses.mean())
     states = list(engine.optimizer.state.values())

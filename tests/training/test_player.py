@@ -7,41 +7,9 @@ import torch
 from dtrain.errors import UserError
 from tests.digits import tiny
 from tests.ranks import run_ranks
+from tests.training.players import batch_losses, build_player, pieces_of, run_steps
 
 DECAYS = (0.9, 0.5)
-
-
-def build(config):
-    from dtrain import distributed
-    from dtrain.training.division import rows_per_rank
-    from dtrain.training.player import Player
-
-    _, micro = rows_per_rank(config, distributed.world_size())
-    return Player.of(config, micro)
-
-
-def batch_losses(engine, config, step):
-    """The same loss as the loop's, on noise that depends on the step only."""
-    from dtrain import distributed
-
-    rng = np.random.default_rng(step)
-    size = config.data.batch_size
-    x = torch.from_numpy(rng.standard_normal((size, 1, 8, 8), dtype=np.float32))
-    t, y = torch.from_numpy(rng.integers(0, 1000, size)), torch.from_numpy(rng.integers(0, 10, size))
-    rows = size // distributed.world_size()
-    mine = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
-    parts = (values[mine].split(engine.micro_batch) for values in (x, t, y))
-    for x_part, t_part, y_part in zip(*parts, strict=True):
-        yield (engine(x_part, t_part, y_part) - x_part).square().flatten(1).mean(1)
-
-
-def run_steps(engine, config, steps):
-    norms = []
-    for step in steps:
-        for losses in batch_losses(engine, config, step):
-            engine.backward(losses.mean())
-        norms.append(float(engine.step(1e-3)))
-    return norms
 
 
 def gathered(engine, config, key):
@@ -53,7 +21,7 @@ def gathered(engine, config, key):
 
 def average_by_hand(config):
     """The largest difference between the engine's averages and those made from gathered weights after each step."""
-    engine = build(config)
+    engine = build_player(config)
     by_hand = [gathered(engine, config, "fp32") for _ in DECAYS]
     for step in range(1, 6):
         run_steps(engine, config, [step])
@@ -74,13 +42,6 @@ def test_the_ema_equals_one_kept_by_hand_from_gathered_weights_bit_for_bit(digit
     for different, moved in run_ranks(average_by_hand, world_size, config):
         assert different == []
         assert moved > 1e-4
-
-
-def pieces_of(config, steps):
-    engine = build(config)
-    norms = run_steps(engine, config, range(1, steps + 1))
-    pieces = [(p.name, p.start, p.values.float().clone().numpy()) for p in engine.pieces()]
-    return pieces, engine.tensor_sizes(), norms
 
 
 def assembled(config, world_size):

@@ -18,8 +18,8 @@ from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.elastic import tensors
+from tests.training.players import differing, state
 from tests.training.runs import train
-from tests.training.test_bad_steps import differing, state
 
 BATCH = 24  # of `tiny`
 
