@@ -113,7 +113,7 @@ def test_all_else_is_a_bad_sample(kind):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_bytes_changed_at_random_are_decoded_or_refused(seed):
-    """Of each format; never another error, never more pixels than the header said."""
+    """In each format; never another error, never more pixels than the header said."""
     rng = np.random.default_rng(seed)
     for whole in (encoded(RGB, "PNG"), encoded(RGB, "JPEG"), encoded(RGB, "WEBP")):
         for _ in range(30):

@@ -64,7 +64,7 @@ def whole(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> tuple[bytes, Scan]:
-    """Of short names: those of more than 100 bytes lie outside the headers' checksums, where a flip makes another."""
+    """A shard of short names: a name of over 100 bytes lies outside the header's checksum, and a flip makes another."""
     path = tmp_path_factory.mktemp("short") / "short.tar"
     write_tar(path, [(f"{i}.jpg", bytes([i + 1]) * (i * 400)) for i in range(5)], tarfile.USTAR_FORMAT)
     return path.read_bytes(), scan(path)

@@ -304,7 +304,7 @@ def journaled(config, lines) -> RunDirectory:
 
 @pytest.mark.parametrize("name", ["cifar10_clean_train_32.npz", "cifar10_legacy_pytorch_train_32.npz"])
 def test_evaluations_from_before_the_context_said_the_resizing_still_count(digits, tmp_path, inception, theirs, name):
-    """Of one reference and of one name, so that the best checkpoint stays and the curve is one."""
+    """They have the same reference and the same name, so the best checkpoint stays and there is one curve."""
     chosen = with_reference(digits, tmp_path, inception, theirs(name), None, "eval.metrics=[fd,is]")
     metrics, context, _ = evaluated(chosen)
     distance = "fid" if "_clean_" in name else "fd_inception"

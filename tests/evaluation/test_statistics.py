@@ -247,7 +247,7 @@ def test_a_sigma_that_is_no_covariance_is_refused_in_one_line(tmp_path, spoil, m
 @pytest.mark.parametrize("dimensions", [8, 300])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_covariance_of_too_few_samples_or_in_single_precision_is_one(tmp_path, dimensions, dtype):
-    """Of 50 features of 300 dimensions with means far from zero, 251 eigenvalues are rounding around 0."""
+    """50 features of 300 dimensions, means far from zero: 251 eigenvalues are rounding errors around 0."""
     cov = np.cov(features(50, offset=100.0, dimensions=dimensions), rowvar=False).astype(dtype)
     np.savez(tmp_path / "r.npz", mu=np.zeros(dimensions), sigma=cov)
     assert np.array_equal(read(tmp_path / "r.npz").statistics.cov, cov)

@@ -170,7 +170,7 @@ def test_a_single_point_is_a_number_and_no_chart(run):
 
 
 def test_evaluations_beside_the_journal_are_part_of_the_curve(run):
-    """Of a job of its own, under the same settings: what a later attempt made void is void there too."""
+    """A separate job evaluated under the same settings: what a later attempt made void is void there too."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     (run / "journal-eval-a.jsonl").write_text(
         "".join(

@@ -97,7 +97,7 @@ class Job:
         return self.state in ENDS
 
     def exit_code(self) -> int:
-        """Of the job, when it has ended for good."""
+        """The job's exit code; waits until the job has ended for good."""
         self.wait_until(lambda: self.ended, "the end of the job")
         return int(self.facts["ExitCode"].split(":")[0])
 
