@@ -18,6 +18,15 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.invert import (
+    Inversion,
+    as_pictures,
+    invert_blocks,
+    picture_files,
+    read_pictures,
+    settings_of_inversion,
+    without_class,
+)
 from dtrain.evaluation.requirements import check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
 from dtrain.files import read_json
@@ -75,13 +84,47 @@ class Trained:
             "precision": precision,
             "batch_size": batch_size,
         }
-        tree = self.config.model_dump(mode="json")
-        tree["eval"] |= {key: value for key, value in chosen.items() if value is not None}
-        config = configuration.validate(tree, "the settings of sample")
+        config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config)
         numbers = self._labels(n, labels)
         ready = Sampler.of(self.model, self.process, config, self.device)
         return together(draw(ready, numbers, config.eval))
+
+    def invert(
+        self,
+        pictures: np.ndarray | str | Path | Iterable[str | Path],
+        labels: int | str | Iterable[int | str] | None = None,
+        *,
+        steps: int | None = None,
+        spacing: str | list[int] | None = None,
+        precision: Literal["fp32", "bf16"] | None = None,
+        batch_size: int | None = None,
+    ) -> Inversion:
+        """The noise x_T that the model turns into these pictures, and what it draws from it: as `dtrain invert` gives.
+
+        pictures: files, folders of them, or one of either; or uint8 (n, H, W, C). They are scaled and cropped as the
+        run's held-out pictures. labels: of each picture, or one for all, as numbers or class names; by default none,
+        the null class. The other settings are keys of the config's `eval` section. Deterministic DDIM (Song et al.
+        2021, section 4.3), or Euler's method for a flow, without guidance. Raises UserError for what cannot be.
+        """
+        chosen = {"steps": steps, "spacing": spacing, "precision": precision, "batch_size": batch_size}
+        config = self._with_eval(chosen | settings_of_inversion(self.config), "the settings of invert")
+        if isinstance(pictures, np.ndarray):
+            images, names = as_pictures(pictures, config), [f"number {i}" for i in range(len(pictures))]
+        else:
+            files = picture_files([pictures] if isinstance(pictures, str | Path) else pictures)
+            images, names = read_pictures(files, config), list(map(str, files))
+        n = len(images)
+        numbers = without_class(n, config) if labels is None else self._labels(n, labels)
+        ready = Sampler.of(self.model, self.process, config, self.device)
+        blocks = dict(zip(range(0, n, config.eval.batch_size), images.split(config.eval.batch_size), strict=True))
+        return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())
+
+    def _with_eval(self, chosen: dict, where: str) -> Config:
+        """The config with other `eval` settings, None leaving one as it is. where: they come from, for a UserError."""
+        tree = self.config.model_dump(mode="json")
+        tree["eval"] |= {key: value for key, value in chosen.items() if value is not None}
+        return configuration.validate(tree, where)
 
     def _labels(self, n: int | None, labels: int | str | Iterable[int | str] | None) -> torch.Tensor:
         """int64 (n,)."""
@@ -94,7 +137,7 @@ class Trained:
             raise UserError("this model has no classes; leave `labels` out")
         listed = [labels] * (1 if n is None else n) if isinstance(labels, int | str) else list(labels)
         if not listed or (n is not None and n != len(listed)):
-            raise UserError(f"there are {len(listed)} labels for {n or 'no'} images; give one a label, or leave n out")
+            raise UserError(f"there are {len(listed)} labels for {n or 'no'} images; give each image one")
         return torch.tensor([self._number(label) for label in listed])
 
     def _number(self, label: int | str) -> int:

@@ -19,7 +19,8 @@ from dtrain.training.record.output import clean_tracebacks, forgive_output, say_
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
-DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "doctor")  # what a launcher may start on all ranks
+# What a launcher may start on all ranks.
+DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "invert", "doctor")
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 app = typer.Typer(
@@ -38,7 +39,8 @@ EXAMPLES = {
     evaluation.evaluate: "dtrain evaluate digits --n 1000 --steps 20",
     evaluation.sweep: "dtrain sweep digits --steps 5,10 --eta 0,1 --n 500",
     evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
-    evaluation.sample: "dtrain sample digits --label 3 --guidance 2 --out threes.png",
+    evaluation.sample: "dtrain sample digits --label 3 --guidance 2 --out threes/",
+    evaluation.invert: "dtrain invert digits threes/ --label 3",
     evaluation.report: "dtrain report digits",
     running.sync: "dtrain sync digits",
     configuration.config: "dtrain config eval",

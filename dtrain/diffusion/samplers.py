@@ -99,17 +99,23 @@ def ddim(
 
 
 @torch.no_grad()
-def encode(denoiser: Denoiser, process: GaussianDiffusion, x_0: Tensor, timesteps: list[int]) -> Tensor:
-    """The x_T that deterministic DDIM along the same falling `timesteps` leads back to x_0 (Song et al. 2021, 4.3).
+def encode(
+    denoiser: Denoiser, process: GaussianDiffusion | RectifiedFlow, x_0: Tensor, timesteps: list[int] | list[float]
+) -> Tensor:
+    """The x_T (N, C, H, W) that leads back to x_0 along the same falling `timesteps`.
 
-    Each step asks for ε at the time it goes to, since clean data hold no noise. The error of a round
-    trip falls as 1/S.
+    Deterministic DDIM backwards for a Gaussian process (Song et al. 2021, section 4.3), Euler's method backwards for a
+    flow. Each step asks the network at the time it goes to, since clean data hold no noise. The error of a round trip
+    falls as 1/S.
     """
     x, here = x_0, process.clean
     for t in reversed(checked(process, timesteps)):
-        (alpha_h, sigma_h), (alpha_t, sigma_t) = process.level(here), process.level(t)
-        _, eps, _ = predict(denoiser, process, x, t, clip=False)
-        x = alpha_t * (x - sigma_h * eps) / alpha_h + sigma_t * eps
+        x0, eps, _ = predict(denoiser, process, x, t, clip=False)
+        if isinstance(process, RectifiedFlow):
+            x = x + (t - here) * (eps - x0)
+        else:
+            (alpha_h, sigma_h), (alpha_t, sigma_t) = process.level(here), process.level(t)
+            x = alpha_t * (x - sigma_h * eps) / alpha_h + sigma_t * eps
         here = t
     return x
 

@@ -13,6 +13,7 @@ from dtrain.config import Config, Eval
 from dtrain.data.fields.picture import quantize
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
+from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
 from dtrain.randomness import Draws, Purpose
 
@@ -73,16 +74,8 @@ class Sampler:
         def normals(purpose: Purpose, sub: int = 0) -> torch.Tensor:
             return torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids])).to(self.device)
 
-        self.model.eval()
-        model, labels = self._guided(how), labels.to(self.device)
-
-        def denoiser(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            answer = model(x_t, t, labels)
-            on_evaluation()
-            return answer
-
         x_0 = sample(
-            denoiser,
+            self.denoiser(labels, how, on_evaluation),
             self.process,
             normals(Purpose.SAMPLE_NOISE),
             how.sampler,
@@ -98,6 +91,21 @@ class Sampler:
                 "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
             )
         return quantize(x_0).cpu()
+
+    def denoiser(self, labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None) -> Denoiser:
+        """What a sampler asks for int64 labels (n,): the model's output with guidance and precision as `how` says.
+
+        on_evaluation: called each time that the model has answered.
+        """
+        self.model.eval()
+        model, labels = self._guided(how), labels.to(self.device)
+
+        def answered(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            answer = model(x_t, t, labels)
+            on_evaluation()
+            return answer
+
+        return answered
 
     def _network(self, precision: str, *inputs: torch.Tensor) -> torch.Tensor:
         """The model's answer; under bf16 in float32 again, so that guidance and sampler round nothing."""

@@ -1,0 +1,222 @@
+"""`dtrain invert`: pictures to their noise x_T, and back again; `dtrain.load(…).invert` does the same.
+
+Deterministic DDIM, or Euler's method for a flow, walks along the same times in both directions.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain import distributed
+from dtrain.config import Config, Eval
+from dtrain.data.fields.picture import centre_crop, decode, normalize, quantize
+from dtrain.data.pack.walk import walk
+from dtrain.diffusion.samplers import encode, network_evaluations, sample
+from dtrain.errors import BadSample, NotFinite, UserError
+from dtrain.evaluation.generate import MOST_NAMED, OnProgress, Sampler, grid, quiet, which_not_finite
+from dtrain.files import read_bytes, replacing
+from dtrain.run import RunDirectory
+
+MOST_PICTURE_BYTES = 1 << 30
+MOST_SHOWN = 64  # pictures in the grid; the arrays have all
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """N pictures, the noise they were inverted to, and what is drawn from that noise."""
+
+    noise: np.ndarray  # x_T, float32 (N, C, H, W)
+    images: np.ndarray  # the pictures as the model sees them, uint8 (N, H, W, C)
+    reconstructions: np.ndarray  # uint8 (N, H, W, C)
+    labels: np.ndarray  # int64 (N,) that the model was given; its number of classes is the null class
+
+    @property
+    def psnr(self) -> np.ndarray:
+        """Peak signal-to-noise ratio of each round trip in dB, float64 (N,), peak 255; inf where nothing differs."""
+        difference = self.images.astype(np.float64) - self.reconstructions
+        with np.errstate(divide="ignore"):
+            return 10 * np.log10(255**2 / np.square(difference).mean(axis=(1, 2, 3)))
+
+    @classmethod
+    def joined(cls, parts: Iterable["Inversion"]) -> "Inversion":
+        """All of them, in this order."""
+        arrays = zip(*((p.noise, p.images, p.reconstructions, p.labels) for p in parts), strict=True)
+        return cls(*map(np.concatenate, arrays))
+
+
+def settings_of_inversion(config: Config) -> dict:
+    """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance."""
+    euler = config.diffusion.process == "flow"
+    return {"sampler": "euler" if euler else "ddim", "eta": 0.0, "clip": False, "guidance": 1.0}
+
+
+def without_class(n: int, config: Config) -> Tensor:
+    """Labels int64 (n,) of pictures whose class nobody named: the null class. Raises UserError if it is untrained."""
+    classes = config.model.num_classes
+    if classes and config.diffusion.label_dropout == 0:
+        raise UserError(
+            "this model always needs a class, because diffusion.label_dropout 0 trains it on nothing else; give the "
+            "class of the pictures with --label, or `labels` in Python"
+        )
+    return torch.full((n,), classes)
+
+
+def picture_files(places: Iterable[str | Path]) -> list[Path]:
+    """Files as they are named, and of a folder all pictures below it, sorted by name. Raises UserError for none."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            found.append(place)
+            continue
+        inside = [place / name for name, _ in walk(place).pictures]
+        if not inside:
+            raise UserError(f"{place} holds no .jpg, .jpeg, .png or .webp files to invert; name another folder")
+        found += inside
+    if not found:
+        raise UserError("there are no pictures to invert; name files or a folder")
+    return found
+
+
+def read_pictures(files: list[Path], config: Config) -> Tensor:
+    """uint8 (n, C, H, W), turned, scaled and cropped as held-out pictures of the run are. Raises UserError."""
+    data, images = config.data, []
+    for path in files:
+        try:
+            picture = decode(read_bytes(path, MOST_PICTURE_BYTES), data.channels, data.exif == "apply")
+            images.append(centre_crop(picture, data.image_size))
+        except OSError as e:
+            raise UserError(f"cannot read the picture {path}: {e.strerror}") from None
+        except BadSample as e:
+            raise UserError(f"the picture {path} {e}; convert it, or leave it out") from None
+    return torch.stack(images)
+
+
+def as_pictures(images: np.ndarray, config: Config) -> Tensor:
+    """uint8 (n, C, H, W) of uint8 (n, H, W, C), scaled and cropped likewise. Raises UserError for another array."""
+    channels = config.data.channels
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != channels or not images.size:
+        got = f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"pictures in an array are uint8 (n, height, width, {channels}), not {got}")
+    pictures = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.stack([centre_crop(picture, config.data.image_size) for picture in pictures])
+
+
+@torch.inference_mode()
+def invert(
+    sampler: Sampler, images: Tensor, labels: Tensor, how: Eval, names: list[str], on_evaluation=lambda: None
+) -> Inversion:
+    """One block of pictures, uint8 (n, C, H, W) with labels int64 (n,), to noise and back.
+
+    how: with `settings_of_inversion`. on_evaluation: called each time that the model has answered. Raises NotFinite,
+    with the pictures' names, where the noise, or what is drawn from it, is not.
+    """
+    denoiser = sampler.denoiser(labels, how, on_evaluation)
+    timesteps = sampler.process.walk(how.steps, how.spacing)
+    noise = encode(denoiser, sampler.process, normalize(images).to(sampler.device), timesteps)
+    x_0 = sample(denoiser, sampler.process, noise, how.sampler, how.steps, how.spacing)
+    if bad := which_not_finite(torch.cat([noise, x_0], dim=1)):
+        named = ", ".join([names[row] for row in bad[:MOST_NAMED]] + ["…"] * (len(bad) > MOST_NAMED))
+        raise NotFinite(
+            f"the inversion is not finite for {len(bad)} of {len(names)} pictures ({named}): the weights have "
+            "diverged, or precision overflows; take an earlier checkpoint or other settings"
+        )
+    pixels, redrawn = (i.cpu().permute(0, 2, 3, 1).contiguous().numpy() for i in (images, quantize(x_0)))
+    return Inversion(noise.cpu().numpy(), pixels, redrawn, labels.cpu().numpy())
+
+
+def invert_blocks(
+    sampler: Sampler,
+    blocks: dict[int, Tensor],
+    labels: Tensor,
+    how: Eval,
+    names: list[str],
+    on_progress: OnProgress = quiet,
+) -> dict[int, Inversion]:
+    """`invert` of this rank's blocks (n, C, H, W), by the number of their first picture among all.
+
+    labels int64 (N,) and names are of all pictures.
+    """
+    done, evaluations = {}, itertools.count(1)
+    of = 2 * len(blocks) * network_evaluations(sampler.process, how.sampler, how.steps, how.spacing)
+    for start, images in blocks.items():
+        rows = slice(start, start + len(images))
+        count = lambda: on_progress(next(evaluations), of)  # noqa: E731
+        done[start] = invert(sampler, images, labels[rows], how, names[rows], count)
+    return done
+
+
+def places(out: Path, pictures: list[Path]) -> tuple[Path, Path]:
+    """(the grid, the arrays): `out`.png and `out`.npz. Raises UserError where they would overwrite a picture."""
+    stem = out.with_suffix("") if out.suffix in (".png", ".npz") else out
+    if not stem.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {stem.absolute().parent}")
+    found = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.npz")
+    taken = {path.resolve() for path in pictures}
+    for path in found:
+        if path.resolve() in taken:
+            raise UserError(f"--out {out} would overwrite {path}, one of the pictures to invert; name another")
+        if path.is_dir():
+            raise UserError(f"--out {out}: {path} is a folder; name another")
+    return found
+
+
+def invert_to_files(
+    run: RunDirectory,
+    config: Config,
+    pictures: list[Path],
+    label: int | None,
+    step: int | None,
+    out: Path,
+    on_progress: OnProgress,
+) -> tuple[Inversion, tuple[Path, Path]]:
+    """Invert all pictures, in blocks dealt to ranks; rank 0 writes the grid and the arrays of `places`. A collective.
+
+    config: the run's with `settings_of_inversion`. label: of all pictures; None for no class. Raises UserError.
+    """
+    from dtrain.evaluation.evaluate import open_sampler, weights_name  # its metrics take seconds to import
+
+    targets, how, n = places(out, pictures), config.eval, len(pictures)
+    labels = without_class(n, config) if label is None else torch.full((n,), label)
+    distributed.initialize()
+
+    def read() -> dict[int, Tensor]:
+        starts = range(0, n, how.batch_size)[distributed.rank() :: distributed.world_size()]
+        return {start: read_pictures(pictures[start : start + how.batch_size], config) for start in starts}
+
+    blocks = distributed.agree(read)  # all of them first: a picture that cannot be read costs no computation
+    sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
+    names = list(map(str, pictures))
+    mine = distributed.agree(invert_blocks, sampler, blocks, labels, how, names, on_progress)
+    done = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}
+    found = Inversion.joined(done[start] for start in sorted(done))
+    distributed.on_rank_0(_write, found, names, targets, max(1, 32 // config.data.image_size))
+    return found, targets
+
+
+def _write(found: Inversion, names: list[str], targets: tuple[Path, Path], scale: int) -> None:
+    """The pairs original | reconstruction, and all arrays. Raises UserError."""
+    shown = slice(MOST_SHOWN)
+    pairs = np.concatenate([found.images[shown], found.reconstructions[shown]], axis=2)  # (n, H, 2 W, C)
+    columns = int(np.ceil(np.sqrt(len(pairs) / 2)))  # about as wide as high
+    picture, arrays = targets
+    path = picture
+    try:
+        with replacing(picture) as f:
+            grid(torch.from_numpy(pairs).permute(0, 3, 1, 2), columns, scale).save(f, "png")
+        path = arrays
+        with replacing(arrays) as f:
+            np.savez(
+                f,
+                noise=found.noise,
+                images=found.images,
+                reconstructions=found.reconstructions,
+                labels=found.labels,
+                files=np.array(names),
+            )
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; name a writable place with --out") from None
