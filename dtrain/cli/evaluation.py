@@ -303,7 +303,7 @@ def invert(
             noise = f"x_T mean {x_T.mean():.3f}, std {x_T.std():.3f}, max |x_T| {abs(x_T).max():.2f}"
             say(f"{printable(path)}: PSNR {psnr:.2f} dB, {noise}")
         every = (
-            f"PSNR {found.psnr.min():.2f} to {found.psnr.max():.2f} dB, x_T std {found.noise.std():.3f} (1 is ideal)"
+            f"PSNR {found.psnr.min():.2f} to {found.psnr.max():.2f} dB, x_T std {found.noise.std():.3f} (pure noise: 1)"
         )
         say(f"{len(files)} pictures in {' and '.join(map(str, targets))}: {every}")
     distributed.finalize()

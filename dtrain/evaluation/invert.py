@@ -200,8 +200,7 @@ def invert_to_files(
 
 def _write(found: Inversion, names: list[str], targets: tuple[Path, Path], scale: int) -> None:
     """The pairs original | reconstruction, and all arrays. Raises UserError."""
-    shown = slice(MOST_SHOWN)
-    pairs = np.concatenate([found.images[shown], found.reconstructions[shown]], axis=2)  # (n, H, 2 W, C)
+    pairs = _pairs(found.images[:MOST_SHOWN], found.reconstructions[:MOST_SHOWN])
     columns = int(np.ceil(np.sqrt(len(pairs) / 2)))  # about as wide as high
     picture, arrays = targets
     path = picture
@@ -220,3 +219,11 @@ def _write(found: Inversion, names: list[str], targets: tuple[Path, Path], scale
             )
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; name a writable place with --out") from None
+
+
+def _pairs(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Each original beside its reconstruction, with grey margins left and right: uint8 (n, H, W′, C)."""
+    n, height, width, channels = images.shape
+    line = np.full((n, height, 1, channels), 24, np.uint8)  # as `grid` draws them
+    margin = np.full((n, height, max(1, width // 8), channels), 128, np.uint8)
+    return np.concatenate([margin, images, line, reconstructions, margin], axis=2)
