@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dtrain.data.fields.picture import quantize
-from dtrain.diffusion.prediction import target
 from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.evaluate import evaluate
 from dtrain.evaluation.generate import Sampler
@@ -13,30 +12,10 @@ from dtrain.evaluation.metrics.frechet import frechet_distance
 from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.reference import Reference
 from tests.digits import tiny
+from tests.evaluation.exact_mixture import MEANS, STD, WEIGHTS, ExactMixture, drawn
 from tests.longer import longer
 
-WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-MEANS = torch.tensor([[-0.4, 0.1, 0.3, -0.2], [0.3, 0.4, -0.3, 0.1], [0.2, -0.4, 0.1, 0.4]], dtype=torch.float64)
-STD = 0.08  # so that nothing of the mixture lies outside the pixels' [−1, 1]
 N = 4000
-
-
-class ExactMixture(torch.nn.Module):
-    """E[target | x_t] of images (N, 1, 2, 2) that are drawn from the mixture."""
-
-    def __init__(self, process):
-        super().__init__()
-        self.process = process
-
-    def forward(self, x, t, y):
-        time = t[0].item()
-        alpha, sigma = self.process.level(time / 1000 if self.process.prediction == "velocity" else time)
-        points, variance = x.double().flatten(1)[:, None], alpha**2 * STD**2 + sigma**2
-        away = points - alpha * MEANS  # (N, 3, 4)
-        share = torch.softmax(WEIGHTS.log() - away.square().sum(2) / (2 * variance), dim=1)[:, :, None]
-        x0 = (share * (MEANS + alpha * STD**2 / variance * away)).sum(1).view_as(x)
-        eps = (share * (sigma / variance * away)).sum(1).view_as(x)
-        return target(self.process.prediction, x0, eps, alpha, sigma).to(x.dtype)
 
 
 def truth() -> Statistics:
@@ -49,9 +28,7 @@ def null() -> float:
     """The largest distance to the truth of thirty draws of N images from the mixture itself."""
     distances = []
     for seed in range(30):
-        rng = np.random.default_rng(seed)
-        images = MEANS[rng.choice(3, N, p=WEIGHTS.numpy())] + STD * torch.from_numpy(rng.standard_normal((N, 4)))
-        pixels = quantize(images).numpy() / 127.5 - 1
+        pixels = quantize(drawn(N, seed)).numpy() / 127.5 - 1
         distances.append(frechet_distance(Statistics(N, pixels.mean(0), np.cov(pixels.T)), truth()))
     return max(distances)
 

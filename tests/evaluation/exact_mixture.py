@@ -1,0 +1,34 @@
+"""A mixture of three Gaussians over images of 2 × 2 pixels, and the model that knows its score exactly."""
+
+import numpy as np
+import torch
+
+from dtrain.diffusion.prediction import target
+
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+MEANS = torch.tensor([[-0.4, 0.1, 0.3, -0.2], [0.3, 0.4, -0.3, 0.1], [0.2, -0.4, 0.1, 0.4]], dtype=torch.float64)
+STD = 0.08  # so that nothing of the mixture lies outside the pixels' [−1, 1]
+
+
+def drawn(n, seed=0):
+    """n points of the mixture, float64 (n, 4)."""
+    rng = np.random.default_rng(seed)
+    return MEANS[rng.choice(3, n, p=WEIGHTS.numpy())] + STD * torch.from_numpy(rng.standard_normal((n, 4)))
+
+
+class ExactMixture(torch.nn.Module):
+    """E[target | x_t] of images (N, 1, 2, 2) that are drawn from the mixture."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.process = process
+
+    def forward(self, x, t, y):
+        time = t[0].item()
+        alpha, sigma = self.process.level(time / 1000 if self.process.prediction == "velocity" else time)
+        points, variance = x.double().flatten(1)[:, None], alpha**2 * STD**2 + sigma**2
+        away = points - alpha * MEANS  # (N, 3, 4)
+        share = torch.softmax(WEIGHTS.log() - away.square().sum(2) / (2 * variance), dim=1)[:, :, None]
+        x0 = (share * (MEANS + alpha * STD**2 / variance * away)).sum(1).view_as(x)
+        eps = (share * (sigma / variance * away)).sum(1).view_as(x)
+        return target(self.process.prediction, x0, eps, alpha, sigma).to(x.dtype)
