@@ -18,15 +18,15 @@ from dtrain.errors import UserError
 from dtrain.models import DiT, UNet
 from dtrain.models.build import build
 from dtrain.run import RunDirectory
-from tests.checkpoint.exported import trained
 from tests.command_line import command
 from tests.digits import CONFIG
 from tests.ranks import run_ranks
+from tests.training.runs import copied
 
 
 @pytest.fixture(scope="module")
-def config(digits, tmp_path_factory):
-    return trained(digits, tmp_path_factory.mktemp("runs"), "train.checkpoint_every=20")
+def config(digits, finished_run, tmp_path_factory):
+    return copied(finished_run, digits, tmp_path_factory.mktemp("runs"), "eval.steps=10")
 
 
 def both(path, out):
@@ -81,7 +81,7 @@ def test_mistakes_are_one_line(config):
     mistakes = [
         (lambda: dtrain.load("nowhere"), "no run at nowhere or runs/nowhere"),
         (lambda: dtrain.load(config.run.path, ema=1), "there is no EMA 1: run tiny has 1, counted from 0"),
-        (lambda: dtrain.load(config.run.path, step=9), "no checkpoint of step 9; there are: 20, 40"),
+        (lambda: dtrain.load(config.run.path, step=9), "no checkpoint of step 9; there are: 10, 20, 30, 40"),
         (lambda: run.sample(labels=[10]), "there is no class 10; the model has 10, counted from 0"),
         (lambda: run.sample(labels=["three"]), "there is no class 'three'; known are 0, 1, 2"),
         (lambda: run.sample(2, labels=[1]), "there are 1 labels for 2 images"),

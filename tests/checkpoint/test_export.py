@@ -25,6 +25,7 @@ from dtrain.run import RunDirectory
 from tests.checkpoint.diffusers_models import CLASSES, randomised
 from tests.checkpoint.exported import run_readme, run_readme_in_a_fork, trained
 from tests.digits import CONFIG, tiny
+from tests.training.runs import copied
 
 UNET = "model={name: unet, width: 16, multipliers: [1, 2], res_blocks: 1, attention: [4], num_classes: 0}"
 SOURCE = {"run": "tiny", "step": 40, "images": 960, "weights": "ema_0"}
@@ -197,8 +198,8 @@ def test_a_run_with_published_frequencies_is_refused_before_a_folder_is_made(dig
     assert not Path(tmp_path / "out").exists()
 
 
-def test_what_was_left_out_and_unnamed_classes_are_told(digits, tmp_path):
-    config = trained(digits, tmp_path, "eval.sampler=dpmpp_2m")
+def test_what_was_left_out_and_unnamed_classes_are_told(digits, finished_run, tmp_path):
+    config = copied(finished_run, digits, tmp_path, "eval.sampler=dpmpp_2m")
     directory = RunDirectory(config.run.path)
     directory.save_config(config.model_copy(update={"data": config.data.model_copy(update={"shards": "/gone"})}))
     lines = export(directory, tmp_path / "out", None, None, "fp32", "diffusers").splitlines()

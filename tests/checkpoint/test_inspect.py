@@ -10,31 +10,28 @@ from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import best_step
 from dtrain.tracking.journal import Journal
-from tests.digits import tiny
-from tests.ranks import run_ranks
-from tests.training.runs import train
+from tests.training.runs import copied
 
 
-def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or_the_best(digits, tmp_path):
-    overrides = ["train.steps=20", "train.checkpoint_every=5", "train.keep_last=9", "eval.every=5"]
-    config = tiny(digits, tmp_path, *overrides)
-    run_ranks(train, 2, config)
-    run = RunDirectory(config.run.path)
+def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or_the_best(
+    digits, finished_run, tmp_path
+):
+    run = RunDirectory(copied(finished_run, digits, tmp_path).run.path)
 
     def steps():
         return [step_of(path) for path in complete(run.checkpoints)]
 
-    assert steps() == [5, 10, 15, 20]
+    assert steps() == [10, 20, 30, 40]
     lines = table(run).splitlines()
-    assert [line.split()[0] for line in lines] == ["step", "5", "10", "15", "20"]
+    assert [line.split()[0] for line in lines] == ["step", "10", "20", "30", "40"]
     assert all("complete" in line and "fd_pixels" in line for line in lines[1:])
     assert verify(run, lambda done, of: None)[0] == 0
 
     best = best_step(run.journal_file, "fd_pixels", steps())
     with pytest.raises(UserError, match=r"no checkpoint of .* has the metric 'fid'; nothing was deleted"):
         prune(run, 1, None, "fid")
-    prune(run, 1, 10, "fd_pixels")
-    assert steps() == sorted({10, 20, best})
+    prune(run, 1, 20, "fd_pixels")
+    assert steps() == sorted({20, 40, best})
 
     newest = complete(run.checkpoints)[-1] / "rank-00001.safetensors"
     data = bytearray(newest.read_bytes())
@@ -42,10 +39,10 @@ def test_checkpoints_are_listed_verified_and_pruned_without_losing_the_newest_or
     newest.write_bytes(data)
     damaged, report = verify(run, lambda done, of: None)
     assert damaged == 1
-    assert "step-00000020: DAMAGED" in report
+    assert "step-00000040: DAMAGED" in report
     with pytest.raises(UserError, match="the newest checkpoint is damaged, so nothing was deleted"):
         prune(run, 1, None, None)
-    assert steps() == sorted({10, 20, best})
+    assert steps() == sorted({20, 40, best})
 
 
 def test_the_best_is_the_lowest_distance_and_the_highest_precision(tmp_path):

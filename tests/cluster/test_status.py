@@ -13,9 +13,7 @@ import pytest
 
 from dtrain.cluster.status import known_runs, table
 from dtrain.errors import UserError
-from tests.digits import tiny
-from tests.ranks import run_ranks
-from tests.training.runs import train
+from tests.training.runs import copied
 
 
 def submitted(name: str, job: int) -> None:
@@ -26,15 +24,12 @@ def submitted(name: str, job: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
+def trained(digits, finished_run, tmp_path_factory):
     """A folder with two runs: finished with an evaluation, and broken off in the middle."""
     folder = tmp_path_factory.mktemp("trained")
-    for name, options in (("done", ("train.steps=6", "eval.every=3")), ("half", ("train.steps=4",))):
-        config = tiny(digits, folder / "runs", *options, f"run.name={name}")
-        run_ranks(train, 1, config)
-    config = tiny(digits, folder / "runs", "train.steps=1000", "run.name=half")
-    (config.run.path / "config.yaml").write_text(config.dump())
-    (config.run.path / "outcome.json").unlink()
+    copied(finished_run, digits, folder / "runs", "run.name=done")
+    half = copied(finished_run, digits, folder / "runs", "run.name=half", "train.steps=1000")
+    (half.run.path / "outcome.json").unlink()
     return folder
 
 
@@ -64,15 +59,15 @@ def test_what_the_journals_say_without_slurm(work):
     events = [json.loads(line) for line in Path("runs/done/journal.jsonl").read_text().splitlines()]
     last = [e for e in events if e["event"] == "train"][-1]["metrics"]
     fd = [e for e in events if e["event"] == "eval"][-1]["metrics"]["fd_pixels"]
-    assert (done["state"], done["attempt"], done["step"], done["left"]) == ("finished", "1", "6/6", "–")
+    assert (done["state"], done["attempt"], done["step"], done["left"]) == ("finished", "1", "40/40", "–")
     assert done["loss"] == f"{last['loss']:.4f}"
     assert done["images/s"] == f"{last['images_per_second']:,.0f}"
-    assert done["evaluation"] == f"fd_pixels {fd:.4g} at 6"
-    assert (half["state"], half["step"]) == ("broke off", "4/1,000")
+    assert done["evaluation"] == f"fd_pixels {fd:.4g} at 40"
+    assert (half["state"], half["step"]) == ("broke off", "40/1,000")
     events = [json.loads(line) for line in Path("runs/half/journal.jsonl").read_text().splitlines()]
     seconds = [e for e in events if e["event"] == "train"][-1]["metrics"]["step_seconds"]
     hours, minutes, rest = half["left"].split(":")
-    assert int(hours) * 3600 + int(minutes) * 60 + int(rest) == round(996 * seconds)
+    assert int(hours) * 3600 + int(minutes) * 60 + int(rest) == round(960 * seconds)
     assert (later["state"], later["job"]) == ("not begun", "–")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,22 +19,14 @@ from dtrain.tracking.best import training_evaluations
 from tests.command_line import command
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
+from tests.training.runs import copied, train
 
 METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall]"
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    """The config of a short run with a checkpoint."""
-    config = tiny(digits, tmp_path_factory.mktemp("runs"), "train.steps=3", METRICS, "eval.num_samples=260")
-    run_ranks(_train, 1, config)
-    return config
-
-
-def _train(config):
-    from dtrain.training.run_training import train
-
-    return train(config)
+def trained(digits, finished_run, tmp_path_factory):
+    return copied(finished_run, digits, tmp_path_factory.mktemp("runs"), METRICS, "eval.num_samples=260")
 
 
 def _evaluate(config, pause=0.0, keep=False):
@@ -145,13 +136,11 @@ def _opened(configs):
     return open_sampler(RunDirectory(config.run.path), config, "ema_0", torch.device("cpu")).step
 
 
-def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, trained, tmp_path):
+def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished_run, tmp_path):
     """Rank 1 looks a moment later, when the training has committed another."""
-    later = tiny(digits, tmp_path)
-    shutil.copytree(trained.run.path, later.run.path)
-    more = tiny(digits, tmp_path, "train.steps=5")
-    run_ranks(_train, 1, more)
-    assert run_ranks(_opened, 2, [trained, later]) == [3, 3]
+    later = copied(finished_run, digits, tmp_path, "train.steps=42", "eval.every=0")
+    run_ranks(train, 1, later)
+    assert run_ranks(_opened, 2, [finished_run, later]) == [40, 40]
 
 
 def _without_room(config):
@@ -179,9 +168,9 @@ def test_what_one_rank_meets_while_sampling_ends_all_and_is_told(trained):
 
 def test_an_evaluation_with_other_settings_than_the_first_is_of_no_curve_with_it(digits, tmp_path):
     often = ("eval.every=2", "eval.num_samples=24", "eval.validation_images=4", "diffusion.timesteps=50")
-    run_ranks(_train, 1, tiny(digits, tmp_path, *often, "train.steps=2"))
+    run_ranks(train, 1, tiny(digits, tmp_path, *often, "train.steps=2"))
     fewer = tiny(digits, tmp_path, *often, "train.steps=4", "eval.steps=3", "eval.metrics=[fd, bpd]")
-    run_ranks(_train, 1, fewer)
+    run_ranks(train, 1, fewer)
     lines = training_evaluations(RunDirectory(fewer.run.path).journal_file)
     assert [line["context"].get("differs") for line in lines] == [None, {"steps": 3}]
     assert [line["context"].get("validation_images") for line in lines] == [None, fewer.eval.validation_images]

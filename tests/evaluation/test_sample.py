@@ -10,22 +10,22 @@ import pytest
 from PIL import Image
 
 from dtrain.run import RunDirectory
-from tests.checkpoint.exported import trained
 from tests.command_line import command, failing
 from tests.ranks import run_ranks
+from tests.training.runs import copied
 
 NAMES = ["nought", "one/two", *"23456789"]
 
 
 @pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
+def run(digits, finished_run, tmp_path_factory):
     """A run whose classes have names."""
     folder = tmp_path_factory.mktemp("runs")
     named = folder / "manifest.json"
     source = digits / "train"
     named.write_text(json.dumps(json.loads((source / "manifest.json").read_text()) | {"classes": NAMES}))
     (folder / "manifest.members").write_bytes((source / "manifest.members").read_bytes())
-    config = trained(digits, folder, f"data.manifest={named}")
+    config = copied(finished_run, digits, folder, f"data.manifest={named}")
     return RunDirectory(config.run.path)
 
 

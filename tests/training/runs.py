@@ -2,15 +2,23 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 
+from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
-from tests.digits import losses
+from tests.digits import losses, tiny
 from tests.ranks import run_ranks, start_ranks
 
 # Never done: for a run that a test ends.
 LONG = ("train.steps=100000", "train.checkpoint_every=100000")
+# The run of the fixture `finished_run`: checkpoints and evaluations at 10, 20, 30 and 40. Its streams are named, as a
+# run keeps the number that it began with.
+FINISHED = (
+    *("train.steps=40", "train.checkpoint_every=10", "train.keep_last=9", "eval.every=10"),
+    *("ema.0.decay=0.8", "data.streams=1"),
+)
 
 
 def train(config):
@@ -30,6 +38,14 @@ def trained(config, world_size):
     """Train on forked ranks; returns the loss of each step."""
     run_ranks(train, world_size, config)
     return losses(config)
+
+
+def copied(run, digits, folder, *overrides):
+    """A copy, in `folder`, of a run of FINISHED; returns its config, which differs by `overrides` alone."""
+    config = tiny(digits, folder, *FINISHED, *overrides)
+    shutil.copytree(run.run.path, config.run.path)
+    RunDirectory(config.run.path).save_config(config)
+    return config
 
 
 def kill_when(config, world_size, step):
