@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtrain import distributed
 from dtrain.checkpoint.format import Checkpoint
+from dtrain.checkpoint.parameters import BACKBONE, check_same, check_weights, full_name, split_name
 from dtrain.config import Config
 from dtrain.config.training import Optim
 from dtrain.errors import UserError
@@ -28,17 +29,6 @@ from dtrain.training.safety.refusal import Refusal
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
-BACKBONE = "backbone"  # its parameters carry no prefix in a checkpoint; those of another network "<network>/"
-
-
-def full_name(network: str, parameter: str) -> str:
-    """What a checkpoint calls a network's parameter."""
-    return parameter if network == BACKBONE else f"{network}/{parameter}"
-
-
-def network_of(name: str) -> str:
-    """The network whose parameter a checkpoint calls `name`."""
-    return name.partition("/")[0] if "/" in name else BACKBONE
 
 
 class Networks(nn.Module):
@@ -84,7 +74,6 @@ class Player:
         assert factors.keys() == networks.keys(), f"{name}: {lr_factors} names other networks than {list(networks)}"
         _refuse(config, name, list(networks))
         self.name, self.stage, self.micro_batch = name, stage, micro_batch
-        self.averaged = averaged
         self.profiles = config.ema if averaged else []
         self.clip = optim.gradient_clip or NO_CLIPPING
         self.optimizer_steps = 0
@@ -149,7 +138,8 @@ class Player:
     def network(self, name: str) -> Callable:
         """A network's forward in this player's own turn: what descends from it goes into `backward`.
 
-        `torch.autograd.grad` of it is wrong at stages 1 and 3 now and then: differentiate what `beside` gives.
+        `torch.autograd.grad` of it is wrong at stages 1 and 3 now and then: take it of a detached copy, and give
+        `backward` a surrogate.
         """
         assert name in self.networks, f"{name} is not a network of {self.name}"
 
@@ -163,11 +153,14 @@ class Player:
     def beside(self, name: str) -> Callable:
         """A network's forward in another player's turn, where this player is `frozen`.
 
-        The engine itself would count it as a step of its own. It enters autocast by itself, its module does not.
+        It goes past the engine, which would count it as a step of its own. The engine enters autocast by itself, its
+        module does not.
         """
         assert name in self.networks, f"{name} is not a network of {self.name}"
 
         def forward(*args, **kwargs):
+            is_frozen = not self.state.trainable[0][1].requires_grad
+            assert is_frozen or not torch.is_grad_enabled(), f"a gradient would come to {name} past its engine"
             with torch.autocast(distributed.device().type, torch.bfloat16, enabled=self._autocast):
                 module = self.engine.module
                 return module(*args, **kwargs) if len(self.networks) == 1 else module(name, *args, **kwargs)
@@ -254,8 +247,7 @@ class Player:
         """The exact initial weights into the fp32 masters and EMAs, where building the model could not put them."""
 
         def value_of(name: str) -> Tensor:
-            network = network_of(name)
-            local = name if network == BACKBONE else name.removeprefix(f"{network}/")
+            network, local = split_name(name)
             return self.networks[network].initial_value(local, self.shapes[name], self._seeds[network])
 
         self.state.zero_padding()
@@ -277,7 +269,7 @@ class Player:
 
         An EMA profile that the checkpoint lacks begins as its weights. Raises Damaged, or UserError for another model.
         """
-        check_model(checkpoint, self.numel())
+        check_same(checkpoint, self.numel())
         self.fill(checkpoint)
 
     def load_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
@@ -285,8 +277,7 @@ class Player:
 
         key: "fp32", the raw ones, or of one of its averages "ema_0". Raises Damaged, or UserError for another model.
         """
-        check_weights(checkpoint, key)
-        check_model(checkpoint, self.numel())
+        check_weights(checkpoint, self.numel(), key)
         self.fill_weights(checkpoint, key)
 
     def fill(self, checkpoint: Checkpoint) -> None:
@@ -296,11 +287,14 @@ class Player:
         )
 
     def fill_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
-        """`load_weights`, where it has been checked that the checkpoint is of this model."""
-        averaged = {name for name, _ in self.state.trainable if self.averaged}  # others have only "fp32"
-        self.state.fill(
-            checkpoint, lambda name, own: None if own in MOMENTS else (name, key if name in averaged else "fp32")
-        )
+        """`load_weights`, where it has been checked; what the checkpoint lacks stays as it is."""
+
+        def source(name: str, own: str) -> tuple[str, str] | None:
+            if own in MOMENTS or f"{name}:fp32" not in checkpoint.tensors:
+                return None
+            return name, key if f"{name}:{key}" in checkpoint.tensors else "fp32"  # frozen, or not averaged there
+
+        self.state.fill(checkpoint, source)
 
     def refresh(self, optimizer_steps: int) -> None:
         """After the pieces were overwritten: make the model's own weights equal them and set Adam's step count."""
@@ -336,20 +330,3 @@ def _refuse(config: Config, player: str, networks: list[str]) -> None:
         )
     if config.deepspeed.zero_stage == 0:
         raise UserError(f"deepspeed.precision=bf16 drifts at stage 0, which player {player} needs; take bf16_autocast")
-
-
-def check_weights(checkpoint: Checkpoint, key: str) -> None:
-    """Raises UserError where the checkpoint holds no average of that key."""
-    if key != "fp32" and not any(name.endswith(f":{key}") for name in checkpoint.tensors):
-        raise UserError(f"{checkpoint.path} holds no weights {key}")
-
-
-def check_model(checkpoint: Checkpoint, ours: Mapping[str, int]) -> None:
-    """Raises UserError where its parameters are not those of `ours`, name → number of elements."""
-    theirs = {n.removesuffix(":fp32"): size for n, size in checkpoint.tensors.items() if n.endswith(":fp32")}
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"{checkpoint.path} is of another model: {name} has {theirs.get(name, 'no')} elements there, "
-                f"{ours.get(name, 'none')} here"
-            )
