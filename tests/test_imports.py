@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 ROOMS = [
     [
         *("errors", "terminal", "files", "credentials", "addresses", "randomness", "position", "lock", "faults"),
-        *("distributed", "launcher", "rendezvous", "interrupt"),
+        *("distributed", "launcher", "rendezvous", "interrupt", "plugins"),
     ],
     ["config"],
     ["run"],

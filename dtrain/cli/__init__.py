@@ -12,7 +12,7 @@ if Path(sys.argv[0]).name == "dtrain":  # the command itself, and not somebody w
 
 import typer
 
-from dtrain import __version__, distributed, launcher
+from dtrain import __version__, distributed, launcher, plugins
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
 from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, told
 from dtrain.training.record.output import clean_tracebacks, forgive_output, say_error
@@ -72,7 +72,11 @@ def _ending(example: str) -> str:
 def _dtrain(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="a module or file with parts; anywhere in the command")
+    ] = None,
 ) -> None:
+    """`main` has taken --plugin by now, wherever it stood; it is here for who asks what there is."""
     if version:
         print(f"dtrain {__version__}")
         raise typer.Exit
@@ -103,6 +107,7 @@ def main(command: str | None = None) -> None:
     ctrl_c.watch(partial(say_error, shared=True))
     local_ranks = [a for a in sys.argv[1:] if a.startswith(LOCAL_RANK)]  # as launchers of torch and DeepSpeed give it
     arguments = [a for a in sys.argv[1:] if not a.startswith(LOCAL_RANK)]
+    arguments = _without_plugins(arguments)
     if command is not None:  # launch/train.py is `dtrain train`
         arguments = [command, *arguments]
     clean_tracebacks()
@@ -136,6 +141,19 @@ def main(command: str | None = None) -> None:
     ctrl_c.rest()
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _without_plugins(arguments: list[str]) -> list[str]:
+    """The arguments without `--plugin MODULE`, which a configuration may need before any command reads it."""
+    left, named, rest = [], [], iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option == "--plugin":
+            named.append(value if equals else next(rest, ""))
+        else:
+            left.append(argument)
+    plugins.name_also(str(Path(name).absolute()) if name.endswith(".py") else name for name in named if name)
+    return left
 
 
 def _mistake(message: str, shared: bool = False) -> int:

@@ -8,10 +8,10 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
-from dtrain.config.evaluation import Eval
+from dtrain.config.evaluation import Eval, Sampling
 from dtrain.config.models import DiT, UNet
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
-from dtrain.config.sections import flat
+from dtrain.config.sections import Section, flat
 from dtrain.config.training import EMAProfile
 from dtrain.config.tree import Config, architecture, identity
 
@@ -24,6 +24,8 @@ __all__ = [
     "Eval",
     "Flow",
     "Gaussian",
+    "Sampling",
+    "Section",
     "Source",
     "UNet",
     "architecture",

@@ -5,7 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dtrain.config.chosen import Chosen
 from dtrain.config.sections import NonNegative, Place, Positive, Probability, Section
+
+# What a batch calls its own.
+RESERVED = {"k", "image", "label", "time", "noise", "drop", "dropout"}
 
 
 class Source(Section):
@@ -47,6 +51,8 @@ class Data(Section):
     """data sets to mix in, by weight: a list of name, shards, manifest, weight"""
     arrays: dict[str, ArrayField] = Field({})
     """name in the batch → .npy field that comes with each image: field, shape, dtype"""
+    fields: Annotated[dict[str, Section], Chosen("field", {}, by_name=True)] = Field({})
+    """name in the batch → another file that comes with each image: kind, and what that kind takes, of plug-ins"""
     holdout: Place | None = None
     """the manifest of the split that samples are compared with, a local file; not trained on"""
     holdout_shards: Place | None = None
@@ -98,7 +104,7 @@ class Data(Section):
             raise ValueError(
                 f"holdout_shards {self.holdout_shards!r} would run a command; say allow_pipe: true to let it"
             )
-        taken = {"k", "image", "label", "time", "noise", "drop"} & set(self.arrays)
+        taken = RESERVED & {*self.arrays, *self.fields} | self.arrays.keys() & self.fields.keys()
         if taken:
             raise ValueError(f"arrays: {min(taken)!r} is what a batch calls something else; choose another name")
         return self

@@ -5,22 +5,69 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from dtrain import plugins
 from dtrain.config.sections import NonNegative, Place, Positive, Probability, Section
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
 # bpd: the bound on held-out images, in bits/dim
 Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd"]
+FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
+FILES = (".pt", ".pth", ".ts")  # of TorchScript
 HIGHER_IS_BETTER = {"precision", "recall", "is"}
 
 
-class Eval(Section):
+# Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
+SAMPLERS = {
+    "ddim": ("gaussian",),
+    "ancestral": ("gaussian",),
+    "dpmpp_2m": ("gaussian",),
+    "euler": ("flow",),
+    "heun": ("gaussian", "flow"),
+}
+
+
+class Sampling(Section):
+    """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
+
+    sampler: str = "ddim"
+    """ddim, ancestral, dpmpp_2m or heun; a flow takes euler or heun, euler by default"""
+    steps: Positive = 50
+    """of the sampler for one image"""
+    eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0
+    """ddim's noise, 0 to 1; sigma_hat: DDPM's larger one"""
+    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
+    """which timesteps the sampler visits, or these themselves, falling"""
+    clip: bool = False
+    """hold every estimate of x_0 within [−1, 1] while sampling"""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """s in uncond + s·(cond − uncond); 1: none"""
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
+    """shares of the process where guidance acts; 0 is clean data"""
+    guidance_rescale: Probability = 0.0
+    """how far the contrast is brought back to the conditional one's"""
+    guidance_channels: Literal["all", "first_3"] = "all"
+    """first_3 only to repeat published DiT results"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the network while sampling; the samples' states stay fp32"""
+    batch_size: Positive = 250
+    """block of sample ids drawn together; part of the result's identity"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of the samples' noise"""
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, value: str) -> str:
+        if value not in SAMPLERS and plugins.find("sampler", value) is None:
+            raise ValueError(plugins.unknown("sampler", value, SAMPLERS))
+        return value
+
+
+class Eval(Sampling):
     every: NonNegative = 0
     """steps between evaluations; 0: never during training"""
     num_samples: Positive = 2000
     """images drawn for an evaluation"""
-    batch_size: Positive = 250
-    """block of sample ids drawn together; part of the result's identity"""
     metrics: list[Metric] = Field(["fd"], min_length=1)
     """fd: Fréchet distance; bpd: the bound on held-out images in bits/dim; is: Inception score"""
     validation_images: Positive = 256
@@ -37,32 +84,10 @@ class Eval(Section):
     """of the samples: as in the held-out split, or all classes in turn"""
     bootstrap: NonNegative = 0
     """resamplings behind an interval of fd; 0: none"""
-    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "heun", "euler"] = "ddim"
-    """how samples are drawn; a flow takes euler or heun, euler by default"""
-    steps: Positive = 50
-    """of the sampler for one image"""
-    eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0
-    """ddim's noise, 0 to 1; sigma_hat: DDPM's larger one"""
-    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
-    """which timesteps the sampler visits, or these themselves, falling"""
-    clip: bool = False
-    """hold every estimate of x_0 within [−1, 1] while sampling"""
     bpd_clip: bool = True
     """hold them there in bpd too, as published figures do; the bound stays one, and is tighter"""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    """s in uncond + s·(cond − uncond); 1: none"""
-    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
-    """shares of the process where guidance acts; 0 is clean data"""
-    guidance_rescale: Probability = 0.0
-    """how far the contrast is brought back to the conditional one's"""
-    guidance_channels: Literal["all", "first_3"] = "all"
-    """first_3 only to repeat published DiT results"""
     ema: NonNegative | None = 0
     """which average of `ema` is sampled, counted from 0; null: the raw weights"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the network while sampling; the samples' states stay fp32"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """of the samples' noise"""
 
     @field_validator("features")
     @classmethod
@@ -70,8 +95,8 @@ class Eval(Section):
         path, pin, sha256 = value.partition(PIN)
         if pin and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise ValueError(f"{value!r} pins no hash: after #sha256= come 64 hexadecimal digits, as sha256sum prints")
-        if value not in ("auto", "inception", "effnet_lite0", "pixels") and not path.endswith((".pt", ".pth", ".ts")):
+        if value not in FEATURES and not path.endswith(FILES) and plugins.find("features", value) is None:
             raise ValueError(
-                f"{value!r} is none of auto, inception, effnet_lite0, pixels, and no TorchScript file (.pt, .pth, .ts)"
+                f"{plugins.unknown('features', value, FEATURES)}; a TorchScript file ends in {', '.join(FILES)}"
             )
         return value

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dtrain.config.reading import sections_of
+from dtrain.config.reading import sections_of_field
 from dtrain.config.tree import Config
 from dtrain.errors import UserError
 
@@ -83,7 +83,7 @@ def docstrings(section: type[BaseModel]) -> dict[str, str]:
 def _keys(section: type[BaseModel], prefix: str, of: str | None) -> Iterator[Key]:
     about, schema = docstrings(section), section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
-        key, inner = f"{prefix}{name}", sections_of(field.annotation)
+        key, inner = f"{prefix}{name}", sections_of_field(field)
         if not inner or (prefix and get_origin(field.annotation)):  # data.mix and data.arrays are keys themselves
             yield Key(key, of, _type(schema[name]), _default(field), about[name])
         place = {list: "[].", dict: ".NAME."}.get(get_origin(field.annotation), ".")

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from dtrain.addresses import one_config
 from dtrain.config.addresses import problem_of
+from dtrain.config.chosen import Chosen
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
 from dtrain.config.tree import Config
 from dtrain.credentials import hide, lacks
@@ -225,6 +227,12 @@ def _expand(node: Any, source: str, required: bool = True) -> Any:
     return re.sub(r"\$\{(\w+)\}", value, node)
 
 
+def sections_of_field(field: FieldInfo) -> dict[str | None, type[BaseModel]]:
+    """The sections a field may hold, those of plug-ins left out."""
+    chosen = next((one for one in field.metadata if isinstance(one, Chosen)), None)
+    return sections_of(field.annotation) if chosen is None else dict(chosen.built_in)
+
+
 def sections_of(annotation: Any) -> dict[str | None, type[BaseModel]]:
     """The sections a field may hold, by the tag of its union; None where there is but one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -253,7 +261,7 @@ def _walk(location: list[str]) -> tuple[list[str], list[str]]:
         key.append(part)
         section = next(iter(choices.values()), None)
         field = section.model_fields.get(part) if section is not None else None
-        choices = sections_of(field.annotation) if field is not None else {}
+        choices = sections_of_field(field) if field is not None else {}
     if len(choices) == 1:
         keys = list(next(iter(choices.values())).model_fields)
     return key, keys

@@ -5,10 +5,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from dtrain import plugins
+from dtrain.config.chosen import Chosen
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
-from dtrain.config.evaluation import Eval
+from dtrain.config.evaluation import SAMPLERS, Eval
 from dtrain.config.models import DiT, UNet
+from dtrain.config.parts import Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import Section
 from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
@@ -26,12 +29,18 @@ class Config(Section):
     """what the run is called and where it lies"""
     data: Data
     """what is trained on, in which order, and how a picture is cut"""
+    first_stage: Annotated[Section, Chosen("first_stage", {"pixels": Pixels})] = Pixels()
+    """between pixels and what the network sees"""
+    conditions: Annotated[dict[str, Section], Chosen("condition", {}, by_name=True)] = Field({})
+    """what the network is told beside the class: name → section, of plug-ins"""
     model: Annotated[DiT | UNet, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
         Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
+    objective: Annotated[Section, Chosen("objective", {"denoising": Denoising})] = Denoising()
+    """what training descends"""
     optim: Optim = Optim()
     """AdamW"""
     ema: list[EMAProfile] = Field(default_factory=lambda: [EMAProfile()])
@@ -70,19 +79,30 @@ class Config(Section):
         self._sampler_fits()
         if self.model.name == "unet":
             self._levels_fit()
-        if self.model.name == "dit" and self.data.image_size % self.model.sizes["patch"]:
-            size, patch = self.data.image_size, self.model.sizes["patch"]
-            raise ValueError(f"data.image_size {size} does not divide into patches of {patch} (model.patch)")
+        _, height, width = self.shape
+        if height != width:
+            raise ValueError(f"first_stage.kind {self.first_stage.kind} gives {height} × {width}; models take squares")
+        if self.model.name == "dit" and height % self.model.sizes["patch"]:
+            patch = self.model.sizes["patch"]
+            raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees and the samplers draw: pixels, or what the first stage makes of them."""
+        return self.first_stage.latent_shape(self.data.channels, self.data.image_size)
+
+    def _side(self) -> str:
+        side, pixels = self.shape[1], self.data.image_size
+        return f"data.image_size {pixels}" if side == pixels else f"the side {side} that first_stage makes of {pixels}"
 
     def _levels_fit(self) -> None:
         halvings = len(self.model.multipliers) - 1
-        if self.data.image_size % 2**halvings:
+        if self.shape[1] % 2**halvings:
             raise ValueError(
-                f"data.image_size {self.data.image_size} does not halve {halvings} times (model.multipliers); "
-                f"take a multiple of {2**halvings}"
+                f"{self._side()} does not halve {halvings} times (model.multipliers); take a multiple of {2**halvings}"
             )
-        sides = [self.data.image_size >> i for i in range(halvings + 1)]
+        sides = [self.shape[1] >> i for i in range(halvings + 1)]
         for side in self.model.attention:
             if side not in sides:
                 known = ", ".join(str(s) for s in sides)
@@ -90,8 +110,9 @@ class Config(Section):
 
     def _sampler_fits(self) -> None:
         e, flow = self.eval, self.diffusion.process == "flow"
-        walks = ("euler", "heun") if flow else ("ddim", "ancestral", "dpmpp_2m", "heun")
-        if e.sampler not in walks:
+        processes = SAMPLERS.get(e.sampler) or plugins.find("sampler", e.sampler).processes
+        if self.diffusion.process not in processes:
+            walks = [name for name, walked in SAMPLERS.items() if self.diffusion.process in walked]
             raise ValueError(
                 f"eval.sampler {e.sampler} does not walk a {self.diffusion.process} process; take {' or '.join(walks)}"
             )
@@ -111,7 +132,9 @@ class Config(Section):
                 )
         if "bpd" in e.metrics and flow:
             raise ValueError("eval.metrics bpd is the bound of a gaussian process, and diffusion.process is flow")
-        if e.guidance != 1 and not self.model.num_classes:
+        if "bpd" in e.metrics and self.first_stage.kind != "pixels":
+            raise ValueError(f"eval.metrics bpd is of pixels, and first_stage.kind is {self.first_stage.kind}")
+        if e.guidance != 1 and not self.model.num_classes and not self.conditions:
             raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
         if e.guidance_interval[0] >= e.guidance_interval[1]:
             raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
@@ -123,8 +146,8 @@ class Config(Section):
 
 # What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
 IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.crop")
-IDENTITY += ("data.flip", "data.exif", "data.weight", "data.arrays")
-IDENTITY_SECTIONS = ("model", "diffusion")
+IDENTITY += ("data.flip", "data.exif", "data.weight", "data.arrays", "data.fields")
+IDENTITY_SECTIONS = ("model", "diffusion", "first_stage", "conditions", "objective")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -137,11 +160,11 @@ def identity(config: Config) -> dict[str, Any]:
 
 def architecture(config: Config) -> dict[str, Any]:
     """Dotted key → value of everything that decides which parameters the model has, and their shapes."""
-    model, data = config.model, config.data
+    model = config.model
     keys = {
         "model.name": model.name,
         "model.num_classes": model.num_classes,
-        "data.channels": data.channels,
+        "data.channels": config.shape[0],
         "diffusion.variance": "learned" if getattr(config.diffusion, "variance", "") == "learned_range" else "fixed",
     }
-    return keys | model.architecture(data.image_size)
+    return keys | model.architecture(config.shape[1])

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtrain import distributed, faults
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
-from dtrain.config import Config, Eval
+from dtrain.config import Config, Eval, Sampling
 from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
@@ -35,20 +35,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.best import settings_of, training_evaluations
 
 # What determines an image beside weights and label; part of a metric's context.
-SAMPLING_KEYS = (
-    "sampler",
-    "steps",
-    "eta",
-    "spacing",
-    "clip",
-    "guidance",
-    "guidance_interval",
-    "guidance_rescale",
-    "guidance_channels",
-    "precision",
-    "batch_size",
-    "seed",
-)
+SAMPLING_KEYS = tuple(Sampling.model_fields)
 
 
 def weights_name(config: Config) -> str:

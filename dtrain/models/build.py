@@ -9,7 +9,7 @@ from dtrain.models.unet import UNet
 
 
 def build(config: Config) -> nn.Module:
-    """The model of the `model` section, for the images of the `data` section, with the initial weights of `run.seed`.
+    """The model of the `model` section, for what the first stage makes of the images, with the initial weights of `run.seed`.
 
     float32 on the current default device; under `torch.device("meta")` it holds no weights.
     """
@@ -26,9 +26,10 @@ def allocate(config: Config) -> DiT | UNet:
 
 def _dit(config: Config, learn_sigma: bool) -> DiT:
     model = config.model
+    channels, side, _ = config.shape
     return DiT(
-        config.data.image_size,
-        config.data.channels,
+        side,
+        channels,
         num_classes=model.num_classes,
         learn_sigma=learn_sigma,
         qk_norm=model.qk_norm,
@@ -39,4 +40,5 @@ def _dit(config: Config, learn_sigma: bool) -> DiT:
 
 def _unet(config: Config, learn_sigma: bool) -> UNet:
     sizes = config.model.model_dump(exclude={"name"})
-    return UNet(config.data.image_size, config.data.channels, learn_sigma=learn_sigma, **sizes)
+    channels, side, _ = config.shape
+    return UNet(side, channels, learn_sigma=learn_sigma, **sizes)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dtrain
 from dtrain import config as configuration
-from dtrain import distributed
+from dtrain import distributed, plugins
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import SharedError
@@ -49,6 +49,7 @@ def given(config: Config, manifest: Manifest) -> dict[str, str]:
         found[f"side file of the {name}"] = _side(one)
     if config.run.init_from:
         found["run.init_from"] = _weights(Path(config.run.init_from))
+    found |= {f"code of the plug-in {name}": digest[:12] for name, digest in plugins.digests().items()}
     return found | {"code of dtrain": code_digest()}
 
 
