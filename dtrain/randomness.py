@@ -5,34 +5,14 @@ Philox-4x64 takes a 128-bit key and a 256-bit counter. Key = (seed, purpose), co
 """
 
 import hashlib
-from enum import IntEnum, unique
+from collections.abc import Sequence
 
 import numpy as np
 
+from dtrain.draws import Draw
+from dtrain.draws import Purpose as Purpose
 
-@unique
-class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of every run's identity: append, never renumber."""
-
-    SHARD_ORDER = 1
-    ROTATION = 2
-    WINDOW_ORDER = 3
-    TIME = 4
-    NOISE = 5
-    LABEL_DROP = 6
-    FLIP = 7
-    CROP = 8
-    DROPOUT = 9
-    INITIAL_WEIGHT = 10
-    SAMPLE_NOISE = 11
-    SAMPLE_STEP_NOISE = 12
-    SAMPLE_LABEL = 13
-    SPLIT = 14
-    SUBSET = 15
-    STRATUM = 16
-    VALIDATION_NOISE = 17
-    SUBSTITUTE = 18
-    MIXTURE = 19
+LARGEST = 1 - 2.0**-53  # the largest float64 below 1
 
 
 class Draws:
@@ -68,6 +48,32 @@ class Draws:
     def normal(self, purpose: Purpose, index: int, shape: tuple[int, ...], sub: int = 0) -> np.ndarray:
         """Standard normals, float32, of the given shape."""
         return self.at(purpose, index, sub).standard_normal(shape, dtype=np.float32)
+
+
+def drawn(draw: Draw, draws: Draws, k: Sequence[int], ordinals: np.ndarray, first: int, batch_size: int) -> np.ndarray:
+    """(n, *shape): the numbers of a draw for the images k of the run.
+
+    ordinals (n,), first, batch_size: the global batch has the ordinals first … first + batch_size − 1, of which these
+    rows have some: a stratified draw is (stratum + u)/B, and a permutation keyed (seed, first) gives each stratum to
+    one row, so that a stream of the data set is not tied to one.
+    """
+    if draw.law == "normal":
+        values = np.empty((len(k), *draw.shape), dtype=np.float32)
+        for row, key in enumerate(k):  # what `draws.normal` gives, written in place
+            draws.at(draw.purpose, key).standard_normal(dtype=np.float32, out=values[row])
+        return values
+    if draw.law == "word":
+        return np.array([draws.words(draw.purpose, key)[0] for key in k], dtype=np.uint64).view(np.int64)
+    values = np.array([draws.uniform(draw.purpose, key) for key in k])
+    if draw.law == "stratified":
+        strata = permutation(draws.words(Purpose.STRATUM, first, size=batch_size))
+        return np.minimum((strata[ordinals - first] + values) / batch_size, LARGEST)
+    return values
+
+
+def purpose_of(name: str) -> int:
+    """The purpose of a plug-in's own draw: a number above those of the package, from a name such as `author.noise`."""
+    return (1 << 63) | key_of(name)
 
 
 def permutation(words: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from dtrain.config.evaluation import Eval, Sampling
 from dtrain.config.models import DiT, UNet
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
 from dtrain.config.sections import Section, flat
-from dtrain.config.training import EMAProfile
+from dtrain.config.training import EMAProfile, Optim
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Eval",
     "Flow",
     "Gaussian",
+    "Optim",
     "Sampling",
     "Section",
     "Source",

@@ -25,7 +25,8 @@ class Chosen:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "object"}
+        found = [handler(section.__pydantic_core_schema__) for section in self.built_in.values()]
+        return found[0] if len(found) == 1 else {"anyOf": found} if found else {"type": "object"}
 
     def _section(self, value: Any) -> Section:
         if isinstance(value, Section):

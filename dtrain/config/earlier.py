@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Earlier(NamedTuple):
-    """A row: the value that held. where: (tag, value) of the branch that has the key, where a section is a union."""
+    """A row, of a key or of a whole section: the value that held.
+
+    where: (tag, value) of the branch that has the key, where a section is a union.
+    """
 
     value: Any
     where: tuple[str, str] | None = None
@@ -40,6 +43,7 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.times": Earlier("uniform"),
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
+    "conditions": Earlier({}),
     "deepspeed.precision": Earlier("fp32"),
     "deepspeed.offload": Earlier("none"),
     "train.activation_checkpointing": Earlier(False),
@@ -64,7 +68,7 @@ def with_earlier_values(tree: dict[str, Any]) -> dict[str, Any]:
     filled = dict(tree)
     for name in missing(tree):
         section, _, key = name.partition(".")
-        filled[section] = (filled.get(section) or {}) | {key: EARLIER[name].value}
+        filled[section] = (filled.get(section) or {}) | {key: EARLIER[name].value} if key else EARLIER[name].value
     return filled
 
 
@@ -74,6 +78,9 @@ def missing(tree: dict[str, Any]) -> list[str]:
     for name, row in EARLIER.items():
         section, _, key = name.partition(".")
         keys = tree.get(section) or {}
+        if not key:
+            found += [name] if section not in tree else []
+            continue
         if isinstance(keys, dict) and key not in keys and (row.where is None or _chosen(keys, *row.where)):
             found.append(name)
     return found

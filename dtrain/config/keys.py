@@ -84,6 +84,8 @@ def _keys(section: type[BaseModel], prefix: str, of: str | None) -> Iterator[Key
     about, schema = docstrings(section), section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", sections_of_field(field)
+        if not prefix and not inner:
+            continue  # a section that plug-ins alone fill
         if not inner or (prefix and get_origin(field.annotation)):  # data.mix and data.arrays are keys themselves
             yield Key(key, of, _type(schema[name]), _default(field), about[name])
         place = {list: "[].", dict: ".NAME."}.get(get_origin(field.annotation), ".")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dtrain.config.sections import NonNegative, Positive, Section
+from dtrain.draws import Draw, Purpose
 
 # The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
 DIT_SIZES: dict[str, dict[str, int]] = {
@@ -65,6 +66,10 @@ class DiT(Section):
         # Its positions are parameters that do not learn.
         return {"data.image_size": image_size, **sizes, "model.qk_norm": self.qk_norm}
 
+    def draws(self) -> dict[str, Draw]:
+        """Argument of the network in training → the random number of each row that it is."""
+        return {}
+
 
 class UNet(Section):
     name: Literal["unet"]
@@ -102,3 +107,7 @@ class UNet(Section):
         keys = {f"model.{k}": getattr(self, k) for k in ("width", "multipliers", "res_blocks", "scale_shift")}
         levels = range(len(self.multipliers))
         return keys | {"model.attention": [i for i in levels if image_size >> i in self.attention]}
+
+    def draws(self) -> dict[str, Draw]:
+        """Argument of the network in training → the random number of each row that it is."""
+        return {"keys": Draw("dropout", Purpose.DROPOUT, "word")} if self.dropout else {}

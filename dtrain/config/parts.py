@@ -1,14 +1,14 @@
 """The sections `first_stage`, `conditions` and `objective`: what is trained, what it is told, and how.
 
-Plug-ins bring further ones (`dtrain/plugins.py`): a `Section` whose `build(config)` gives the part.
+Plug-ins bring further ones (`dtrain/plugins.py`): a `PartSection` whose `build(config)` gives the part.
 """
 
 from typing import Literal
 
-from dtrain.config.sections import Section
+from dtrain.config.sections import PartSection
 
 
-class FirstStageSection(Section):
+class FirstStageSection(PartSection):
     """Between pixels and what the network sees."""
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
@@ -21,6 +21,6 @@ class Pixels(FirstStageSection):
     """the network sees the pixels themselves, in [−1, 1]"""
 
 
-class Denoising(Section):
+class Denoising(PartSection):
     kind: Literal["denoising"] = "denoising"
     """the network learns what noise did to an image; which loss and which times, `diffusion` says"""

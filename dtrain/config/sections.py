@@ -50,3 +50,22 @@ class Section(BaseModel):
         if info.mode == "json":
             return {k: value_without_credentials(v) if isinstance(v, str) else v for k, v in tree.items()}
         return tree
+
+
+class PartSection(Section):
+    """The section of a first stage, a condition or an objective, which says what it needs of every row of a batch.
+
+    A plug-in's has `build(config)` too, which gives the part itself.
+    """
+
+    def fields(self, config: Any) -> list[Any]:
+        """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""
+        return []
+
+    def draws(self, config: Any) -> list[Any]:
+        """Random numbers of each row beside `time` and `noise`: `dtrain.draws.Draw`s."""
+        return []
+
+    def network(self, width: int) -> Any | None:
+        """Of a condition: the part of the backbone that makes a vector (N, width) of it; None where it has none."""
+        return None

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from dtrain.config import Config
+from dtrain.data.declared import declared
 from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.shards.manifest import check_all, load_all
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
-from dtrain.randomness import Draws, Purpose
+from dtrain.randomness import Draws, drawn
 
 
 def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
@@ -45,7 +46,7 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
     places = list(zip(sources.tolist(), samples.tolist(), strict=True))
 
     def read() -> list[dict[str, bytes]]:
-        return [dataset._readers[s].read(n, dataset._samples[s].fields) for s, n in places]
+        return [dataset._readers[s].read(n, dataset._samples[s].extensions) for s, n in places]
 
     files = [next((found[f] for f in IMAGE_FIELDS if f in found), None) for found in read()]
     if None in files:
@@ -55,10 +56,8 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
     draws = Draws(config.run.seed)
 
     def randomness() -> None:
-        for key in k.tolist():
-            for purpose in (Purpose.TIME, Purpose.LABEL_DROP, Purpose.FLIP):
-                draws.uniform(purpose, key)
-            draws.normal(Purpose.NOISE, key, (data.channels, data.image_size, data.image_size))
+        for draw in declared(config).draws:
+            drawn(draw, draws, k.tolist(), k, 0, len(k))
 
     steps = iter(range(10**9))
     each = len(k)

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.data import shared_memory
 from dtrain.data.order.skipped import NOTHING
@@ -41,7 +42,7 @@ OFTEN = {  # what workers that were not killed by a person die of
     signal.SIGBUS: ", as where /dev/shm is full or a file that is being read was cut off",
 }
 
-Made = tuple[dict[str, torch.Tensor], Report]
+Made = tuple[Batch, Report]
 
 
 class LoaderFailure(RuntimeError):
@@ -55,7 +56,7 @@ class LoaderFailure(RuntimeError):
         self.details = details
 
 
-class Batches(Iterator[dict[str, torch.Tensor]]):
+class Batches(Iterator[Batch]):
     """Batches 0, 1, 2, … of a StepDataset without end, made ahead in `workers` processes.
 
     report: how the batch given last was read. `close` ends the workers. A UserError met in a worker is raised here, as
@@ -74,7 +75,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._start()
         _close_at_exit(self)
 
-    def __next__(self) -> dict[str, torch.Tensor]:
+    def __next__(self) -> Batch:
         made = self._next()
         if isinstance(made, UserError | LoaderFailure):
             self.close()

@@ -4,14 +4,14 @@ Containers have 64 MiB of it unless they are started with more, and a batch of l
 """
 
 import os
-import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 from dtrain.config import Config
+from dtrain.data.declared import declared
 from dtrain.errors import UserError
 
 PLACE = Path("/dev/shm")
@@ -37,16 +37,18 @@ def batches(workers: int) -> int:
 
 def of_batch(config: Config, world_size: int) -> int:
     """Bytes of one rank's batch."""
-    data = config.data
-    arrays = [prod(a.shape) * int(re.sub(r"\D", "", a.dtype)) // 8 for a in data.arrays.values()]
-    return columns_bytes(ceil(data.batch_size / world_size), data.channels, data.image_size, arrays)
+    return columns_bytes(ceil(config.data.batch_size / world_size), declared(config).row_bytes)
 
 
-def columns_bytes(rows: int, channels: int, side: int, arrays: Sequence[int] = ()) -> int:
-    """Bytes of a batch as `StepDataset` makes it, each tensor in whole pages. arrays: bytes of one row of each."""
+def columns_bytes(rows: int, row_bytes: Iterable[int]) -> int:
+    """Bytes of a batch whose tensors have so many bytes a row, each tensor in whole pages."""
+    return sum(PAGE * ceil(rows * column / PAGE) for column in row_bytes)
+
+
+def pictures_bytes(rows: int, channels: int, side: int) -> int:
+    """Bytes of a batch of pictures with labels: what `declared` says of a config that is still to be written."""
     pixels = 4 * channels * side**2
-    columns = [pixels, pixels, 8, 8, 8, 8, *arrays]  # image, noise, k, label, time, drop
-    return sum(PAGE * ceil(rows * column / PAGE) for column in columns)
+    return columns_bytes(rows, [pixels, pixels, 8, 8, 8, 8])  # image, noise, k, label, time, drop
 
 
 def free() -> int:

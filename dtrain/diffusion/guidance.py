@@ -5,24 +5,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dtrain.batch import Condition
 from dtrain.errors import UserError
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[..., Tensor]  # (x (N, C, H, W), t (N,), **condition) → (N, O, H, W)
 
 
 def guided(
     model: Model,
     guidance: float,
-    null_label: int,
+    null: Callable[[Condition], Condition] | None,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     last_time: float = 1000,
     rescale: float = 0.0,
 ) -> Model:
-    """A model(x, t, labels) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
+    """A model(x, t, **condition) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
 
-    null_label is the model's class count. s = 1 is the model itself, so its outputs are the same bit for bit; the
-    papers' w is s − 1.
+    null: what the rows of a condition are told where nothing is said; None for a model that is told nothing. s = 1 is
+    the model itself, so its outputs are the same bit for bit; the papers' w is s − 1.
 
     channels: how many of the image's channels, counted from the first, are guided; all by default. 3 repeats published
     DiT results on 4-channel latents. All other channels of the output are the conditional ones: a learned variance,
@@ -32,19 +33,20 @@ def guided(
     rescale: how far, from 0 to 1, each row's guided channels go back to the conditional ones' standard deviation (Lin
     et al. 2023, section 3.4).
 
-    Raises UserError for s ≠ 1 on a model without classes.
+    Raises UserError for s ≠ 1 on a model without conditions.
     """
     if guidance == 1:
         return model
-    if null_label == 0:
+    if null is None:
         raise UserError(f"guidance {guidance} needs a model with classes, but model.num_classes is 0; use guidance 1")
 
-    def both(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def both(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         inside = _within(t, interval, last_time)
         if inside is not None and not bool(inside.any()):
-            return model(x, t, labels)
-        all_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # (2N,)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), all_labels).chunk(2)  # (N, O, H, W) each
+            return model(x, t, **condition)
+        nothing = null(condition)
+        told = {name: torch.cat([value, nothing[name]]) for name, value in condition.items()}  # (2N, …)
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), **told).chunk(2)  # (N, O, H, W) each
         n = x.shape[1] if channels is None else min(channels, x.shape[1])
         towards, away, rest = cond[:, :n], uncond[:, :n], cond[:, n:]
         mixed = away + guidance * (towards - away)

@@ -11,21 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.randomness import Draws, Purpose, permutation
+from dtrain.randomness import LARGEST
 
 LEVEL_BINS = 8
-LARGEST = 1 - 2.0**-53  # the largest float64 below 1
-
-
-def stratified(u: Tensor, k: Tensor, first: int, batch_size: int, seed: int) -> Tensor:
-    """u (n,) float64 of rows k (n,) squeezed into one stratum of width 1/B each: (stratum + u)/B.
-
-    The global batch is rows first … first + B − 1, and every stratum is given to exactly one of them by a permutation
-    keyed (seed, first): pure, the same at any world size, and a stream of the data set is not tied to a noise level.
-    """
-    strata = permutation(Draws(seed).words(Purpose.STRATUM, first, size=batch_size))
-    stratum = torch.from_numpy(strata[k.cpu().numpy() - first]).to(u.device)
-    return ((stratum + u) / batch_size).clamp(max=LARGEST)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def evaluate(
                 lambda ids: labels_of(ids, config, reference),
                 e,
                 scratch,
+                (config.data.channels, config.data.image_size, config.data.image_size),
                 lambda evaluations=evaluations: on_progress(next(evaluations), len(mine) * a_block),
             )
             features = extractor(images.to(sampler.device))
@@ -154,10 +155,11 @@ def _images(
     labels: Callable[[list[int]], Tensor],
     how: Eval,
     scratch: Scratch | None,
+    shape: tuple[int, int, int],
     on_evaluation: Callable[[], None],
 ) -> Tensor:
-    """uint8 (n, C, H, W) of a block of ids, out of `scratch` where they are there."""
-    found = scratch.read(ids[0], len(ids), sampler.shape) if scratch is not None else None
+    """uint8 (n, *shape) of a block of ids, out of `scratch` where they are there."""
+    found = scratch.read(ids[0], len(ids), shape) if scratch is not None else None
     if found is None:
         found = sampler.draw(ids, labels(ids), how, on_evaluation)
         if scratch is not None:

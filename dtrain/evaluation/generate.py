@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from dtrain import faults
+from dtrain.batch import Condition
+from dtrain.conditions.build import Conditions
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
-from dtrain.data.fields.picture import quantize
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
+from dtrain.first_stage.build import build as build_first_stage
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.randomness import Draws, Purpose
 
 MOST_NAMED = 8  # ids in a message
@@ -48,20 +52,20 @@ class Sampler:
 
     model: torch.nn.Module
     process: object
-    shape: tuple[int, int, int]  # (C, H, W)
-    num_classes: int
+    shape: tuple[int, int, int]  # (C, H, W) of x_0
+    conditions: Conditions
+    first_stage: FirstStage
     device: torch.device
 
     @classmethod
     def of(cls, model: torch.nn.Module, process, config: Config, device: torch.device) -> "Sampler":
-        shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        return cls(model, process, shape, config.model.num_classes, device)
+        return cls(model, process, config.shape, build_conditions(config), build_first_stage(config), device)
 
     @torch.inference_mode()
     def draw(
         self, ids: list[int], labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
-        """uint8 (n, C, H, W) for sample ids (n) and int64 labels (n,), as `how` says.
+        """uint8 (n, channels, image_size, image_size) for sample ids (n) and int64 labels (n,), as `how` says.
 
         on_evaluation: called each time that the model has answered.
 
@@ -75,7 +79,7 @@ class Sampler:
             return torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids])).to(self.device)
 
         x_0 = sample(
-            self.denoiser(labels, how, on_evaluation),
+            self.denoiser(self.condition(ids, labels), how, on_evaluation),
             self.process,
             normals(Purpose.SAMPLE_NOISE),
             how.sampler,
@@ -90,35 +94,40 @@ class Sampler:
                 f"x_0 is not finite in {len(bad)} of {len(ids)} samples drawn together (ids {named(bad)}): the weights "
                 "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
             )
-        return quantize(x_0).cpu()
+        return self.first_stage.decode(x_0).cpu()
 
-    def denoiser(self, labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None) -> Denoiser:
-        """What a sampler asks for int64 labels (n,): the model's output with guidance and precision as `how` says.
+    def denoiser(self, condition: Condition, how: Eval, on_evaluation: Callable[[], None] = lambda: None) -> Denoiser:
+        """What a sampler asks for rows of this condition: the model's output with guidance and precision as `how` says.
 
         on_evaluation: called each time that the model has answered.
         """
         self.model.eval()
-        model, labels = self._guided(how), labels.to(self.device)
+        model = self._guided(how)
 
         def answered(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            answer = model(x_t, t, labels)
+            answer = model(x_t, t, **condition)
             on_evaluation()
             return answer
 
         return answered
 
-    def _network(self, precision: str, *inputs: torch.Tensor) -> torch.Tensor:
+    def condition(self, ids: list[int], labels: torch.Tensor) -> Condition:
+        """What the samples `ids` (n), of classes `labels` int64 (n,), are told, on the model's device."""
+        told = self.conditions.of_ids(ids, labels)
+        return {name: value.to(self.device) for name, value in told.items()}
+
+    def _network(self, precision: str, *inputs: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         """The model's answer; under bf16 in float32 again, so that guidance and sampler round nothing."""
         if precision == "fp32":
-            return self.model(*inputs)
+            return self.model(*inputs, **condition)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.model(*inputs).float()
+            return self.model(*inputs, **condition).float()
 
     def _guided(self, how: Eval):
         return guided(
             partial(self._network, how.precision),
             how.guidance,
-            self.num_classes,
+            self.conditions.null if self.conditions else None,
             channels=3 if how.guidance_channels == "first_3" else None,
             interval=how.guidance_interval,
             last_time=self.process.last_time,

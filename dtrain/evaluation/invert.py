@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.config import Config, Eval
-from dtrain.data.fields.picture import centre_crop, decode, normalize, quantize
+from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
@@ -115,9 +115,10 @@ def invert(
     how: with `settings_of_inversion`. on_evaluation: called each time that the model has answered. Raises NotFinite,
     with the pictures' names, where the noise, or what is drawn from it, is not.
     """
-    denoiser = sampler.denoiser(labels, how, on_evaluation)
+    denoiser = sampler.denoiser(sampler.condition(list(range(len(labels))), labels), how, on_evaluation)
     timesteps = sampler.process.walk(how.steps, how.spacing)
-    noise = encode(denoiser, sampler.process, normalize(images).to(sampler.device), timesteps)
+    x_0 = sampler.first_stage.encode(normalize(images).to(sampler.device))
+    noise = encode(denoiser, sampler.process, x_0, timesteps)
     x_0 = sample(denoiser, sampler.process, noise, how.sampler, how.steps, how.spacing)
     if bad := which_not_finite(torch.cat([noise, x_0], dim=1)):
         named = ", ".join([names[row] for row in bad[:MOST_NAMED]] + ["…"] * (len(bad) > MOST_NAMED))
@@ -125,7 +126,9 @@ def invert(
             f"the inversion is not finite for {len(bad)} of {len(names)} pictures ({named}): the weights have "
             "diverged, or precision overflows; take an earlier checkpoint or other settings"
         )
-    pixels, redrawn = (i.cpu().permute(0, 2, 3, 1).contiguous().numpy() for i in (images, quantize(x_0)))
+    pixels, redrawn = (
+        i.cpu().permute(0, 2, 3, 1).contiguous().numpy() for i in (images, sampler.first_stage.decode(x_0))
+    )
     return Inversion(noise.cpu().numpy(), pixels, redrawn, labels.cpu().numpy())
 
 

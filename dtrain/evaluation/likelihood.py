@@ -6,10 +6,11 @@ from functools import partial
 import torch
 
 from dtrain import distributed
+from dtrain.batch import Condition
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
 from dtrain.evaluation.generate import OnProgress, Sampler, quiet
-from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.objective import Objective
 from dtrain.randomness import Draws, Purpose
 
 BLOCK = 128  # held-out images at a time
@@ -18,6 +19,14 @@ BLOCK = 128  # held-out images at a time
 def _blocks(images: torch.Tensor) -> range:
     """This rank's share of the blocks; dealt in turn, so that every rank count gives the same blocks."""
     return range(0, len(images), BLOCK)[distributed.rank() :: distributed.world_size()]
+
+
+def _held_out(
+    sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, rows: range
+) -> tuple[torch.Tensor, Condition]:
+    """(x_0, what the network is told) of these held-out images, on the sampler's device."""
+    pixels, own = images[rows.start : rows.stop].to(sampler.device), labels[rows.start : rows.stop]
+    return sampler.first_stage.encode(pixels), sampler.condition(list(rows), own)
 
 
 def _normals(draws: Draws, rows: range, shape: tuple[int, ...], sub: int) -> torch.Tensor:
@@ -48,20 +57,20 @@ def bits_per_dim(
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
     of = len(_blocks(images)) * process.schedule.timesteps
 
-    def evaluated(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        answer = sampler.model(x, t, y)
+    def evaluated(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        answer = sampler.model(x, t, **condition)
         on_progress(next(evaluations), of, f"bits per dimension of {len(images):,} images")
         return answer
 
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+            x0, condition = _held_out(sampler, images, labels, rows)
 
             def noise(t: int, rows: range = rows) -> torch.Tensor:
                 return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
 
-            terms = likelihood.curve(partial(evaluated, y=y), process, x0, noise, clip=clip).double()  # (T, n)
+            terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
             total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
 
@@ -72,7 +81,7 @@ def bits_per_dim(
 
 @torch.inference_mode()
 def losses_by_level(
-    sampler: Sampler, objective: Denoising, images: torch.Tensor, labels: torch.Tensor, seed: int
+    sampler: Sampler, objective: Objective, images: torch.Tensor, labels: torch.Tensor, seed: int
 ) -> dict[str, float]:
     """loss_level_0 … loss_level_7: the training loss at the middle of each eighth of the process, one fixed noise each.
 
@@ -85,11 +94,11 @@ def losses_by_level(
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, y = (v[rows.start : rows.stop].to(sampler.device) for v in (images, labels))
+            x0, condition = _held_out(sampler, images, labels, rows)
             for level, place in enumerate(places):
                 noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
                 at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
-                total[level] += objective.losses_at(sampler.model, x0, noise, at, y).double().sum().cpu()
+                total[level] += objective.losses_at(sampler.model, x0, noise, at, condition).double().sum().cpu()
 
     distributed.agree(add_up)
     means = (_summed(total) / len(images)).tolist()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.data.fields.samples import read_array
+from dtrain.data.fields.npy import read_array
 from dtrain.errors import BadSample
 from dtrain.files import read_bytes, replacing
 

@@ -9,7 +9,7 @@ from dtrain.models.unet import UNet
 
 
 def build(config: Config) -> nn.Module:
-    """The model of the `model` section, for what the first stage makes of the images, with the initial weights of `run.seed`.
+    """The model of the `model` section, with the initial weights of `run.seed`.
 
     float32 on the current default device; under `torch.device("meta")` it holds no weights.
     """
@@ -21,7 +21,11 @@ def build(config: Config) -> nn.Module:
 def allocate(config: Config) -> DiT | UNet:
     """The model of `build`, its weights not yet written: for those who write them otherwise."""
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    return (_unet if config.model.name == "unet" else _dit)(config, learn_sigma)
+    backbone = (_unet if config.model.name == "unet" else _dit)(config, learn_sigma)
+    for name, section in config.conditions.items():
+        if (network := section.network(backbone.condition_width)) is not None:
+            backbone.conditions[name] = network
+    return backbone
 
 
 def _dit(config: Config, learn_sigma: bool) -> DiT:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.models.layers import (
     MLP,
     Attention,
+    ConditionNetworks,
     LabelEmbedder,
     Linear,
     PatchEmbedder,
@@ -92,19 +93,24 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width, shift=frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, width)
+        self.condition_width = width
+        self.conditions = ConditionNetworks()
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
+        condition: of further conditions, by the names of `conditions`.
         x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t)  # (N, D)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, D)
+        if condition or self.conditions:
+            c = c + self.conditions(condition)  # (N, D)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
@@ -125,6 +131,8 @@ class DiT(nn.Module):
 
         Zero on every adaLN and the output layer, so each block begins as the identity and the output as 0.
         """
+        if name.startswith("conditions."):
+            return ConditionNetworks.initial_value(name, shape, seed)
         if name == "pos_embed":
             return positions(math.isqrt(shape[1]), shape[2])
         if name.endswith((".q_norm.weight", ".k_norm.weight")):

@@ -92,6 +92,25 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
+class ConditionNetworks(nn.ModuleDict):
+    """Networks of the conditions beside the class, by the names of their arguments: each makes a vector."""
+
+    def forward(self, condition: dict[str, Tensor]) -> Tensor | float:
+        """The sum of the vectors (N, D), 0 of no network. Raises TypeError for a condition without a network."""
+        if condition.keys() != self.keys():
+            raise TypeError(
+                f"the network is told {', '.join(condition)}, and has networks for {', '.join(self) or 'nothing'}"
+            )
+        return sum(network(condition[name]) for name, network in self.items())
+
+    @staticmethod
+    def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Biases begin at 0, norms at 1, the rest small."""
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        return torch.ones(shape) if len(shape) == 1 else normal(name, shape, seed, std=0.02)
+
+
 class PatchEmbedder(nn.Module):
     """Each patch × patch square of the image as a token, row by row."""
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.models.dropout import dropout
 from dtrain.models.layers import (
     Attention,
+    ConditionNetworks,
     Conv2d,
     LabelEmbedder,
     Linear,
@@ -149,6 +150,8 @@ class UNet(nn.Module):
         self.t_embedder = TimestepEmbedder(embedding, frequencies=width)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, embedding)
+        self.condition_width = embedding
+        self.conditions = ConditionNetworks()
         self.conv_in = Conv2d(channels, width, 3, padding=1)
 
         self.down = nn.ModuleList()
@@ -178,11 +181,14 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width, self.groups)
         self.conv_out = Conv2d(width, self.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keys: Tensor | None = None, **condition: Tensor
+    ) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
         keys int64 (N,) (`dropout.dropout_keys`) say what to drop while training, where dropout is set; evaluation
-        drops nothing. x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
+        drops nothing. condition: of further conditions, by the names of `conditions`. x may come in any float dtype;
+        the answer is in the weights' dtype (autocast's, under autocast).
         Raises ValueError for training with dropout but without keys.
         """
         if not (self.training and self.dropout):
@@ -192,6 +198,8 @@ class UNet(nn.Module):
         c = self.t_embedder(t)  # (N, E)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, E)
+        if condition or self.conditions:
+            c = c + self.conditions(condition)  # (N, E)
         run = _recomputed if self.activation_checkpointing and self.training else _called
         h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
         skips = [h]
@@ -217,6 +225,8 @@ class UNet(nn.Module):
         Zero on what ends each residual branch and on the output, so each block begins as its skip and the output as 0
         (Ho et al. 2020, appendix B, and its code); norms begin at 1, labels small, the rest by Glorot's law.
         """
+        if name.startswith("conditions."):
+            return ConditionNetworks.initial_value(name, shape, seed)
         if name.endswith(".bias"):
             return torch.zeros(shape)
         if len(shape) == 1:

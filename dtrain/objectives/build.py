@@ -1,13 +1,22 @@
 """The objective a configuration asks for."""
 
-from dtrain.config import Flow, Gaussian
+from dtrain.config import Config, Flow, Gaussian
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.objective import Objective
 
 
-def build(config: Gaussian | Flow) -> Denoising:
-    """The way of training that the `diffusion` section describes. Raises UserError for a schedule that cannot be."""
+def build(config: Config) -> Objective:
+    """What the `objective` section names; denoising by the `diffusion` section.
+
+    Raises UserError for a schedule that cannot be.
+    """
+    return denoising(config.diffusion) if config.objective.kind == "denoising" else config.objective.build(config)
+
+
+def denoising(config: Gaussian | Flow) -> Denoising:
+    """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be."""
     if config.process == "flow":
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None

@@ -4,25 +4,26 @@
 (Ho et al. 2020, Algorithm 1; Nichol & Dhariwal 2021; Liu et al. 2023.)
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dtrain.batch import Batch, Condition
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.prediction import squared_error_weight
 from dtrain.diffusion.times import UNIFORM, LogitNormal, SecondMoment, Uniform
+from dtrain.objectives.objective import Losses, Network, Objective
+from dtrain.position import Position
 
 HYBRID = 0.001  # λ of L_hybrid, with L_VLB in bits/dim (Nichol & Dhariwal 2021, section 3.1)
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True, eq=False)
-class Denoising:
+class Denoising(Objective):
     """loss: simple | hybrid | vlb; the last two of a GaussianDiffusion only, as min_snr_gamma and SecondMoment are.
 
     `config.Gaussian` refuses what cannot be combined. Holds no generator: every random number comes as an argument.
@@ -37,7 +38,13 @@ class Denoising:
         """Where in [0, 1) of the process the rows with these u (N,) in [0, 1) train; both float64."""
         return self.times.place(u)
 
-    def losses(self, model: Model, x0: Tensor, noise: Tensor, u: Tensor, labels: Tensor) -> Tensor:
+    def losses(
+        self, turn: str, networks: Mapping[str, Network], batch: Batch, condition: Condition, at: Position
+    ) -> Losses:
+        rows = self.row_losses(networks["backbone"], batch["x_0"], batch["noise"], batch["time"], condition)
+        return Losses(rows, self.place(batch["time"]))
+
+    def row_losses(self, model: Network, x0: Tensor, noise: Tensor, u: Tensor, condition: Condition) -> Tensor:
         """The loss of each row; their mean over the global batch is what training descends.
 
         simple: the squared error of the prediction, its mean over C, H, W (Ho et al. 2020, equation 14), times the
@@ -45,19 +52,19 @@ class Denoising:
         constant L_T. hybrid: simple + 0.001·vlb in which the mean is detached, so that the bound trains the variance
         alone.
 
-        model(x (N, C, H, W), process.model_time (N,), labels int64 (N,)) → (N, C or 2C, H, W); x0 and noise float32
+        model(x (N, C, H, W), process.model_time (N,), **condition) → (N, C or 2C, H, W); x0 and noise float32
         (N, C, H, W), u float64 (N,) in [0, 1). Returns x0's dtype (N,), whatever the model computes in.
         """
         place = self.place(u)
-        losses, weights = self.losses_at(model, x0, noise, place, labels), self.times.weights(place)
+        losses, weights = self.losses_at(model, x0, noise, place, condition), self.times.weights(place)
         return losses if weights is None else losses * weights.to(losses.dtype)
 
-    def losses_at(self, model: Model, x0: Tensor, noise: Tensor, place: Tensor, labels: Tensor) -> Tensor:
-        """`losses` at given places (N,) float64 in [0, 1) of the process, unweighted by how they were chosen."""
+    def losses_at(self, model: Network, x0: Tensor, noise: Tensor, place: Tensor, condition: Condition) -> Tensor:
+        """`row_losses` at given places (N,) float64 in [0, 1) of the process, unweighted by how they were chosen."""
         process = self.process
         t = process.time(place)
         x_t = process.noised(x0, noise, t)
-        output = model(x_t, process.model_time(t, x0), labels).to(x0.dtype)
+        output = model(x_t, process.model_time(t, x0), **condition).to(x0.dtype)
         if self.loss == "vlb":
             losses = process.schedule.timesteps * likelihood.term(process, output, x0, x_t, t)
         else:

@@ -109,7 +109,7 @@ class Choices:
         """As many as there are cores for and room in /dev/shm; without GPUs the default, where that fits."""
         gpus, room = self.machine.gpus, self.machine.shared_memory
         most = max(1, min(8, self.machine.cores // gpus - 1)) if gpus else 1
-        one = (gpus or 1) * shared_memory.columns_bytes(self.batch // (gpus or 1), self.channels, self.size)
+        one = (gpus or 1) * shared_memory.pictures_bytes(self.batch // (gpus or 1), self.channels, self.size)
         fitting = [n for n in range(most + 1) if room is None or n == 0 or shared_memory.batches(n) * one <= room]
         if fitting[-1] < most:
             return [Line("workers", fitting[-1], "loader processes; more have no room in this machine's /dev/shm")]

@@ -15,7 +15,7 @@ from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
 from dtrain.models.build import allocate
-from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.tracker import Tracker
@@ -40,7 +40,7 @@ class Evaluation:
         self,
         run: RunDirectory,
         config: Config,
-        objective: Denoising,
+        objective: Objective,
         tracker: Tracker,
         progress: TrainingProgress,
         stop_wanted: Callable[[], bool],

@@ -9,15 +9,14 @@ whole, and save what they have before they end.
 import time
 from contextlib import suppress
 
-import torch
-
 from dtrain import distributed
+from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.credentials import redacted
 from dtrain.data.loader import Batches, LoaderFailure, train_batches
 from dtrain.data.order.skipped import Skipped
 from dtrain.data.shards.manifest import Manifest
-from dtrain.data.stream import Report
+from dtrain.data.stream import Report, stand_in
 from dtrain.errors import SharedError, SharedFailure, UserError
 from dtrain.files import opener
 from dtrain.run import RunDirectory
@@ -42,7 +41,7 @@ class Feed:
         ranks = distributed.rank(), distributed.world_size()
         self._batches = train_batches(self._config, self._manifest, *ranks, images, skipped)
 
-    def next(self, first: int) -> dict[str, torch.Tensor]:
+    def next(self, first: int) -> Batch:
         """The next batch, which begins at image `first`, or after an error one that stands in for it."""
         started = time.perf_counter()
         batch, self.report = self._read(first), self._batches.report if self.error is None else Report()
@@ -51,7 +50,7 @@ class Feed:
         self.seconds = time.perf_counter() - started
         return batch
 
-    def _read(self, first: int) -> dict[str, torch.Tensor]:
+    def _read(self, first: int) -> Batch:
         if self.error is None:
             try:
                 return next(self._batches)
@@ -59,7 +58,8 @@ class Feed:
                 self.error = e
             except LoaderFailure as e:
                 self.error = self._kept(e)
-        return stand_in(self._config, first)
+        rows = self._config.data.batch_size // distributed.world_size()
+        return stand_in(self._config, first, rows)
 
     def _kept(self, error: LoaderFailure) -> LoaderFailure:
         """The error with the place of its details, for who looks into it."""
@@ -83,18 +83,3 @@ class Feed:
     def close(self) -> None:
         if self._batches is not None:
             self._batches.close()
-
-
-def stand_in(config: Config, first: int) -> dict[str, torch.Tensor]:
-    """Rows of the shapes that `StepDataset` gives, whose loss and gradient are not numbers."""
-    data, n = config.data, config.data.batch_size // distributed.world_size()
-    shape = (n, data.channels, data.image_size, data.image_size)
-    arrays = {name: torch.zeros(n, *a.shape, dtype=getattr(torch, a.dtype)) for name, a in data.arrays.items()}
-    return arrays | {
-        "k": first + torch.arange(n),
-        "image": torch.full(shape, torch.nan),
-        "label": torch.zeros(n, dtype=torch.int64),
-        "time": torch.full((n,), 0.5, dtype=torch.float64),
-        "noise": torch.zeros(shape),
-        "drop": torch.zeros(n, dtype=torch.float64),
-    }

@@ -73,7 +73,7 @@ def train(config: Config) -> Outcome:
     steps, outcome = None, None
     try:
         engine = Player.of(config, micro_batch)
-        objective = build_objective(config.diffusion)
+        objective = build_objective(config)
         position = resume(engine, objective, run, config, bad_steps, data=manifest.hash)
         steps = Steps(
             config, run, manifest, engine, objective, position, feed, bad_steps, tracker, stop, watchdog, goodput

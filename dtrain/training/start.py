@@ -14,7 +14,7 @@ from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
-from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.terminal import say
@@ -54,7 +54,7 @@ def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifes
 
 def resume(
     engine: Player,
-    objective: Denoising,
+    objective: Objective,
     run: RunDirectory,
     config: Config,
     bad_steps: BadSteps | None = None,
@@ -94,7 +94,7 @@ def resume(
 
 def _load(
     engine: Player,
-    objective: Denoising,
+    objective: Objective,
     config: Config,
     data: str | None,
     checkpoint: Checkpoint,

@@ -10,20 +10,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from dtrain import distributed, faults
+from dtrain.batch import Batch, split
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
-from dtrain.objectives.denoising import Denoising
+from dtrain.first_stage.build import build as build_first_stage
+from dtrain.objectives.objective import Losses, Objective
 from dtrain.position import Position
 from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.batch import learning_rate, prepared, split, with_dropped_labels
+from dtrain.training.batch import learning_rate
 from dtrain.training.feed import Feed
 from dtrain.training.player import Player
 from dtrain.training.record.goodput import Goodput, lost_steps
@@ -49,7 +50,7 @@ class Steps:
     run: RunDirectory
     manifest: Manifest
     engine: Player
-    objective: Denoising
+    objective: Objective
     position: Position
     feed: Feed
     bad_steps: BadSteps
@@ -61,6 +62,7 @@ class Steps:
     def __post_init__(self):
         config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
         self._is_rank_0 = rank == 0
+        self._first_stage, self._conditions = build_first_stage(config), build_conditions(config)
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
         self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
         self._reduction = StepReduction(rank, world_size, config.data.batch_size)
@@ -170,16 +172,17 @@ class Steps:
         """(this rank's losses, the gradient's norm, whether the step was taken) of the next batch; moves `position`."""
         config, bad_steps, position = self.config, self.bad_steps, self.position
         images = bad_steps.batch(position.images)
-        batch = prepared(self.feed.next(images[0][0]), config, position, bad_steps.skipped)
+        batch = self.feed.next(images[0][0])
         self._health.journal(self.feed.report, position)
         poisoned = any(faults.poisons(first, last) for first, last in images)
         step_losses = StepLosses(self.objective, distributed.device())
         for part in split(batch, self.engine.micro_batch):
-            losses = self._losses(part)
+            found = self._losses(part)
+            losses = found.rows
             if poisoned:
                 losses = losses * float("nan")
             self.engine.backward(losses.mean())
-            step_losses.add(part, losses)
+            step_losses.add(part, losses, found.place)
         faults.at("step:update")
         limit = bad_steps.limit
         grad_norm = self.engine.step(learning_rate(config, position.step + 1), limit)
@@ -193,11 +196,13 @@ class Steps:
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
         return step_losses, grad_norm, taken
 
-    def _losses(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of each image of a micro-batch: (n,)."""
-        labels = with_dropped_labels(part, self.config)
-        model = partial(self.engine, keys=part["dropout"]) if "dropout" in part else self.engine
-        return self.objective.losses(model, part["image"], part["noise"], part["time"], labels)
+    def _losses(self, part: Batch) -> Losses:
+        """Of the rows of a micro-batch."""
+        drawn = {argument: part[draw.name] for argument, draw in self.config.model.draws().items()}
+        networks = {"backbone": partial(self.engine, **drawn)}
+        part = part | {"x_0": self._first_stage.of_batch(part)}
+        condition = self._conditions.of_batch(part)
+        return self.objective.losses("main", networks, part, condition, self.position)
 
     def _on_reduced(self) -> bool:
         """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""

@@ -56,7 +56,7 @@ def ours(model, config, x_T, labels, how):
     """Our x_0 from the same noise, as the pipeline shows it: in [0, 1]."""
     network = guided(model, how.guidance, config.model.num_classes, channels=config.data.channels)
     process = build_process(config.diffusion)
-    denoiser = partial(lambda labels, x, t: network(x, t, labels), labels)
+    denoiser = partial(lambda labels, x, t: network(x, t, y=labels), labels)
     return (sample(denoiser, process, x_T, how.sampler, how.steps, how.spacing, clip=how.clip) / 2 + 0.5).clamp(0, 1)
 
 

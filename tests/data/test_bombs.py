@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain.data.fields.npy import read_array
 from dtrain.data.fields.picture import MAX_PIXELS, decode
-from dtrain.data.fields.samples import read_array
 from dtrain.data.shards.tar import scan
 from dtrain.errors import BadSample, UserError
 from tests.data.shard_files import picture

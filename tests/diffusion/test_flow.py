@@ -31,7 +31,7 @@ def test_the_velocity_of_the_path_has_no_loss_and_the_model_is_told_a_thousand_t
         seen.update(t=t, y=y)
         return noise - x0 + y.view(-1, 1, 1, 1)
 
-    losses = Denoising(flow).losses(model, x0, noise, u, labels)
+    losses = Denoising(flow).row_losses(model, x0, noise, u, {"y": labels})
     torch.testing.assert_close(losses, labels.float() ** 2, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen["t"], (1000 * u).float())
     assert losses.dtype == torch.float32
@@ -77,6 +77,6 @@ def test_deterministic_ddim_on_a_flow_is_euler():
 
 
 def test_the_configured_flow():
-    built = objectives.build(Flow(process="flow", times="logit_normal", logit_normal_mean=0.5))
+    built = objectives.denoising(Flow(process="flow", times="logit_normal", logit_normal_mean=0.5))
     assert built.times == LogitNormal(0.5, 1.0)
     assert float(built.place(torch.tensor([0.5]).double())) == pytest.approx(1 / (1 + math.exp(-0.5)))

@@ -11,44 +11,48 @@ t = torch.tensor([1, 500, 999])
 labels = torch.tensor([0, 4, 9])
 
 
+def null(condition):
+    return {"y": torch.full_like(condition["y"], NULL)}
+
+
 class Model:
     """Depends on every argument of its own row, and counts its rows."""
 
     def __init__(self):
         self.rows = []
 
-    def __call__(self, x, t, labels):
+    def __call__(self, x, t, y):
         self.rows.append(len(x))
-        return torch.tanh(x * (1 + labels.view(-1, 1, 1, 1))) + t.view(-1, 1, 1, 1) / 1000
+        return torch.tanh(x * (1 + y.view(-1, 1, 1, 1))) + t.view(-1, 1, 1, 1) / 1000
 
 
 @pytest.mark.parametrize("s", [0.0, 0.5, 1.5, 4.0])
 def test_guidance_moves_from_the_unconditional_through_the_conditional_on_all_channels(s):
     model, plain = Model(), Model()
-    cond, uncond = plain(x, t, labels), plain(x, t, torch.full_like(labels, NULL))
-    torch.testing.assert_close(guided(model, s, NULL)(x, t, labels), (1 - s) * uncond + s * cond, rtol=0, atol=1e-14)
+    cond, uncond = plain(x, t, y=labels), plain(x, t, torch.full_like(labels, NULL))
+    torch.testing.assert_close(guided(model, s, null)(x, t, y=labels), (1 - s) * uncond + s * cond, rtol=0, atol=1e-14)
     assert model.rows == [6]
 
 
 def test_guidance_of_one_is_the_conditional_model_bit_for_bit():
     model = Model()
-    assert torch.equal(guided(model, 1.0, NULL)(x, t, labels), Model()(x, t, labels))
+    assert torch.equal(guided(model, 1.0, null)(x, t, y=labels), Model()(x, t, y=labels))
     assert model.rows == [3]
 
 
 def test_guidance_on_a_model_without_classes_is_refused():
     with pytest.raises(UserError, match="num_classes is 0"):
-        guided(Model(), 2.0, 0)
-    guided(Model(), 1.0, 0)
+        guided(Model(), 2.0, None)
+    guided(Model(), 1.0, None)
 
 
 def cond_and_uncond():
-    return Model()(x, t, labels), Model()(x, t, torch.full_like(labels, NULL))
+    return Model()(x, t, y=labels), Model()(x, t, torch.full_like(labels, NULL))
 
 
 def test_channels_that_are_not_guided_are_the_conditional_ones():
     cond, uncond = cond_and_uncond()
-    found = guided(Model(), 3.0, NULL, channels=1)(x, t, labels)
+    found = guided(Model(), 3.0, null, channels=1)(x, t, y=labels)
     torch.testing.assert_close(found[:, :1], uncond[:, :1] + 3 * (cond - uncond)[:, :1], rtol=0, atol=1e-14)
     assert torch.equal(found[:, 1:], cond[:, 1:])
 
@@ -59,12 +63,12 @@ def test_a_learned_variance_is_never_guided_whichever_channels_are_asked_for(ima
     """An output of 2C channels for images of C: the second half is the conditional model's, bit for bit."""
     x = torch.randn(3, image_channels, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    def wide(x, t, labels):
+    def wide(x, t, y):
         model = Model()
-        return torch.cat([model(x, t, labels), model(x - 1, t, labels)], dim=1)
+        return torch.cat([model(x, t, y), model(x - 1, t, y)], dim=1)
 
-    cond, uncond = wide(x, t, labels), wide(x, t, torch.full_like(labels, NULL))
-    found = guided(wide, 3.0, NULL, channels=channels, rescale=0.0)(x, t, labels)
+    cond, uncond = wide(x, t, y=labels), wide(x, t, torch.full_like(labels, NULL))
+    found = guided(wide, 3.0, null, channels=channels, rescale=0.0)(x, t, y=labels)
     n = image_channels if channels is None else min(channels, image_channels)
     torch.testing.assert_close(found[:, :n], (uncond + 3 * (cond - uncond))[:, :n], rtol=0, atol=1e-14)
     assert torch.equal(found[:, n:], cond[:, n:])
@@ -73,21 +77,21 @@ def test_a_learned_variance_is_never_guided_whichever_channels_are_asked_for(ima
 def test_outside_its_interval_guidance_leaves_the_conditional_model_alone_at_half_the_cost():
     cond, uncond = cond_and_uncond()
     full = uncond + 3 * (cond - uncond)
-    found = guided(Model(), 3.0, NULL, interval=(0.1, 0.9))(x, t, labels)  # t = 1, 500, 999 of 1000
+    found = guided(Model(), 3.0, null, interval=(0.1, 0.9))(x, t, y=labels)  # t = 1, 500, 999 of 1000
     torch.testing.assert_close(found[1], full[1], rtol=0, atol=1e-14)
     torch.testing.assert_close(found[[0, 2]], cond[[0, 2]], rtol=0, atol=1e-14)
     model = Model()
-    assert torch.equal(guided(model, 3.0, NULL, interval=(0.6, 0.9))(x, t, labels), cond)
+    assert torch.equal(guided(model, 3.0, null, interval=(0.6, 0.9))(x, t, y=labels), cond)
     assert model.rows == [3]
     last = torch.full((3,), 1000.0)  # where a flow begins
-    everywhere = guided(Model(), 3.0, NULL)(x, last, labels)
-    assert torch.equal(guided(Model(), 3.0, NULL, interval=(0.5, 1.0))(x, last, labels), everywhere)
+    everywhere = guided(Model(), 3.0, null)(x, last, y=labels)
+    assert torch.equal(guided(Model(), 3.0, null, interval=(0.5, 1.0))(x, last, y=labels), everywhere)
 
 
 @pytest.mark.parametrize("rescale", [0.5, 1.0])
 def test_rescaling_returns_the_contrast_of_the_conditional_model(rescale):
     cond, uncond = (c.numpy() for c in cond_and_uncond())
-    found = guided(Model(), 7.0, NULL, rescale=rescale)(x, t, labels).numpy()
+    found = guided(Model(), 7.0, null, rescale=rescale)(x, t, y=labels).numpy()
     for row in range(3):
         mixed = uncond[row] + 7 * (cond[row] - uncond[row])
         expected = rescale * mixed * cond[row].std(ddof=1) / mixed.std(ddof=1) + (1 - rescale) * mixed

@@ -4,35 +4,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import linear
-from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform, by_noise_level, middles, stratified
+from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform, by_noise_level, middles
 from dtrain.objectives.denoising import Denoising
 
 grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 last = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-
-
-@given(st.integers(1, 300), st.integers(0, 10**12), st.integers(1, 8))
-def test_every_stratum_of_a_global_batch_holds_one_row_at_any_world_size(batch_size, first, ranks):
-    k = torch.arange(first, first + batch_size)
-    u = torch.from_numpy(np.random.default_rng(first).random(batch_size))
-    whole = stratified(u, k, first, batch_size, seed=1)
-    assert sorted((whole * batch_size).long().tolist()) == list(range(batch_size))
-    assert float(whole.max()) < 1
-    for rank in range(ranks):  # any rows, in any order, give what they give in the whole
-        mine = torch.arange(batch_size)[rank::ranks].flip(0)
-        assert torch.equal(stratified(u[mine], k[mine], first, batch_size, seed=1), whole[mine])
-
-
-def test_a_row_of_the_batch_is_not_tied_to_a_stratum():
-    strata = {int(stratified(last[:1], torch.tensor([b * 64 + 3]), b * 64, 64, seed=0) * 64) for b in range(300)}
-    assert len(strata) > 55
-    other = [float(stratified(last[:1], torch.tensor([3]), 0, 64, seed=s)) for s in range(20)]
-    assert len(set(other)) > 10
 
 
 def test_the_logit_normal_has_its_quantiles_and_stays_inside():
@@ -127,7 +106,9 @@ def test_an_objective_observes_the_unweighted_losses():
     x0, u = torch.zeros(64, 1, 2, 2), torch.rand(64, generator=torch.Generator().manual_seed(0)).double()
     noise = torch.ones_like(x0)
     weights = times.weights(objective.place(u))
-    losses = objective.losses(lambda x, t, y: torch.zeros_like(x), x0, noise, u, torch.zeros(64, dtype=torch.long))
+    losses = objective.row_losses(
+        lambda x, t, y: torch.zeros_like(x), x0, noise, u, {"y": torch.zeros(64, dtype=torch.long)}
+    )
     torch.testing.assert_close(losses, weights.float())
     t = objective.process.time(objective.place(u))
     objective.observe(u, losses)

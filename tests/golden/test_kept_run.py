@@ -88,11 +88,12 @@ def test_a_key_that_its_config_lacks_means_what_was_done_before_the_key_existed(
     tree = yaml.safe_load(kept.config_file.read_text())
     if row.where is not None and tree[section].get(row.where[0]) != row.where[1]:
         pytest.fail(f"{key} belongs to no branch of the kept run: keep a run that has it")
-    tree[section].pop(name, None)  # it is older than some keys
+    tree.get(section, {}).pop(name, None)  # it is older than some keys
     kept.config_file.write_text(yaml.safe_dump(tree))
 
     def value_in(config):
-        return config.model_dump(mode="json")[section][name]
+        tree = config.model_dump(mode="json")[section]
+        return tree[name] if name else tree
 
     assert value_in(kept.config()) == row.value  # sample, evaluate, sweep, export
     assert Run.read("kept").setting(key) == row.value  # report

@@ -42,7 +42,7 @@ def rewritten(config):
 
     run = RunDirectory(config.run.path)
     engine = Player.of(config, rows_per_rank(config, distributed.world_size())[1])
-    resume(engine, build(config.diffusion), run, config)
+    resume(engine, build(config), run, config)
     writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
     writer.begin(99, engine.pieces(), engine.tensor_sizes(), {"step": 99, "images": 0, "optimizer_steps": 0})
     writer.wait()

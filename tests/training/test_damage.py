@@ -49,7 +49,7 @@ def resumed_from(configs):
     from dtrain.training.start import resume
 
     engine = Player.of(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
-    built = build(configs[0].diffusion)
+    built = build(configs[0])
     return [resume(engine, built, RunDirectory(config.run.path), config).step for config in configs]
 
 

@@ -65,15 +65,13 @@ def test_validation_losses_and_bits_per_dim_are_journaled_and_equal_on_one_rank_
 
 
 def test_labels_are_dropped_as_often_as_asked():
-    from dtrain.config import load
+    from dtrain.conditions.classes import Classes
     from dtrain.randomness import Draws, Purpose
-    from dtrain.training.batch import with_dropped_labels
-    from tests.digits import CONFIG
 
     draws = Draws(0)
     u = torch.tensor([draws.uniform(Purpose.LABEL_DROP, k) for k in range(40_000)], dtype=torch.float64)
-    config = load(CONFIG, ["diffusion.label_dropout=0.1"])
-    labels = with_dropped_labels({"label": torch.arange(40_000) % 10, "drop": u}, config)
+    classes, batch = Classes(10, dropout=0.1), {"label": torch.arange(40_000) % 10, "drop": u}
+    labels = classes.dropped(classes.given(batch), batch)["y"]
     dropped = (labels == 10).double().mean().item()
     assert dropped == pytest.approx(0.1, abs=4 * (0.09 / 40_000) ** 0.5)
     assert torch.equal(labels[labels != 10], (torch.arange(40_000) % 10)[labels != 10])
@@ -111,16 +109,16 @@ def test_published_weights_begin_a_run(digits, tmp_path):
 
 def test_the_loss_by_level_is_weighted_as_it_was_drawn_though_the_importance_changes():
     from dtrain.config import Gaussian
-    from dtrain.objectives.build import build
+    from dtrain.objectives.build import denoising
     from dtrain.training.record.levels import StepLosses
 
-    objective = build(Gaussian(timesteps=25, loss="vlb", times="importance"))
+    objective = denoising(Gaussian(timesteps=25, loss="vlb", times="importance"))
     for _ in range(SecondMoment.KEPT):
         objective.times.observe(torch.arange(25), torch.linspace(9, 1, 25))
     step = StepLosses(objective, torch.device("cpu"))
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     place = objective.place(u)
-    step.add({"k": torch.arange(200), "time": u}, (1 + place) * objective.times.weights(place))
+    step.add({"k": torch.arange(200), "time": u}, (1 + place) * objective.times.weights(place), place)
     step.observe(1)
     sums, counts = step.by_level().view(2, -1)
     truth = [(1 + place)[(place * 8).long() == level].mean() for level in range(8)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.config import Config
+from dtrain.data.declared import declared
 from dtrain.data.shards.lacking import Lack, lacking, wrong_labels
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
@@ -14,12 +15,6 @@ from dtrain.errors import UserError
 
 LOOKED_AT = 1024  # labels
 COUNTED = 1_000_000  # samples whose labels are all read where some of those looked at are wrong
-
-
-def wanted_fields(config: Config) -> list[tuple[str, ...]]:
-    """What a training reads of each sample: one field of each."""
-    labels = [(LABEL_FIELD,)] if config.model.num_classes else []
-    return [IMAGE_FIELDS, *labels, *((array.field,) for array in config.data.arrays.values())]
 
 
 def check_fields(config: Config, manifest: Manifest) -> None:
@@ -33,10 +28,11 @@ def check_fields(config: Config, manifest: Manifest) -> None:
                 f"model.num_classes is {config.model.num_classes}, but {one.path} has no `cls` field with labels; "
                 f"set it to 0 to train without{_hint(one.fields, (LABEL_FIELD,))}"
             )
-        for name, array in config.data.arrays.items():
-            if array.field not in one.fields:
-                hint = _hint(one.fields, (array.field,))
-                raise UserError(f"data.arrays.{name}: {one.path} has no field {array.field}{hint}")
+        for field in declared(config).fields:
+            if not set(field.extensions) & set(one.fields):
+                key = f"data.arrays.{field.name}" if field.name in config.data.arrays else field.name
+                hint = _hint(one.fields, field.extensions)
+                raise UserError(f"{key}: {one.path} has no field {' or '.join(field.extensions)}{hint}")
         check_classes(config, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
 
 
@@ -55,7 +51,7 @@ def check_classes(config: Config, manifest: Manifest, advice: str) -> None:
 def lacks_of(config: Config, manifest: Manifest, directory: str | Path, everything: bool = False) -> list[Lack]:
     """What a training by this config would miss in a data set. everything: read all labels, not some."""
     classes = config.model.num_classes
-    found = lacking(manifest, directory, wanted_fields(config))
+    found = lacking(manifest, directory, declared(config).extensions)
     labels = wrong_labels(manifest, directory, classes, None if everything else LOOKED_AT) if classes else None
     if labels and labels.of < manifest.samples <= COUNTED:
         labels = wrong_labels(manifest, directory, classes)

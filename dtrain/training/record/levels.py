@@ -3,25 +3,26 @@
 import torch
 import torch.distributed as dist
 
+from dtrain.batch import Batch
 from dtrain.diffusion.times import LEVEL_BINS, by_noise_level
-from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.objective import Objective
 from dtrain.training.reduction import StepSums
 
 
 class StepLosses:
     """The per-image losses of this rank's rows in one step, micro-batch after micro-batch."""
 
-    def __init__(self, objective: Denoising, device: torch.device):
+    def __init__(self, objective: Objective, device: torch.device):
         self._objective = objective
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._levels = torch.zeros(2 * LEVEL_BINS, dtype=torch.float64, device=device)
         self.sum = torch.zeros((), device=device)
 
-    def add(self, part: dict[str, torch.Tensor], losses: torch.Tensor) -> None:
-        """losses (n,) of the rows of `part`, as `objective.losses` gave them."""
+    def add(self, part: Batch, losses: torch.Tensor, place: torch.Tensor | None) -> None:
+        """losses (n,) and places (n,) of the rows of `part`, as `objective.losses` gave them."""
         losses = losses.detach()
-        place = self._objective.place(part["time"])  # now: `observe` changes it
-        self._levels += torch.cat(by_noise_level(self._objective.unweighted(losses, place), place))
+        if place is not None:
+            self._levels += torch.cat(by_noise_level(self._objective.unweighted(losses, place), place))
         self._parts.append((part["k"], part["time"], losses))
         self.sum += losses.sum()
 

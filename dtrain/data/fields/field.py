@@ -1,0 +1,126 @@
+"""A field: one file of a sample, and what becomes of it in a batch. Imports no torch and no NumPy where it declares."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from dtrain.data.shards.sample_files import IMAGE_FIELDS, LABEL_FIELD, class_number
+from dtrain.errors import BadSample
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class View(NamedTuple):
+    """How a sample is looked at, a function of its k: all fields that belong to the picture are looked at alike."""
+
+    crop: "Callable[[Tensor], Tensor]"  # uint8 (C, H, W) → (C, S, S)
+    mirrored: bool = False
+
+
+class Field:
+    """What fields of all kinds have; a plug-in's own is a subclass with `read`.
+
+    name: in the batch. extensions: of the files that it may be, the first that a sample has is read. shape, dtype: of
+    a row of the batch, dtype as NumPy calls it. described: as a message calls it.
+    """
+
+    name: str
+    extensions: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    remedy = "pack it without"
+
+    @property
+    def described(self) -> str:
+        return f"a {self.extensions[0]}"
+
+    @property
+    def row_bytes(self) -> int:
+        bits = int("".join(c for c in self.dtype if c.isdigit()) or 8)
+        return prod(self.shape) * bits // 8
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        """The file's bytes as an array. Raises BadSample that says what is wrong; its caller says of which sample."""
+        raise NotImplementedError
+
+    def collate(self, rows: "Sequence[np.ndarray]") -> "Tensor":
+        """(n, *shape) of what `read` gave of n samples."""
+        import numpy as np
+        import torch
+
+        return torch.from_numpy(np.stack(rows))
+
+
+class Picture(Field):
+    """An image file, cropped and mirrored as the view says: float32 (C, S, S) in [−1, 1]."""
+
+    remedy = "pack the shard without it"
+    dtype = "float32"
+
+    def __init__(self, name: str, size: int, channels: int, upright: bool = True, extensions=IMAGE_FIELDS):
+        self.name, self.extensions, self.shape = name, extensions, (channels, size, size)
+        self._channels, self._upright = channels, upright
+
+    @property
+    def described(self) -> str:
+        return "a jpg, jpeg, png or webp" if self.extensions == IMAGE_FIELDS else f"a {self.extensions[0]}"
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        """uint8 (C, S, S): `collate` makes floats of a whole batch at once."""
+        from dtrain.data.fields.picture import decode
+
+        try:
+            image = view.crop(decode(data, self._channels, self._upright))
+        except BadSample as e:
+            raise BadSample(f"{e}; restore it, or pack the shard without it") from None
+        return (image.flip(-1) if view.mirrored else image).numpy()
+
+    def collate(self, rows: "Sequence[np.ndarray]") -> "Tensor":
+        from dtrain.data.fields.picture import normalize
+
+        return normalize(super().collate(rows))
+
+
+class Label(Field):
+    """A class number below `num_classes`, int64."""
+
+    remedy = "pack the shard without it"
+    extensions, shape, dtype = (LABEL_FIELD,), (), "int64"
+    described = f"a `{LABEL_FIELD}` label"
+
+    def __init__(self, name: str, num_classes: int):
+        self.name, self._num_classes = name, num_classes
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        import numpy as np
+
+        label = label_in(data)
+        if label >= self._num_classes:
+            raise BadSample(
+                f"holds the label {label}, but model.num_classes is {self._num_classes}, so labels go from 0 to "
+                f"{self._num_classes - 1}"
+            )
+        return np.int64(label)
+
+
+class Array(Field):
+    """A .npy file of one shape and dtype, as it is: neither cropped nor mirrored."""
+
+    def __init__(self, name: str, extension: str, shape: Sequence[int], dtype: str):
+        self.name, self.extensions, self.shape, self.dtype = name, (extension,), tuple(shape), dtype
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        from dtrain.data.fields.npy import read_array
+
+        return read_array(data, self.dtype, list(self.shape))
+
+
+def label_in(data: bytes) -> int:
+    """The class number that a label's file holds. Raises BadSample."""
+    number = class_number(data)
+    if number is None:
+        shown = data[:20].decode("ascii", "backslashreplace")
+        raise BadSample(f"holds {shown!r}, not a class number; correct it")
+    return number

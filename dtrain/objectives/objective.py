@@ -1,0 +1,96 @@
+"""What every objective is: the networks that it trains, what a step descends, and what can then be generated."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dtrain.batch import Batch, Condition
+from dtrain.config import Optim
+from dtrain.position import Position
+
+Network = Callable[..., Tensor]  # (x (n, C, H, W), time (n,), **condition) → (n, O, H, W)
+
+
+class Losses(NamedTuple):
+    """What a call of `losses` gives. rows: the loss of each row (n,), whose mean over the global batch is descended.
+
+    place: where in [0, 1) of the process each row was (n,), for the loss by noise level; None where there is no such
+    place. parts: name → (sum, count), scalars, of what else is to be reported: their means over the global batch.
+    """
+
+    rows: Tensor
+    place: Tensor | None = None
+    parts: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+class Turn(NamedTuple):
+    """One optimizer's part of a step. networks: those that it moves, by name.
+
+    optim: its settings; None: the `optim` section. averaged: whether the `ema` section's averages are kept of them.
+    lr_factors: network → factor of its learning rate, 1 for those left out. most_zero_stage: ZeRO stage at most, where
+    the loss differentiates a gradient.
+    """
+
+    networks: tuple[str, ...]
+    optim: Optim | None = None
+    averaged: bool = True
+    lr_factors: Mapping[str, float] = {}
+    most_zero_stage: int = 3
+
+
+class Objective:
+    """What objectives have in common: by default one optimizer moves the backbone. Draws no random number.
+
+    process: what samplers walk. turns: of a step, in this order, by name; the first is the one that train.loss is of,
+    and the network called "backbone" the one that samples are drawn with. networks: name → what allocates it, beside
+    the backbone; each has `initial_value(name, shape, seed)` as backbones have. parts: names of the further sums that
+    `losses` reports in every step.
+    """
+
+    process: object
+    turns: Mapping[str, Turn] = {"main": Turn(("backbone",))}
+    networks: Mapping[str, Callable[[], nn.Module]] = {}
+    parts: tuple[str, ...] = ()
+
+    def losses(
+        self, turn: str, networks: Mapping[str, Network], batch: Batch, condition: Condition, at: Position
+    ) -> Losses:
+        """Of the rows of a micro-batch, in the turn of this name.
+
+        networks: all of them; gradients flow into those that the turn moves. batch: what the parts of the config
+        declare, and `x_0` (n, C, H, W), what the network is to learn. condition: what the network is told. at: the
+        run's position before the step.
+        """
+        raise NotImplementedError
+
+    def losses_at(self, network: Network, x0: Tensor, noise: Tensor, place: Tensor, condition: Condition) -> Tensor:
+        """The backbone's losses (n,) at given places (n,) float64 in [0, 1) of the process, for validation."""
+        raise NotImplementedError
+
+    def unweighted(self, losses: Tensor, place: Tensor) -> Tensor:
+        """Losses (n,) of the first turn as they would be had their places (n,) been chosen uniformly."""
+        return losses
+
+    # -- state: what is learned beside the networks --------------------------------------------------------------------
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` must see the losses of every step: only then are they gathered."""
+        return False
+
+    def observe(self, u: Tensor, losses: Tensor) -> None:
+        """See the first turn's losses (n,) of rows whose draw `time` was u (n,), in the order of k.
+
+        Every rank gives the rows of the whole global batch, after the step's last call of `losses`.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the networks: float32, the same on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave. Raises ValueError for other shapes."""
+
+    def reset(self) -> None:
+        """As if no step had been taken."""
