@@ -14,7 +14,8 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,8 @@ def register(kind: str, name: str, part: Any) -> None:
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of part; there are {', '.join(KINDS)}")
     other = _parts[kind].setdefault(name, part)
-    if other is not part and (other.__module__, other.__qualname__) != (part.__module__, part.__qualname__):
-        raise ValueError(f"two plug-ins call their {kind} {name!r}: {other.__module__} and {part.__module__}")
+    if other is not part:
+        raise ValueError(f"two plug-ins call their {kind} {name!r}")
 
 
 def find(kind: str, name: str) -> Any | None:
@@ -79,9 +80,7 @@ def load() -> None:
             _import(entry.name, entry.load)
     for name in _named():
         if name not in _modules:
-            path = Path(name).expanduser()
-            is_file = name.endswith(".py")
-            _import(name, lambda: _from_file(path) if is_file else importlib.import_module(name))  # noqa: B023
+            _import(name, partial(_from_file, name) if name.endswith(".py") else partial(importlib.import_module, name))
 
 
 def digests() -> dict[str, str]:
@@ -98,7 +97,7 @@ def _named() -> list[str]:
     return [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
 
 
-def _import(name: str, load_module) -> None:
+def _import(name: str, load_module: Callable[[], ModuleType]) -> None:
     try:
         _modules[name] = load_module()
     except Exception as e:
@@ -106,7 +105,8 @@ def _import(name: str, load_module) -> None:
         raise UserError(f"the plug-in {name} cannot be imported: {reason}") from e
 
 
-def _from_file(path: Path) -> ModuleType:
+def _from_file(place: str) -> ModuleType:
+    path = Path(place).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no such file (from {Path.cwd()})")
     name = f"dtrain_plugin_{path.stem}"

@@ -113,6 +113,8 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
     from dtrain.checkpoint.diffusers import to_diffusers
     from dtrain.diffusion.process import build as build_process
 
+    if config.first_stage.kind != "pixels" or config.conditions:
+        raise UserError("diffusers has no part for this run's first stage or conditions; take --format safetensors")
     names = class_names_of(config)
     exported = to_diffusers(module, build_process(config.diffusion), config.eval, names)
     folder = out / exported.folder

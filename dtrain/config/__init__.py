@@ -8,14 +8,16 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
-from dtrain.config.evaluation import Eval, Sampling
+from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
 from dtrain.config.models import DiT, UNet
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
-from dtrain.config.sections import Section, flat
+from dtrain.config.sections import PartSection, Section, flat
 from dtrain.config.training import EMAProfile, Optim
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [
+    "FEATURES",
+    "SAMPLERS",
     "ArrayField",
     "Config",
     "Data",
@@ -25,6 +27,7 @@ __all__ = [
     "Flow",
     "Gaussian",
     "Optim",
+    "PartSection",
     "Sampling",
     "Section",
     "Source",

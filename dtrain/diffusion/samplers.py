@@ -9,16 +9,33 @@ normals, shaped as x_T, of the i-th step from 0; it is asked only where noise is
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dtrain import plugins
+from dtrain.config import SAMPLERS
 from dtrain.diffusion import solvers
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
 from dtrain.diffusion.solvers import Denoiser, checked, predict
 
 StepNoise = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class OwnSampler:
+    """A sampler of a plug-in, as it is registered.
+
+    walk(denoiser, process, x_T, times, clip, step_noise) → x_0; `solvers.steps(process, times)` has the steps and
+    `solvers.predict` what an output stands for. processes: which of gaussian and flow it walks. evaluations: how often
+    it asks the denoiser in so many steps; None: once a step.
+    """
+
+    walk: Callable[..., Tensor]
+    processes: tuple[str, ...] = ("gaussian", "flow")
+    evaluations: Callable[[int], int] | None = None
 
 
 @torch.no_grad()
@@ -35,10 +52,13 @@ def sample(
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
-    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun for a flow. eta is ddim's alone;
-    clip holds every x̂_0 within [−1, 1], for pixels only. Raises UserError for steps that do not fit the process.
+    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun for a flow, or a plug-in's. eta is
+    ddim's alone; clip holds every x̂_0 within [−1, 1], for pixels only. Raises UserError for steps that do not fit the
+    process.
     """
     timesteps = process.walk(steps, spacing)
+    if sampler not in SAMPLERS:
+        return plugins.find("sampler", sampler).walk(denoiser, process, x_T, timesteps, clip, step_noise)
     if isinstance(process, RectifiedFlow):
         solver = {"euler": solvers.euler_flow, "heun": solvers.heun_flow}[sampler]
         return solver(denoiser, process, x_T, timesteps, clip)
@@ -55,6 +75,9 @@ def network_evaluations(
 ) -> int:
     """How often `sample` with these arguments asks its denoiser."""
     walk = list(solvers.steps(process, process.walk(steps, spacing)))
+    own = None if sampler in SAMPLERS else plugins.find("sampler", sampler)
+    if own is not None and own.evaluations is not None:
+        return own.evaluations(len(walk))
     if sampler != "heun":
         return len(walk)
     first = isinstance(process, RectifiedFlow)  # whose velocity has a value at pure noise

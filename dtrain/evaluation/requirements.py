@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dtrain import plugins
 from dtrain.config import Config, Eval
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
@@ -132,13 +133,13 @@ def known_features(config: Config) -> Known | None:
     features = named_features(config)
     if config.eval.features in ("auto", "inception"):
         weights.find(weights.INCEPTION, config.eval.weights)
-    elif features is None:
+    elif features is None and plugins.find("features", config.eval.features) is None:
         read_program(config.eval.features)
     return features
 
 
 def named_features(config: Config) -> Known | None:
-    """What `eval.features` stands for; None for a TorchScript file of the user's, which only itself knows its size.
+    """What `eval.features` stands for; None for a TorchScript file or a plug-in, which only itself knows its size.
 
     Reads no file. Raises UserError where Inception's is named and missing. A download is left to the evaluation, and
     so are packages: a job's container may have others than the machine it is submitted from.

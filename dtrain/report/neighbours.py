@@ -72,7 +72,7 @@ def nearest(
     )
     opened = open_sampler(run, config, weights_name(config), device)
     sampler, step = opened.sampler, opened.step
-    samples = torch.empty(0, *sampler.shape, dtype=torch.uint8)
+    samples = torch.empty(0, config.data.channels, config.data.image_size, config.data.image_size, dtype=torch.uint8)
     with progress("sampling") as on_block:
         for start in range(0, count, config.eval.batch_size):
             ids = torch.arange(start, min(start + config.eval.batch_size, count))

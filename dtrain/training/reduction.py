@@ -4,6 +4,7 @@ Everything the ranks must agree on travels in it, so a step has no other collect
 one. Behind the sums every rank has places of its own, so that the sum also tells who was slow.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ SUMS = (
 NOTHING = Report()
 OWN = ("step_seconds", "data_seconds")
 LEVELS = 2 * LEVEL_BINS  # sums and counts of the loss by noise level
+NO_SUMS: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class StepSums:
     step_seconds: list[float]  # of each rank, data included
     data_seconds: list[float]  # of each rank, waiting for its batch
     levels: list[float]  # sums, then counts, of unweighted losses by noise level
+    named: dict[str, float]  # what an objective reports beside: means over the global batch
 
 
 class StepReduction:
-    def __init__(self, rank: int, world_size: int, batch_size: int):
+    """named: names of further sums; every step gives some of them."""
+
+    def __init__(self, rank: int, world_size: int, batch_size: int, named: Sequence[str] = ()):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self._named = list(named)
         self._pending = None  # (position, taken, vector, work)
 
     def start(
@@ -74,15 +80,16 @@ class StepReduction:
         read: Report = NOTHING,
         step_seconds: float,
         data_seconds: float,
+        named: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = NO_SUMS,
     ) -> None:
         """Begin the reduction of this step.
 
         loss_sum: the sum of this rank's per-image losses, a scalar tensor.
-        levels: float64 (16,), as `StepLosses.by_level` gives it.
+        levels: float64 (16,), as `StepLosses.by_level` gives it. named: (sum, count), scalars, of this rank's rows.
         """
         assert self._pending is None, "read the previous step first"
         flags = len(SUMS) + len(OWN) * self.world_size
-        vector = torch.zeros(flags + LEVELS, dtype=torch.float64)
+        vector = torch.zeros(flags + LEVELS + 2 * len(self._named), dtype=torch.float64)
         own = [stop, written, failed, no_room, error]
         own += [len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
         vector[2 : len(SUMS)] = torch.tensor(own, dtype=torch.float64)
@@ -90,7 +97,10 @@ class StepReduction:
         vector = vector.to(loss_sum.device, non_blocking=True)
         vector[0] = loss_sum.detach()  # stays on the device: reading it here would wait for the step
         vector[1] = grad_norm
-        vector[flags:] = levels
+        vector[flags : flags + LEVELS] = levels
+        for name, (total, count) in named.items():
+            place = flags + LEVELS + 2 * self._named.index(name)
+            vector[place], vector[place + 1] = total.detach(), count
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
         self._pending = (position, taken, vector, work)
 
@@ -105,7 +115,9 @@ class StepReduction:
         values = vector.tolist()
         loss, norm, stop, written, failed, no_room, error, *read = values[: len(SUMS)]
         replaced, bytes_read, hits, misses = (round(value) for value in read)
-        own = values[len(SUMS) :]
+        behind = len(SUMS) + len(OWN) * self.world_size
+        own, levels, named = values[len(SUMS) : behind], values[behind : behind + LEVELS], values[behind + LEVELS :]
+        pairs = zip(self._named, named[::2], named[1::2], strict=True)
         return StepSums(
             position,
             taken,
@@ -121,6 +133,7 @@ class StepReduction:
             cache_hits=hits,
             cache_misses=misses,
             step_seconds=own[: self.world_size],
-            data_seconds=own[self.world_size : -LEVELS],
-            levels=own[-LEVELS:],
+            data_seconds=own[self.world_size :],
+            levels=levels,
+            named={name: total / count for name, total, count in pairs if count},
         )

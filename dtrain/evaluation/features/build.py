@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtrain import distributed
+from dtrain import distributed, plugins
+from dtrain.config import FEATURES
 from dtrain.errors import NotFinite
 from dtrain.evaluation.features import weights
 from dtrain.evaluation.generate import named
@@ -71,6 +72,8 @@ def extractor(
 ) -> Extractor:
     """The extractor that a value of `eval.features` stands for; `given` is `eval.weights`, `resize` `eval.resize`.
 
+    A plug-in's is what it registered, called with (image_size, channels, device).
+
     `auto` is Inception where its file lies on this machine, else EfficientNet-Lite0; it never downloads, while
     `inception` does. Raises UserError for weights that are missing, cut off or others, before anything is computed.
     """
@@ -78,6 +81,8 @@ def extractor(
     check_resize(resize, name, name == "inception" or found is not None)
     if name == "pixels":
         return Pixels(image_size, channels)
+    if name not in FEATURES and (own := plugins.find("features", name)) is not None:
+        return own(image_size, channels, device)
     from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork
 
     if name == "auto":

@@ -1,0 +1,73 @@
+"""One step, read top to bottom:
+
+    x_0 = first stage(batch),  y = conditions(batch),  t ~ U,  ε ~ N(0, I)
+    each optimizer in turn:  gradient step on the mean of the objective's losses      (Ho et al. 2020, Algorithm 1)
+
+Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from dtrain import faults
+from dtrain.batch import Batch, split
+from dtrain.conditions.build import Conditions
+from dtrain.draws import Draw
+from dtrain.first_stage.pixels import FirstStage
+from dtrain.objectives.objective import Losses, Objective
+from dtrain.position import Position
+from dtrain.training.players import Players
+
+
+@dataclass(frozen=True)
+class Step:
+    """drawn: argument of the backbone → the random number of each row that it is, as keys of dropout are."""
+
+    first_stage: FirstStage
+    conditions: Conditions
+    objective: Objective
+    players: Players
+    drawn: Mapping[str, Draw]
+
+    def take(
+        self,
+        batch: Batch,
+        at: Position,
+        learning_rate: Callable[[str], float],
+        judge: Callable[[str, float, float], bool],
+        limit: Callable[[str], float],
+        on_losses: Callable[[str, Batch, Losses], None],
+        spoilt: bool = False,
+    ) -> tuple[dict[str, float], bool]:
+        """(the gradient's norm in each turn that there was, whether the step was taken) of this rank's rows.
+
+        A step is taken if every turn was. Where one is refused, those before it stay moved and those after it do not
+        happen. learning_rate, limit: of a turn, by its name; limit: the largest norm that it may have. judge: whether a
+        turn of this norm, under this limit, was taken. on_losses: sees the losses of each micro-batch. spoilt: all
+        losses are to be no numbers, for tests of just that.
+        """
+        norms = {}
+        for player in self.players:
+            with self.players.turn(player.name):
+                networks = self.players.networks_for(player.name)
+                for part in split(batch, player.micro_batch):
+                    condition = self.conditions.of_batch(part)
+                    given = part | {"x_0": self.first_stage.of_batch(part)}
+                    losses = self.objective.losses(player.name, self._drawing(networks, part), given, condition, at)
+                    if spoilt:
+                        losses = losses._replace(rows=losses.rows * float("nan"))
+                    player.backward(losses.rows.mean())
+                    on_losses(player.name, part, losses)
+            faults.at("step:update")
+            most = limit(player.name)
+            norms[player.name] = player.step(learning_rate(player.name), most)
+            faults.at("step:moved")
+            if not judge(player.name, norms[player.name], most):
+                return norms, False
+        return norms, True
+
+    def _drawing(self, networks: Mapping[str, Callable], part: Batch) -> Mapping[str, Callable]:
+        """The networks, the backbone with the random numbers that it is to compute with."""
+        drawn = {argument: part[draw.name] for argument, draw in self.drawn.items()}
+        return {**networks, "backbone": partial(networks["backbone"], **drawn)}
