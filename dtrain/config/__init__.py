@@ -10,6 +10,7 @@ from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
 from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
 from dtrain.config.models import DiT, UNet
+from dtrain.config.parts import FirstStageSection
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
 from dtrain.config.sections import PartSection, Section, flat
 from dtrain.config.training import EMAProfile, Optim
@@ -24,6 +25,7 @@ __all__ = [
     "DiT",
     "EMAProfile",
     "Eval",
+    "FirstStageSection",
     "Flow",
     "Gaussian",
     "Optim",

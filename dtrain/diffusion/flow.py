@@ -18,6 +18,7 @@ class RectifiedFlow:
     """
 
     prediction = "velocity"
+    snr_ends = None  # from infinity to 0, always
     clean = 0.0  # the time that samplers walk to
     last_time = MODEL_TIME  # the scale of what the model is told: guidance intervals are shares of it
 

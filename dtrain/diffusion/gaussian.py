@@ -72,6 +72,11 @@ class GaussianDiffusion:
         """The scale of what the model is told: guidance intervals are shares of it."""
         return self.schedule.timesteps
 
+    @property
+    def snr_ends(self) -> tuple[float, float]:
+        """The signal-to-noise ratio at the first timestep and at the last."""
+        return self.schedule.snr_ends
+
     def walk(self, steps: int, spacing: str | list[int]) -> list[int]:
         """The timesteps a sampler visits, falling."""
         return subsequence(self.schedule.timesteps, steps, spacing)

@@ -19,7 +19,7 @@ from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.player import Player
+from dtrain.training.players import Players
 from dtrain.training.record.output import traceback_of
 from dtrain.training.record.progress import TrainingProgress
 
@@ -63,7 +63,7 @@ class Evaluation:
             self._progress.say(f"what samples are compared with cannot be read, so evaluations will fail: {e}")
             return True
 
-    def run(self, engine: Player, position: Position) -> bool:
+    def run(self, players: Players, position: Position) -> bool:
         """False where it gave way, and another start is to make up for it. A collective.
 
         The gathered module is freed when it returns.
@@ -71,7 +71,7 @@ class Evaluation:
         self.gave_numbers = False
         try:
             self.gave_numbers = self._unless_stopped(
-                "evaluating", lambda on_progress: self._evaluate(engine, position, on_progress)
+                "evaluating", lambda on_progress: self._evaluate(players, position, on_progress)
             )
             return self.gave_numbers
         except (SharedError, SharedFailure) as e:
@@ -118,14 +118,14 @@ class Evaluation:
         then = f"repeat it with: dtrain evaluate {self._run.path}" if last else "the training goes on"
         self._progress.say(f"the evaluation of step {position.step} failed: {error}; {then}")
 
-    def _evaluate(self, engine: Player, position: Position, on_progress: OnProgress) -> None:
+    def _evaluate(self, players: Players, position: Position, on_progress: OnProgress) -> None:
         faults.at("eval", position.step)
         if self._reference is None:
             self._read(on_progress)
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
         module = distributed.agree(lambda: allocate(config).to(device))
-        model = engine.gather("fp32" if weights == "raw" else weights, module)
+        model = players.gather("fp32" if weights == "raw" else weights, module)
         sampler = Sampler.of(model, self._objective.process, config, device)
         metrics, context = evaluate(sampler, config, self._reference, on_progress)
         levels = losses_by_level(sampler, self._objective, *self._reference.validation, config.eval.seed)

@@ -21,7 +21,7 @@ from dtrain.training.check import check_inputs, warnings
 from dtrain.training.division import rows_per_rank
 from dtrain.training.feed import Feed
 from dtrain.training.identity import resolved
-from dtrain.training.player import Player
+from dtrain.training.players import build as build_players
 from dtrain.training.record.goodput import Goodput
 from dtrain.training.record.output import leave_terminal, redirect_to_log
 from dtrain.training.safety.agreement import check_agreement
@@ -65,18 +65,17 @@ def train(config: Config) -> Outcome:
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()
-    tracker = Tracker(run, rank)
+    tracker, objective = Tracker(run, rank), build_objective(config)
     feed = Feed(config, manifest)
-    bad_steps = BadSteps(config, SampleNames(config, manifest), tracker)
+    bad_steps = BadSteps(config, SampleNames(config, manifest), tracker, list(objective.turns))
     watchdog = Watchdog(run, rank, config.train.hang_limit, config.train.start_limit)
     goodput = Goodput(tracker)
     steps, outcome = None, None
     try:
-        engine = Player.of(config, micro_batch)
-        objective = build_objective(config)
-        position = resume(engine, objective, run, config, bad_steps, data=manifest.hash)
+        players = build_players(config, objective, micro_batch)
+        position = resume(players, objective, run, config, bad_steps, data=manifest.hash)
         steps = Steps(
-            config, run, manifest, engine, objective, position, feed, bad_steps, tracker, stop, watchdog, goodput
+            config, run, manifest, players, objective, position, feed, bad_steps, tracker, stop, watchdog, goodput
         )
         outcome = steps.take(changes)
         if rank == 0:

@@ -16,7 +16,7 @@ from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import best_step
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.player import Player
+from dtrain.training.players import Players
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.reduction import StepSums
 from dtrain.training.zero_state import Piece
@@ -55,18 +55,18 @@ class Saving:
     def failed(self) -> bool:
         return self._writer.failure is not None
 
-    def lacks_room(self, engine: Player) -> bool:
+    def lacks_room(self, players: Players) -> bool:
         """Whether the disk is too full for a checkpoint. Asked of rank 0 before any rank writes; all get the answer."""
-        self._needed = int(4 * sum(engine.tensor_sizes().values()) * SPARE)
+        self._needed = int(4 * sum(players.tensor_sizes().values()) * SPARE)
         try:
             self._free = shutil.disk_usage(self._run.checkpoints).free
         except OSError:
             return False  # the save itself will say what is wrong
         return self._free < self._needed
 
-    def require_room(self, engine: Player) -> None:
+    def require_room(self, players: Players) -> None:
         """On rank 0, before the first step: raises UserError where the disk is too full for a single checkpoint."""
-        if self.lacks_room(engine):
+        if self.lacks_room(players):
             raise UserError(f"{self._shortage()}; make room, or choose another run.dir")
 
     def _shortage(self) -> str:
@@ -79,7 +79,7 @@ class Saving:
         self.tried = position.step
         self._lost(position, self._shortage())
 
-    def begin(self, position: Position, engine: Player, more: dict[str, torch.Tensor], **meta) -> None:
+    def begin(self, position: Position, players: Players, more: dict[str, torch.Tensor], **meta) -> None:
         """Copy this rank's pieces and write them in the background; waits first for a save still in flight.
 
         more: tensors by name that every rank holds alike; rank 0 writes them. meta: plain data beside them.
@@ -89,15 +89,15 @@ class Saving:
         meta |= {
             "step": position.step,
             "images": position.images,
-            "optimizer_steps": engine.optimizer_steps,
+            "optimizer_steps": players.optimizer_steps,
             "config": self._config.model_dump(mode="json"),
             "data": self._data,
             "versions": {"dtrain": __version__, "torch": torch.__version__},
         }
-        pieces = engine.pieces()
+        pieces = players.pieces()
         if distributed.rank() == 0:
             pieces += [Piece(name, 0, values.flatten()) for name, values in more.items()]
-        sizes = engine.tensor_sizes() | {name: values.numel() for name, values in more.items()}
+        sizes = players.tensor_sizes() | {name: values.numel() for name, values in more.items()}
         self._writer.begin(position.step, pieces, sizes, meta)
 
     def on_reduced(self, sums: StepSums) -> None:

@@ -20,7 +20,7 @@ from dtrain.run import RunDirectory
 from dtrain.terminal import say
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.identity import reconcile
-from dtrain.training.player import Player
+from dtrain.training.players import Players
 from dtrain.training.safety.bad_steps import BadSteps
 
 
@@ -53,7 +53,7 @@ def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifes
 
 
 def resume(
-    engine: Player,
+    players: Players,
     objective: Objective,
     run: RunDirectory,
     config: Config,
@@ -63,16 +63,16 @@ def resume(
 ) -> Position:
     """Load the newest checkpoint that every rank can read whole; where there is none, begin.
 
-    anew: the engine has been trained with since it was made. data: the manifest's hash, which a checkpoint must have.
+    anew: the players have been trained with since it was made. data: the manifest's hash, which a checkpoint must have.
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
     # A rank that lists the folder by itself may miss the last commit.
     found = distributed.on_rank_0(complete, run.checkpoints)
     for path in reversed(found):
-        checkpoint, problem = _load_on_all_ranks(partial(_load, engine, objective, config, data), path)
+        checkpoint, problem = _load_on_all_ranks(partial(_load, players, objective, config, data), path)
         if checkpoint is not None:
-            engine.refresh(checkpoint.meta["optimizer_steps"])
+            players.refresh(checkpoint.meta["optimizer_steps"])
             if bad_steps is not None:
                 bad_steps.load_state(checkpoint.meta.get("bad_steps", {}))
             return Position(checkpoint.meta["step"], checkpoint.meta["images"])
@@ -84,16 +84,16 @@ def resume(
             "move them away to start anew"
         )
     if anew:
-        engine.reset()
+        players.reset()
         objective.reset()
         bad_steps.load_state({})
     if config.run.init_from:
-        _begin_from(engine, config)
+        _begin_from(players, config)
     return Position()
 
 
 def _load(
-    engine: Player,
+    players: Players,
     objective: Objective,
     config: Config,
     data: str | None,
@@ -101,7 +101,7 @@ def _load(
 ) -> None:
     _check_state(checkpoint)
     _check_own(config, data, checkpoint)
-    engine.load(checkpoint)
+    players.load(checkpoint)
     state = objective.state()
     objective.load_state({n: torch.from_numpy(checkpoint.tensor(n)).view(v.shape) for n, v in state.items()})
 
@@ -131,18 +131,18 @@ def _check_own(config: Config, data: str | None, checkpoint: Checkpoint) -> None
         raise UserError(f"{checkpoint.path} is of another run: it was trained on other data, of another manifest")
 
 
-def _begin_from(engine: Player, config: Config) -> None:
-    """The weights of another run, or of a file, into the engine of a new run."""
+def _begin_from(players: Players, config: Config) -> None:
+    """The weights of another run, or of a file, into the players of a new run."""
     source, which = config.run.init_from, config.run.init_weights
     if is_weight_file(source):
-        engine.set_weights(distributed.agree(load_published, build(config), source, which))
+        players.set_weights(distributed.agree(load_published, build(config), source, which))
     else:
         newest = distributed.on_rank_0(checkpoint_at, source)
         key = "ema_0" if which == "ema" else "fp32"
-        checkpoint, problem = _load_on_all_ranks(partial(engine.load_weights, key=key), newest)
+        checkpoint, problem = _load_on_all_ranks(partial(players.load_weights, key=key), newest)
         if checkpoint is None:
             raise UserError(f"run.init_from={source} cannot be loaded: {problem}")
-    engine.refresh(optimizer_steps=0)
+    players.refresh(optimizer_steps=0)
 
 
 def _load_on_all_ranks(load, path: Path) -> tuple[Checkpoint | None, str | None]:

@@ -1,34 +1,29 @@
-"""One step after the other:
+"""One step after the other, and what is due between them: word from all ranks, checkpoints, evaluations, a way back.
 
-    x_0 ~ data,  t ~ U,  eps ~ N(0, I),  gradient step on the objective's loss      (Ho et al. 2020, Algorithm 1)
-
-Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
+The step itself is `training/step.py`.
 """
 
 import contextlib
 import time
 from dataclasses import dataclass
-from functools import partial
 
 from dtrain import distributed, faults
-from dtrain.batch import Batch, split
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
-from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import SharedError
 from dtrain.first_stage.build import build as build_first_stage
-from dtrain.objectives.objective import Losses, Objective
+from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import Outcome, RunDirectory
 from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
-from dtrain.training.batch import learning_rate
 from dtrain.training.feed import Feed
-from dtrain.training.player import Player
+from dtrain.training.learning_rate import learning_rate
+from dtrain.training.players import Players
 from dtrain.training.record.goodput import Goodput, lost_steps
-from dtrain.training.record.levels import StepLosses
+from dtrain.training.record.levels import StepLosses, named_sums
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.record.throughput import Meter
 from dtrain.training.reduction import StepReduction
@@ -38,6 +33,7 @@ from dtrain.training.safety.stopping import StopRequest
 from dtrain.training.safety.watchdog import Watchdog
 from dtrain.training.saving import Saving
 from dtrain.training.start import resume
+from dtrain.training.step import Step
 
 EVALUATION_TRIES = 2  # of a step's, over starts
 
@@ -49,7 +45,7 @@ class Steps:
     config: Config
     run: RunDirectory
     manifest: Manifest
-    engine: Player
+    players: Players
     objective: Objective
     position: Position
     feed: Feed
@@ -62,10 +58,12 @@ class Steps:
     def __post_init__(self):
         config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
         self._is_rank_0 = rank == 0
-        self._first_stage, self._conditions = build_first_stage(config), build_conditions(config)
+        self._first_turn = next(iter(self.objective.turns))
+        parts = build_first_stage(config), build_conditions(config)
+        self._one = Step(*parts, self.objective, self.players, config.model.draws())
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
         self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
-        self._reduction = StepReduction(rank, world_size, config.data.batch_size)
+        self._reduction = StepReduction(rank, world_size, config.data.batch_size, named_sums(self.objective))
         self._meter = Meter(config, world_size, distributed.device())
         self._health = DataHealth(config, self.manifest, self.position, self.tracker, self._progress.say)
         self._reduced = self.position  # after the last step that all ranks had a batch for, as far as they know
@@ -84,7 +82,7 @@ class Steps:
         with contextlib.closing(self._progress):
             self._begin(changes)
             if self.position.step < steps:
-                distributed.on_rank_0(self._saving.require_room, self.engine)
+                distributed.on_rank_0(self._saving.require_room, self.players)
             if self.position.step:
                 done = "" if self.position.step < steps else f", and train.steps is {steps}: nothing is left to train"
                 self._progress.say(f"{self.run.path}: going on after step {self.position.step}{done}")
@@ -109,14 +107,14 @@ class Steps:
         about = {"data": self.manifest.hash, "batch_size": self.config.data.batch_size}
         about["datasets"] = trained_on(self.manifest, self.config.data)
         about |= {"world_size": distributed.world_size(), "zero_stage": self.config.deepspeed.zero_stage}
-        if isinstance(self.objective.process, GaussianDiffusion):
-            about["snr"] = self.objective.process.schedule.snr_ends
+        if self.objective.process.snr_ends is not None:
+            about["snr"] = self.objective.process.snr_ends
         about |= {"skipped": self.bad_steps.skipped.ranges} | more
         if scheduled := faults.scheduled():
             about["faults_on_purpose"] = scheduled
         if self._is_rank_0:
             self.goodput.begin_attempt(lost_steps(self.run.journal_file, self.position))
-        distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.engine.options)
+        distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.players.options)
         self.watchdog.attempt = self.tracker.attempt if self._is_rank_0 else None
         distributed.agree(self.feed.begin, self.position.images, self.bad_steps.skipped)
 
@@ -125,7 +123,7 @@ class Steps:
         config, bad_steps = self.config, self.bad_steps
         faults.at("step", self.position.step + 1)
         started = time.perf_counter()
-        step_losses, grad_norm, taken = self._update()
+        seen, norms, taken = self._update()
         if not self._listens:
             self._listens = True
             self.stop.listen_to_ctrl_c(distributed.barrier, self._progress.say)
@@ -144,18 +142,20 @@ class Steps:
         step_seconds = time.perf_counter() - started
         self._reduction.start(
             self.position,
-            step_losses.sum,
-            grad_norm,
-            step_losses.by_level(),
+            seen.sum,
+            norms[self._first_turn],
+            seen.by_level(),
             taken=taken,
             stop=self._stop_wanted(),
             written=self._saving.written,
             failed=self._saving.failed,
-            no_room=save_due and self._is_rank_0 and self._saving.lacks_room(self.engine),
+            no_room=save_due and self._is_rank_0 and self._saving.lacks_room(self.players),
             error=self.feed.error is not None,
             read=self.feed.report,
             step_seconds=step_seconds,
             data_seconds=self.feed.seconds,
+            named=seen.named
+            | {f"grad_norm_{turn}": (norm, 1) for turn, norm in norms.items() if turn != self._first_turn},
         )
         if save_due or evaluation_due or self._stopping or bad_steps.too_many:
             no_room = self._on_reduced()  # the journal must not lack a step that a checkpoint holds
@@ -168,41 +168,29 @@ class Steps:
             self._evaluate()
         self.watchdog.beat(self.position.step, step_seconds)
 
-    def _update(self) -> tuple[StepLosses, float, bool]:
-        """(this rank's losses, the gradient's norm, whether the step was taken) of the next batch; moves `position`."""
-        config, bad_steps, position = self.config, self.bad_steps, self.position
+    def _update(self) -> tuple[StepLosses, dict[str, float], bool]:
+        """(this rank's losses, the norm of each turn, whether the step was taken) of the next batch; moves `position`."""
+        optim, bad_steps, position = self.config.optim, self.bad_steps, self.position
         images = bad_steps.batch(position.images)
         batch = self.feed.next(images[0][0])
         self._health.journal(self.feed.report, position)
-        poisoned = any(faults.poisons(first, last) for first, last in images)
-        step_losses = StepLosses(self.objective, distributed.device())
-        for part in split(batch, self.engine.micro_batch):
-            found = self._losses(part)
-            losses = found.rows
-            if poisoned:
-                losses = losses * float("nan")
-            self.engine.backward(losses.mean())
-            step_losses.add(part, losses, found.place)
-        faults.at("step:update")
-        limit = bad_steps.limit
-        grad_norm = self.engine.step(learning_rate(config, position.step + 1), limit)
-        faults.at("step:moved")
-        taken = bad_steps.judge(grad_norm, limit, images)
+        seen = StepLosses(self.objective, distributed.device())
+        norms, taken = self._one.take(
+            batch,
+            position,
+            learning_rate=lambda turn: learning_rate(self.objective.turns[turn].optim or optim, position.step + 1),
+            limit=bad_steps.limit,
+            judge=lambda turn, norm, limit: bad_steps.judge(norm, limit, images, turn),
+            on_losses=seen.add,
+            spoilt=any(faults.poisons(first, last) for first, last in images),
+        )
         if taken:
-            step_losses.observe(distributed.world_size())
+            seen.observe(distributed.world_size())
         self.position = Position(position.step + taken, images[-1][1])
-        if taken and position.step == 0 and isinstance(self.objective.process, GaussianDiffusion):
-            most, least = self.objective.process.schedule.snr_ends  # not told before: a mistake is one line
+        if taken and position.step == 0 and self.objective.process.snr_ends is not None:
+            most, least = self.objective.process.snr_ends  # not said before: a mistake is one line
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
-        return step_losses, grad_norm, taken
-
-    def _losses(self, part: Batch) -> Losses:
-        """Of the rows of a micro-batch."""
-        drawn = {argument: part[draw.name] for argument, draw in self.config.model.draws().items()}
-        networks = {"backbone": partial(self.engine, **drawn)}
-        part = part | {"x_0": self._first_stage.of_batch(part)}
-        condition = self._conditions.of_batch(part)
-        return self.objective.losses("main", networks, part, condition, self.position)
+        return seen, norms, taken
 
     def _on_reduced(self) -> bool:
         """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
@@ -222,7 +210,8 @@ class Steps:
         self._meter.on_reduced(sums)
         config, step = self.config, sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
-            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config, step)}
+            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config.optim, step)}
+            metrics |= sums.named
             metrics |= self._meter.metrics() | self._health.metrics(sums.position.images)
             self.tracker.write("train", sums.position, metrics)
             seconds = self._meter.seconds_per_step
@@ -233,14 +222,14 @@ class Steps:
 
     def _save(self) -> None:
         with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
-            self._saving.begin(self.position, self.engine, self.objective.state(), bad_steps=self.bad_steps.state())
+            self._saving.begin(self.position, self.players, self.objective.state(), bad_steps=self.bad_steps.state())
 
     def _save_before_the_end(self) -> None:
         """Some rank has no batch any more. What stood in for it was refused, so the run is where it was before."""
         self.position = self._reduced
         self.bad_steps.drop_pending()
         if self.position.step and self.position.step != self._saving.tried:
-            if distributed.on_rank_0(self._saving.lacks_room, self.engine):
+            if distributed.on_rank_0(self._saving.lacks_room, self.players):
                 self._saving.skip(self.position)
             else:
                 self._save()
@@ -280,7 +269,7 @@ class Steps:
         self._owes_evaluation = self._stopping
         if not self._stopping:
             with self.watchdog.during("evaluation") as now, self.goodput.during("evaluation_s"):
-                self._owes_evaluation = self._stopping = not self._evaluation.run(self.engine, self.position)
+                self._owes_evaluation = self._stopping = not self._evaluation.run(self.players, self.position)
                 now.whole = self._evaluation.gave_numbers
         self._meter.restart()
 
@@ -292,7 +281,7 @@ class Steps:
         with self.watchdog.during("start"):
             left = self.position.step
             self.position = resume(
-                self.engine,
+                self.players,
                 self.objective,
                 self.run,
                 self.config,

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from dtrain.batch import Batch
 from dtrain.diffusion.times import LEVEL_BINS, by_noise_level
-from dtrain.objectives.objective import Objective
+from dtrain.objectives.objective import Losses, Objective
 from dtrain.training.reduction import StepSums
 
 
@@ -15,16 +15,28 @@ class StepLosses:
     def __init__(self, objective: Objective, device: torch.device):
         self._objective = objective
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._first = next(iter(objective.turns))
         self._levels = torch.zeros(2 * LEVEL_BINS, dtype=torch.float64, device=device)
         self.sum = torch.zeros((), device=device)
+        self.named: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}  # (sum, count) of what else is reported
 
-    def add(self, part: Batch, losses: torch.Tensor, place: torch.Tensor | None) -> None:
-        """losses (n,) and places (n,) of the rows of `part`, as `objective.losses` gave them."""
-        losses = losses.detach()
-        if place is not None:
-            self._levels += torch.cat(by_noise_level(self._objective.unweighted(losses, place), place))
-        self._parts.append((part["k"], part["time"], losses))
-        self.sum += losses.sum()
+    def add(self, turn: str, part: Batch, losses: Losses) -> None:
+        """The losses of the rows of `part` in the turn of this name, as `objective.losses` gave them."""
+        rows = losses.rows.detach()
+        for name, (total, count) in losses.parts.items():
+            self._count(name, total.detach(), count)
+        if turn != self._first:
+            self._count(f"loss_{turn}", rows.sum(), len(rows))
+            return
+        if losses.place is not None:
+            self._levels += torch.cat(by_noise_level(self._objective.unweighted(rows, losses.place), losses.place))
+        if self._objective.observes:
+            self._parts.append((part["k"], part["time"], rows))
+        self.sum += rows.sum()
+
+    def _count(self, name: str, total: torch.Tensor, count: torch.Tensor | int) -> None:
+        before, number = self.named.get(name, (0.0, 0))
+        self.named[name] = (before + total, number + count)
 
     def by_level(self) -> torch.Tensor:
         """float64 (2 · 8,): sums, then counts, of the unweighted losses in each eighth of the process."""
@@ -41,6 +53,12 @@ class StepLosses:
             rows = torch.cat(everyone, dim=1)
         _, u, losses = rows[:, rows[0].argsort()]  # k is exact in float64 up to 2^53 images
         self._objective.observe(u, losses)
+
+
+def named_sums(objective: Objective) -> list[str]:
+    """Names of what the steps of an objective report beside the first turn's loss and norm."""
+    _, *further = objective.turns
+    return [*(f"{what}_{turn}" for turn in further for what in ("loss", "grad_norm")), *objective.parts]
 
 
 def mean_by_level(reduced: list[StepSums]) -> dict[str, float]:
