@@ -7,7 +7,9 @@ precision, and on CPUs); and autocast casts what its device's rules say.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.conditions.build import typical_inputs
 from dtrain.config import Config
 from dtrain.models.build import allocate
 
@@ -38,9 +41,9 @@ def activations(config: Config, micro_batch: int, checkpointing: bool, device: s
 
     device: whose rules of autocast hold, cuda or cpu. A weight's gradient counts only until it is handed on.
     """
-    model, inputs = _trained(config, micro_batch, checkpointing)
+    forward = _trained(config, micro_batch, checkpointing)
     with LiveBytes() as live, _accelerator(config, device):
-        loss = model(*inputs).float().square().mean()
+        loss = forward().float().square().mean()
         saved = live.now
         _backward(loss)
     return Activations(saved, live.peak)
@@ -48,10 +51,10 @@ def activations(config: Config, micro_batch: int, checkpointing: bool, device: s
 
 def flops_per_image(config: Config, checkpointing: bool) -> int:
     """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, repeated ones too."""
-    model, inputs = _trained(config, 1, checkpointing)
+    forward = _trained(config, 1, checkpointing)
     # Apart from `activations`: the counter holds on to what is computed again.
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, _accelerator(config, "cuda"):
-        _backward(model(*inputs).float().square().mean())
+        _backward(forward().float().square().mean())
     return counter.get_total_flops()
 
 
@@ -60,30 +63,32 @@ def _backward(loss: torch.Tensor) -> None:
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
 
 
-def _trained(config: Config, rows: int, checkpointing: bool):
-    """(the model in the training's own dtype, which lets go of each gradient at once; its inputs)."""
-    model, inputs = _model(config, rows, torch.bfloat16 if config.deepspeed.precision == "bf16" else torch.float32)
+def _trained(config: Config, rows: int, checkpointing: bool) -> Callable[[], torch.Tensor]:
+    """A forward pass of the model in the training's own dtype, which lets go of each gradient at once."""
+    model, forward = _model(config, rows, torch.bfloat16 if config.deepspeed.precision == "bf16" else torch.float32)
     model.train().activation_checkpointing = checkpointing
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return model, inputs
+    return forward
 
 
 def sampling_bytes(config: Config, rows: int) -> int:
     """Most bytes, beside fp32 weights, that a forward pass of the plain model holds while samples are drawn."""
-    model, inputs = _model(config, rows, torch.float32)
+    model, forward = _model(config, rows, torch.float32)
+    model.eval()
     with torch.no_grad(), LiveBytes() as live, _Accelerator(False, "cuda"):
-        model.eval()(*inputs)
+        forward()
     return live.peak
 
 
-def _model(config: Config, rows: int, dtype: torch.dtype):
-    size = config.data.image_size
+def _model(config: Config, rows: int, dtype: torch.dtype) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    """(the backbone, a forward pass of so many rows of zeros)."""
     with torch.device("meta"):
-        model, labels = allocate(config).to(dtype), torch.zeros(rows, dtype=torch.long)
-        inputs = [torch.zeros(rows, config.data.channels, size, size), torch.zeros(rows), labels]
-    return model, inputs + ([labels] if getattr(model, "dropout", 0) else [])
+        model = allocate(config).to(dtype)
+        x, t, condition = typical_inputs(config, rows)
+        drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in config.model.draws()}
+    return model, partial(model, x, t, **condition, **drawn)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dtrain.batch import Batch, Condition
@@ -47,3 +48,9 @@ def build(config: Config) -> Conditions:
     if config.model.num_classes:
         parts.append(Classes(config.model.num_classes, config.diffusion.label_dropout))
     return Conditions([*parts, *(section.build(config) for section in config.conditions.values())])
+
+
+def typical_inputs(config: Config, rows: int) -> tuple[Tensor, Tensor, Condition]:
+    """(x_t, time, condition) of the shapes that the backbone gets, on the default device: to count what it costs."""
+    labels = torch.zeros(rows, dtype=torch.long)
+    return torch.zeros(rows, *config.shape), torch.zeros(rows), build(config).of_ids(list(range(rows)), labels)

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from dtrain.checkpoint.format import Checkpoint
 from dtrain.checkpoint.parameters import BACKBONE, check_same, check_weights
+from dtrain.config import Config
 from dtrain.errors import UserError
+from dtrain.models.build import allocate
+from dtrain.objectives.objective import Objective
 from dtrain.training.player import Player
 from dtrain.training.zero_state import Piece
 
@@ -141,3 +145,23 @@ class Players:
             )
         for player in self._further:
             player.count_steps(state[player.name])
+
+
+def build(config: Config, objective: Objective, micro_batch: int) -> Players:
+    """The players that an objective asks for: one a turn, with the networks that it moves."""
+    networks = {BACKBONE: partial(allocate, config), **objective.networks}
+    return Players(
+        [
+            Player(
+                config,
+                micro_batch,
+                {network: networks[network] for network in turn.networks},
+                name=name,
+                optim=turn.optim,
+                averaged=turn.averaged,
+                lr_factors=turn.lr_factors,
+                zero_stage=min(config.deepspeed.zero_stage, turn.most_zero_stage),
+            )
+            for name, turn in objective.turns.items()
+        ]
+    )

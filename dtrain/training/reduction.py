@@ -30,7 +30,7 @@ SUMS = (
 NOTHING = Report()
 OWN = ("step_seconds", "data_seconds")
 LEVELS = 2 * LEVEL_BINS  # sums and counts of the loss by noise level
-NO_SUMS: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+NO_SUMS: dict[str, tuple[float, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class StepReduction:
         read: Report = NOTHING,
         step_seconds: float,
         data_seconds: float,
-        named: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = NO_SUMS,
+        named: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | int]] = NO_SUMS,
     ) -> None:
         """Begin the reduction of this step.
 
@@ -100,7 +100,7 @@ class StepReduction:
         vector[flags : flags + LEVELS] = levels
         for name, (total, count) in named.items():
             place = flags + LEVELS + 2 * self._named.index(name)
-            vector[place], vector[place + 1] = total.detach(), count
+            vector[place], vector[place + 1] = total, count
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
         self._pending = (position, taken, vector, work)
 

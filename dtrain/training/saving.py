@@ -90,6 +90,7 @@ class Saving:
             "step": position.step,
             "images": position.images,
             "optimizer_steps": players.optimizer_steps,
+            **({"players": further} if (further := players.state()) else {}),
             "config": self._config.model_dump(mode="json"),
             "data": self._data,
             "versions": {"dtrain": __version__, "torch": torch.__version__},

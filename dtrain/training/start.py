@@ -102,6 +102,7 @@ def _load(
     _check_state(checkpoint)
     _check_own(config, data, checkpoint)
     players.load(checkpoint)
+    players.load_state(checkpoint.meta.get("players", {}))
     state = objective.state()
     objective.load_state({n: torch.from_numpy(checkpoint.tensor(n)).view(v.shape) for n, v in state.items()})
 

@@ -58,7 +58,6 @@ class Steps:
     def __post_init__(self):
         config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
         self._is_rank_0 = rank == 0
-        self._first_turn = next(iter(self.objective.turns))
         parts = build_first_stage(config), build_conditions(config)
         self._one = Step(*parts, self.objective, self.players, config.model.draws())
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
@@ -143,7 +142,7 @@ class Steps:
         self._reduction.start(
             self.position,
             seen.sum,
-            norms[self._first_turn],
+            next(iter(norms.values())),
             seen.by_level(),
             taken=taken,
             stop=self._stop_wanted(),
@@ -154,8 +153,7 @@ class Steps:
             read=self.feed.report,
             step_seconds=step_seconds,
             data_seconds=self.feed.seconds,
-            named=seen.named
-            | {f"grad_norm_{turn}": (norm, 1) for turn, norm in norms.items() if turn != self._first_turn},
+            named=seen.named | _further_norms(norms),
         )
         if save_due or evaluation_due or self._stopping or bad_steps.too_many:
             no_room = self._on_reduced()  # the journal must not lack a step that a checkpoint holds
@@ -169,7 +167,7 @@ class Steps:
         self.watchdog.beat(self.position.step, step_seconds)
 
     def _update(self) -> tuple[StepLosses, dict[str, float], bool]:
-        """(this rank's losses, the norm of each turn, whether the step was taken) of the next batch; moves `position`."""
+        """(this rank's losses, each turn's norm, whether the step was taken) of the next batch; moves `position`."""
         optim, bad_steps, position = self.config.optim, self.bad_steps, self.position
         images = bad_steps.batch(position.images)
         batch = self.feed.next(images[0][0])
@@ -310,6 +308,11 @@ class Steps:
                 f"{self.run.path} ended at step {self.position.step}, but its newest checkpoint is of step "
                 f"{newest.step}: {problem}; make room and start it again"
             )
+
+
+def _further_norms(norms: dict[str, float]) -> dict[str, tuple[float, int]]:
+    """Of the turns after the first, as (sum, count): the same on every rank."""
+    return {f"grad_norm_{turn}": (norm, 1) for turn, norm in list(norms.items())[1:]}
 
 
 def evaluation_of(*arguments):

@@ -38,11 +38,12 @@ def rewritten(config):
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
     from dtrain.training.player import Player
+    from dtrain.training.players import Players
     from dtrain.training.start import resume
 
     run = RunDirectory(config.run.path)
     engine = Player.of(config, rows_per_rank(config, distributed.world_size())[1])
-    resume(engine, build(config), run, config)
+    resume(Players([engine]), build(config), run, config)
     writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
     writer.begin(99, engine.pieces(), engine.tensor_sizes(), {"step": 99, "images": 0, "optimizer_steps": 0})
     writer.wait()

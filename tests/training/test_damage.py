@@ -46,11 +46,12 @@ def resumed_from(configs):
     from dtrain.run import RunDirectory
     from dtrain.training.division import rows_per_rank
     from dtrain.training.player import Player
+    from dtrain.training.players import Players
     from dtrain.training.start import resume
 
     engine = Player.of(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
     built = build(configs[0])
-    return [resume(engine, built, RunDirectory(config.run.path), config).step for config in configs]
+    return [resume(Players([engine]), built, RunDirectory(config.run.path), config).step for config in configs]
 
 
 def test_every_damage_is_found_and_the_older_checkpoint_taken(digits, tmp_path):

@@ -110,6 +110,7 @@ def test_published_weights_begin_a_run(digits, tmp_path):
 def test_the_loss_by_level_is_weighted_as_it_was_drawn_though_the_importance_changes():
     from dtrain.config import Gaussian
     from dtrain.objectives.build import denoising
+    from dtrain.objectives.objective import Losses
     from dtrain.training.record.levels import StepLosses
 
     objective = denoising(Gaussian(timesteps=25, loss="vlb", times="importance"))
@@ -118,7 +119,7 @@ def test_the_loss_by_level_is_weighted_as_it_was_drawn_though_the_importance_cha
     step = StepLosses(objective, torch.device("cpu"))
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     place = objective.place(u)
-    step.add({"k": torch.arange(200), "time": u}, (1 + place) * objective.times.weights(place), place)
+    step.add("main", {"k": torch.arange(200), "time": u}, Losses((1 + place) * objective.times.weights(place), place))
     step.observe(1)
     sums, counts = step.by_level().view(2, -1)
     truth = [(1 + place)[(place * 8).long() == level].mean() for level in range(8)]

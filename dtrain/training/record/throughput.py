@@ -6,6 +6,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.conditions.build import typical_inputs
 from dtrain.config import Config
 from dtrain.models.build import allocate
 from dtrain.training.record.levels import mean_by_level
@@ -63,10 +64,9 @@ def training_flops(config: Config) -> int:
     """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, on no device."""
     with torch.device("meta"):
         model = allocate(config)
-        size, channels = config.data.image_size, config.data.channels
-        x, t, y = torch.empty(1, channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        x, t, condition = typical_inputs(config, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x, t, y)
+        model.eval()(x, t, **condition)
     return (1 + BACKWARD) * counter.get_total_flops()
 
 
