@@ -90,7 +90,7 @@ def evaluate(
     device = distributed.device()
     opened = open_sampler(directory, settings, weights_name(settings), device, step)
     with progress("reading the reference") as on_block:
-        compared = Reference(settings, device, on_block)
+        compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
     say_on_rank_0(compared.about)
     scratch = scratch_of(directory, settings, opened.checkpoint, compared)

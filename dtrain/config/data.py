@@ -86,6 +86,10 @@ class Data(Section):
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
     """the most that cache holds"""
 
+    def identity_keys(self) -> list[str]:
+        order = ["streams", "shuffle_window", "weight"]
+        return [*order, "image_size", "channels", "crop", "flip", "exif", "arrays", "fields"]
+
     @model_validator(mode="after")
     def _sources(self):
         names = [s.name for s in self.mix]

@@ -19,6 +19,9 @@ class _Process(Section):
     logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
     """of times logit_normal: the normal's standard deviation"""
 
+    def identity_keys(self) -> list[str]:
+        return list(type(self).model_fields)
+
 
 class Gaussian(_Process):
     process: Literal["gaussian"] = "gaussian"

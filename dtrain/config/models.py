@@ -60,6 +60,9 @@ class DiT(Section):
         own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
         return table | {key: size for key, size in own.items() if size is not None}
 
+    def identity_keys(self) -> list[str]:
+        return list(type(self).model_fields)
+
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
@@ -101,6 +104,9 @@ class UNet(Section):
                     f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
                 )
         return self
+
+    def identity_keys(self) -> list[str]:
+        return list(type(self).model_fields)
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""

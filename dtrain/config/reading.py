@@ -71,6 +71,8 @@ def continued(config: Config, kept: str | Path) -> Config:
     earlier: dict[str, dict[str, Any]] = {}
     for name in missing(read_tree(Path(kept))):
         section, _, key = name.partition(".")
+        if not key:
+            continue  # a whole section, whose earlier meaning is its default
         ours = getattr(config, section)
         if key in type(ours).model_fields and key not in ours.model_fields_set:
             earlier.setdefault(section, {})[key] = EARLIER[name].value

@@ -38,6 +38,9 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the order of the samples and all random draws"""
 
+    def identity_keys(self) -> list[str]:
+        return ["seed"]
+
     @model_validator(mode="after")
     def _begins_with(self):
         if self.init_weights and not self.init_from:

@@ -43,6 +43,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
+    def identity_keys(self) -> list[str]:
+        """The keys that a run may not change once it has trained."""
+        return []
+
     @model_serializer(mode="wrap")
     def _as_kept(self, serialize: Any, info: Any) -> dict[str, Any]:
         """As JSON, which is what config.yaml, checkpoints and MLflow have, without the commands of `pipe:`."""
@@ -57,6 +61,9 @@ class PartSection(Section):
 
     A plug-in's has `build(config)` too, which gives the part itself.
     """
+
+    def identity_keys(self) -> list[str]:
+        return list(type(self).model_fields)
 
     def fields(self, config: Any) -> list[Any]:
         """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""

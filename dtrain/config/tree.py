@@ -144,18 +144,19 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# What a resumed run may not change (design, Configuration). The data set itself is held by its manifest's hash.
-IDENTITY = ("run.seed", "data.streams", "data.shuffle_window", "data.image_size", "data.channels", "data.crop")
-IDENTITY += ("data.flip", "data.exif", "data.weight", "data.arrays", "data.fields")
-IDENTITY_SECTIONS = ("model", "diffusion", "first_stage", "conditions", "objective")
-
-
 def identity(config: Config) -> dict[str, Any]:
-    """Dotted key → value of everything that makes this run the run it is."""
-    tree = config.model_dump(mode="json")
-    keys = {k: tree[k.split(".")[0]][k.split(".")[1]] for k in IDENTITY}
-    keys["data.mix"] = [[s.name, s.weight] for s in config.data.mix]  # where they lie may change
-    return keys | {f"{s}.{k}": v for s in IDENTITY_SECTIONS for k, v in tree[s].items()}
+    """Dotted key → value of everything that makes this run the run it is: what a resumed run may not change.
+
+    Each section says which of its keys are of it. The data set itself is held by its manifest's hash.
+    """
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        if isinstance(section, Section):
+            tree = section.model_dump(mode="json")
+            found |= {f"{name}.{key}": tree[key] for key in section.identity_keys()}
+    found |= {f"conditions.{name}": section.model_dump(mode="json") for name, section in config.conditions.items()}
+    return found | {"data.mix": [[s.name, s.weight] for s in config.data.mix]}  # where they lie may change
 
 
 def architecture(config: Config) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config
+from dtrain.config import Config, Data, Eval
 from dtrain.data.fields.picture import normalize
 from dtrain.data.fields.samples import read_labels, read_split
 from dtrain.data.fields.upright import any_turned
@@ -73,96 +74,120 @@ class Source:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
 class Reference:
-    """The statistics to compare with, and the labels of the held-out split.
+    """What samples are compared with; `Reference.open` reads it.
 
-    statistics: of `eval.reference`, else of the file beside the split, else computed from it, now or before.
-    features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
-    labels:     int64 (M,) of the split, None without `data.holdout`
-    validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
+    extractor:  of `eval.features`
+    manifest:   of the held-out split, None where statistics in a file are enough
+    statistics: of `eval.reference`, else of the file beside the split, else computed from it, now or before
     hash:       of what `statistics` come from, for a metric's context
+    labels:     int64 (M,) of the split, None without `data.holdout`
+    features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
+    validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     upright:    whether a picture of the split was turned by its EXIF data; false where data.exif makes no difference
     resize:     how the images behind another tool's statistics were resized for Inception; None where all is our own
-    comparable: whether these were resized as the samples are
     about:      a line that says what a distance to these is called, and why; None where that is no question
     kept:       a line that says where what was computed is kept; None where nothing was
     """
 
-    def __init__(self, config: Config, device: torch.device, on_block: OnProgress = quiet):
+    extractor: Extractor
+    manifest: Manifest | None
+    statistics: Statistics
+    hash: str
+    labels: Tensor | None = None
+    features: Tensor | None = None
+    validation: tuple[Tensor, Tensor] | None = None
+    upright: bool = False
+    resize: str | None = None
+    about: str | None = None
+    kept: str | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the images behind the statistics were resized as the samples are."""
+        return is_comparable(self.extractor.name, self.resize)
+
+    @classmethod
+    def open(cls, config: Config, device: torch.device, on_block: OnProgress = quiet) -> "Reference":
         """A collective; what one rank meets, all raise (`distributed.agree`).
 
         Raises UserError, before anything is computed, where an evaluation could not end well, and NotFinite.
         """
         data, e = config.data, config.eval
         # Every rank finds or fetches its weights: ranks of one machine wait for each other, machines may differ.
-        self.extractor: Extractor = distributed.agree(
+        found: Extractor = distributed.agree(
             extractor, e.features, data.image_size, data.channels, e.weights, device, e.resize
         )
-        self.manifest = distributed.agree(split_of, config)
-        distributed.agree(check_metrics, e, self.extractor, None if self.manifest is None else self.manifest.samples)
-        keep = needs_reference_features(e)
-        self.labels = self.features = self.validation = self.kept = cache = None
-        self.upright = False
-        if self.manifest is not None:
-            distributed.on_rank_0(manifests.check_shards, self.manifest, self.manifest.place)
-            place = self.manifest.place
-            cache = distributed.agree(cache_of, data, place)  # its folder may be refused on one machine alone
-            self.upright = data.upright and distributed.on_rank_0(any_turned, self.manifest, place, cache)
-            self.labels = distributed.agree(_labels, self.manifest, cache, config.model.num_classes)
-            first = min(e.validation_images, self.manifest.samples)
+        split = distributed.agree(split_of, config)
+        distributed.agree(check_metrics, e, found, None if split is None else split.samples)
+        held_out: dict[str, Any] = {}
+        cache, upright = None, False
+        if split is not None:
+            distributed.on_rank_0(manifests.check_shards, split, split.place)
+            cache = distributed.agree(cache_of, data, split.place)  # its folder may be refused on one machine alone
+            upright = data.upright and distributed.on_rank_0(any_turned, split, split.place, cache)
+            held_out["labels"] = distributed.agree(_labels, split, cache, config.model.num_classes)
+            first = min(e.validation_images, split.samples)
             images, labels = distributed.agree(
-                read_split, self.manifest, place, data.image_size, data.channels, 0, first, cache, data.upright
+                read_split, split, split.place, data.image_size, data.channels, 0, first, cache, data.upright
             )
-            self.validation = normalize(images), labels
-        stored = distributed.on_rank_0(self._stored, config)
-        self.resize = self.about = None
-        if stored is not None:
-            self.statistics, self.hash, self.resize, self.about = stored
-        self.comparable = is_comparable(self.extractor.name, self.resize)
+            held_out["validation"] = normalize(images), labels
+        stored = distributed.on_rank_0(_stored, data, e, found, split, upright)
+        keep = needs_reference_features(e)
         if stored is None or keep:
-            statistics, self.features = self._computed(config, device, keep, cache, on_block)
-            if stored is None:
-                self.statistics, self.hash = statistics, self.manifest.hash
+            computed, features, kept = _computed(data, found, split, upright, device, keep, cache, on_block)
+            held_out |= {"features": features, "kept": kept}
+        statistics, hash, resize, about = stored or (computed, split.hash, None, None)
+        return cls(found, split, statistics, hash, **held_out, upright=upright, resize=resize, about=about)
 
-    def _computed(
-        self, config: Config, device: torch.device, keep: bool, cache: BlockCache | None, on_block: OnProgress
-    ) -> tuple[Statistics, Tensor | None]:
-        """(statistics, features on rank 0 if they are to be kept) of the split, by this evaluation or an earlier one.
 
-        A collective.
-        """
-        data, manifest = config.data, self.manifest
-        store = ReferenceStore(
-            Source.of(manifest, self.extractor, data.image_size, data.channels, self.upright),
-            manifest.path.parent,
-            stored_path(manifest.path.parent, self.extractor, data.image_size, self.upright).stem,
-            manifest.samples,
-            self.extractor.dimensions,
-        )
-        found = distributed.on_rank_0(store.find, keep)
-        if found is not None:
-            path, statistics = found
-            return statistics, store.features(path) if keep and distributed.rank() == 0 else None
-        statistics, features = compute(
-            manifest, self.extractor, data.image_size, data.channels, device, keep, on_block, cache, data.upright
-        )
-        self.kept = distributed.on_rank_0(store.keep, statistics, features)
-        return statistics, features
+def _computed(
+    data: Data,
+    features: Extractor,
+    split: Manifest,
+    upright: bool,
+    device: torch.device,
+    keep: bool,
+    cache: BlockCache | None,
+    on_block: OnProgress,
+) -> tuple[Statistics, Tensor | None, str | None]:
+    """(statistics, features on rank 0 if they are to be kept, what to say of where they are) of the split.
 
-    def _stored(self, config: Config) -> tuple[Statistics, str, str | None, str | None] | None:
-        """Statistics in a file, their hash, how their images were resized, and what to say of that."""
-        data, e = config.data, config.eval
-        size, channels = data.image_size, data.channels
-        path, manifest = Path(e.reference or ""), None
-        if not e.reference:
-            path, manifest = stored_path(self.manifest.path.parent, self.extractor, size, self.upright), self.manifest
-            if not path.exists():
-                return None
-        resize = resize_of_reference(e, self.extractor.name, path)
-        turned = None if manifest is None else self.upright
-        found = read_reference(path, self.extractor, size, channels, manifest, data.upright, turned)
-        about = about_reference(self.extractor.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
-        return *found, resize, about
+    Of this evaluation or an earlier one. A collective.
+    """
+    store = ReferenceStore(
+        Source.of(split, features, data.image_size, data.channels, upright),
+        split.path.parent,
+        stored_path(split.path.parent, features, data.image_size, upright).stem,
+        split.samples,
+        features.dimensions,
+    )
+    found = distributed.on_rank_0(store.find, keep)
+    if found is not None:
+        path, statistics = found
+        return statistics, store.features(path) if keep and distributed.rank() == 0 else None, None
+    statistics, rows = compute(
+        split, features, data.image_size, data.channels, device, keep, on_block, cache, data.upright
+    )
+    return statistics, rows, distributed.on_rank_0(store.keep, statistics, rows)
+
+
+def _stored(
+    data: Data, e: Eval, features: Extractor, split: Manifest | None, upright: bool
+) -> tuple[Statistics, str, str | None, str | None] | None:
+    """Statistics in a file, their hash, how their images were resized, and what to say of that."""
+    size, channels = data.image_size, data.channels
+    path, manifest = Path(e.reference or ""), None
+    if not e.reference:
+        path, manifest = stored_path(split.path.parent, features, size, upright), split
+        if not path.exists():
+            return None
+    resize = resize_of_reference(e, features.name, path)
+    turned = None if manifest is None else upright
+    found = read_reference(path, features, size, channels, manifest, data.upright, turned)
+    about = about_reference(features.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
+    return *found, resize, about
 
 
 def _labels(manifest: Manifest, cache: BlockCache | None, classes: int) -> Tensor:

@@ -63,7 +63,7 @@ def sweep(
     configs = [configured(config, setting) for setting in settings]  # all of them, before the first is drawn
     device, path = distributed.device(), run.path / "sweep.jsonl"
     on_progress(0, 0, "reading the reference")
-    reference = Reference(config, device, on_progress)
+    reference = Reference.open(config, device, on_progress)
     say(reference.kept)
     say(reference.about)
     lines = distributed.on_rank_0(combinations_there, path)

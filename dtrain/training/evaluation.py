@@ -99,7 +99,7 @@ class Evaluation:
         return True
 
     def _read(self, on_progress: OnProgress) -> None:
-        self._reference = Reference(self._config, distributed.device(), on_progress)
+        self._reference = Reference.open(self._config, distributed.device(), on_progress)
         if self._reference.kept:
             self._progress.say(self._reference.kept)
         if self._reference.about and not self._config.eval.reference:  # of a named one the start has said it

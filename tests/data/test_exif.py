@@ -189,7 +189,7 @@ def test_the_check_says_how_many_are_turned(photographs):
 
 def compared(holdout, folder, *overrides) -> Reference:
     place = f"data.holdout={holdout.path}"
-    return Reference(
+    return Reference.open(
         tiny(folder, folder, place, "data.image_size=8", "data.channels=3", "model.num_classes=0", *overrides),
         torch.device("cpu"),
     )

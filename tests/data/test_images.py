@@ -3,13 +3,17 @@
 import io
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dtrain.data.fields.picture import decode, random_crop
+from dtrain.data.fields.field import Picture, View
+from dtrain.data.fields.picture import centre_crop, decode, random_crop
+from dtrain.data.fields.samples import SampleReader
+from dtrain.data.shards.reader import ShardReader
 from dtrain.data.stream import StepDataset
 from dtrain.errors import BadSample
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture
@@ -202,3 +206,20 @@ def test_arrays_of_another_kind_are_bad_samples_and_run_no_code(tmp_path, data, 
 
     with pytest.raises(BadSample, match=message):
         with_arrays(tmp_path, change)[0]
+
+
+def test_a_picture_beside_the_picture_is_cropped_and_mirrored_with_it(tmp_path):
+    """A second file of the same pixels stays equal to the first under random crops and mirroring."""
+    samples = [{"png": picture(i, 24), "depth.png": picture(i, 24), "cls": b"0"} for i in range(12)]
+    manifest = data_set(tmp_path, samples)
+    config = configuration(tmp_path, 12, crop="random", flip=True)
+    reader = SampleReader(
+        ShardReader(manifest, tmp_path), [Picture("image", 8, 3), Picture("depth", 8, 3, extensions=("depth.png",))]
+    )
+    dataset = StepDataset(config, manifest, 0, 1, 0)
+    views = [dataset._view_of(k) for k in range(12)]
+    assert {view.mirrored for view in views} == {True, False}
+    rows = [reader.read(i, view) for i, view in enumerate(views)]
+    assert all(np.array_equal(row["image"], row["depth"]) for row in rows)
+    plain = reader.read(0, View(partial(centre_crop, size=8)))
+    assert not np.array_equal(plain["image"], rows[0]["image"])

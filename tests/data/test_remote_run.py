@@ -69,7 +69,7 @@ def test_a_held_out_split_is_named_by_a_local_manifest(digits, tmp_path):
 def refused(configs) -> str:
     """What this rank raises, each rank with a config of its own, as a cache is of its own machine."""
     with pytest.raises(SharedError) as raised:
-        Reference(configs[distributed.rank()], "cpu")
+        Reference.open(configs[distributed.rank()], "cpu")
     return str(raised.value)
 
 

@@ -42,7 +42,7 @@ def _evaluate(config, pause=0.0, keep=False):
         return draw(self, ids, labels, how, *more)
 
     Sampler.draw = slowly
-    reference = Reference(config, device)
+    reference = Reference.open(config, device)
     scratch = scratch_of(run, config, opened.checkpoint, reference)
     metrics, _ = evaluate(opened.sampler, config, reference, scratch=scratch)
     torch.distributed.barrier()
@@ -123,7 +123,7 @@ def test_evaluations_that_end_disturb_none_that_goes_on(tmp_path):
 
 def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path):
     config = tiny(digits, tmp_path)
-    reference = Reference(config, torch.device("cpu"))
+    reference = Reference.open(config, torch.device("cpu"))
     ids = list(range(1000))
     assert labels_of(ids, config, reference).tolist() == [int(reference.labels[i % 360]) for i in ids]
     uniform = tiny(digits, tmp_path, "eval.labels=uniform")
@@ -146,7 +146,7 @@ def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished
 def _without_room(config):
     """What each rank is told where the disk of one of them takes no samples."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    opened, reference = open_sampler(run, config, "ema_0", device), Reference(config, device)
+    opened, reference = open_sampler(run, config, "ema_0", device), Reference.open(config, device)
     scratch = scratch_of(run, config, opened.checkpoint, reference)
     if torch.distributed.get_rank() == 1:
         scratch.path = run.config_file / "below a file"
@@ -188,7 +188,7 @@ def _counting(config):
     KeptFeatures.update = lambda self, number, features: updates.append(number)
     run = RunDirectory(config.run.path)
     sampler = open_sampler(run, config, "ema_0", torch.device("cpu")).sampler
-    evaluate(sampler, config, Reference(config, torch.device("cpu")))
+    evaluate(sampler, config, Reference.open(config, torch.device("cpu")))
     return updates, os.path.exists(run.path / "evaluations")
 
 
@@ -223,6 +223,6 @@ def test_an_evaluation_touches_no_network(trained, no_network):
     """In this very process, alone, with its sockets blocked."""
     run, device = RunDirectory(trained.run.path), torch.device("cpu")
     sampler = open_sampler(run, trained, "ema_0", device).sampler
-    metrics, context = evaluate(sampler, trained, Reference(trained, device))
+    metrics, context = evaluate(sampler, trained, Reference.open(trained, device))
     assert np.isfinite(list(metrics.values())).all()
     assert (context["n"], context["features"], context["labels"]) == (260, "pixels", "data")

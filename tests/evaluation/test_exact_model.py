@@ -59,7 +59,7 @@ def test_the_distance_to_the_truth_falls_to_the_null_value_as_steps_grow(tmp_pat
         config = tiny(tmp_path, tmp_path, *shared, *walk, f"eval.steps={steps}")
         process = build_process(config.diffusion)
         sampler = Sampler.of(ExactMixture(process), process, config, torch.device("cpu"))
-        metrics, context = evaluate(sampler, config, Reference(config, torch.device("cpu")))
+        metrics, context = evaluate(sampler, config, Reference.open(config, torch.device("cpu")))
         assert context["n"] == N
         distances.append(metrics["fd_pixels"])
     assert distances[0] > 10 * distances[2]

@@ -99,7 +99,7 @@ def test_a_new_runs_bound_is_clipped_an_older_runs_is_not_and_each_says_so(digit
     for chosen in ({}, {"bpd_clip": True}):  # as `dtrain evaluate` and its --bpd-clip ask
         now = with_eval(own, chosen, raw=False)
         sampler = open_sampler(run, now, "ema_0", torch.device("cpu")).sampler
-        metrics, context = evaluate(sampler, now, Reference(now, torch.device("cpu")))
+        metrics, context = evaluate(sampler, now, Reference.open(now, torch.device("cpu")))
         found.append((metrics["bpd"], context["bpd_clip"], differences(run, own, now, context)))
     (unclipped, *unsaid), (clipped, *asked) = found
     assert (unsaid, asked) == ([False, {"bpd_clip": False}], [True, {}])

@@ -43,12 +43,12 @@ def read_again(monkeypatch):
 
 def test_a_reference_is_computed_once_and_equals_the_one_computed_on_the_spot(data, tmp_path, read_again):
     config = tiny(data, tmp_path)
-    on_the_spot = Reference(config, CPU)
+    on_the_spot = Reference.open(config, CPU)
     said = make(str(data / "holdout"), "pixels", None, None, None)
     path = data / "holdout" / "reference-pixels-8px.npz"
     assert said == f"{path}: pixels of 360 images at 8 pixels, 64 dimensions"
     assert read_again == ["holdout", "holdout"]
-    from_file = Reference(config, CPU)
+    from_file = Reference.open(config, CPU)
     assert read_again == ["holdout", "holdout"]  # not a third time
     assert np.array_equal(from_file.statistics.mean, on_the_spot.statistics.mean)
     assert np.array_equal(from_file.statistics.cov, on_the_spot.statistics.cov)
@@ -58,7 +58,7 @@ def test_a_reference_is_computed_once_and_equals_the_one_computed_on_the_spot(da
     with np.load(path) as f:  # the names under which clean-fid, pytorch-fid and EDM look for them
         assert f["mu"].shape == (64,)
         assert f["sigma"].shape == (64, 64)
-    kernel = Reference(tiny(data, tmp_path, "eval.metrics=[fd,kid]"), CPU)
+    kernel = Reference.open(tiny(data, tmp_path, "eval.metrics=[fd,kid]"), CPU)
     assert kernel.features.shape == (360, 64)
     np.testing.assert_allclose(np.cov(kernel.features.double().numpy(), rowvar=False), from_file.statistics.cov)
 
@@ -68,29 +68,29 @@ KERNEL = "eval.metrics=[fd,kid]"
 
 def test_what_an_evaluation_computed_is_kept_beside_the_split_and_used_again(data, tmp_path, read_again):
     config, kernel = tiny(data, tmp_path), tiny(data, tmp_path, KERNEL)
-    first = Reference(config, CPU)
+    first = Reference.open(config, CPU)
     (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
     assert first.kept == f"the reference of 360 images is kept in {path}"
-    again = Reference(config, CPU)
+    again = Reference.open(config, CPU)
     assert (read_again, again.kept) == (["holdout"], None)
     for part in ("mean", "cov"):
         assert np.array_equal(getattr(again.statistics, part), getattr(first.statistics, part))
     assert (again.hash, again.statistics.count) == (first.hash, 360)
-    features = Reference(kernel, CPU).features  # the moments are not enough: read once more, and kept whole
-    assert torch.equal(Reference(kernel, CPU).features, features)
-    Reference(config, CPU)
+    features = Reference.open(kernel, CPU).features  # the moments are not enough: read once more, and kept whole
+    assert torch.equal(Reference.open(kernel, CPU).features, features)
+    Reference.open(config, CPU)
     assert read_again == ["holdout", "holdout"]
     assert features.shape == (360, 64)
 
 
 def test_a_kept_reference_of_anything_else_is_never_used(data, tmp_path, read_again):
     config = tiny(data, tmp_path)
-    right = Reference(config, CPU).statistics
+    right = Reference.open(config, CPU).statistics
     (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
     whole = path.read_bytes()
     with np.load(path) as f:
         own = dict(f)
-    other = Reference(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
+    other = Reference.open(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
     (others,) = (data / "train").glob("reference-pixels-8px-*.npz")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -101,7 +101,7 @@ def test_a_kept_reference_of_anything_else_is_never_used(data, tmp_path, read_ag
         forgeries.append((tmp_path / "forged.npz").read_bytes())
     for number, forged in enumerate(forgeries):
         path.write_bytes(forged)
-        found = Reference(config, CPU)
+        found = Reference.open(config, CPU)
         assert read_again[2:] == ["holdout"] * (number + 1)
         assert found.kept is not None
         assert np.array_equal(found.statistics.cov, right.cov)
@@ -109,19 +109,19 @@ def test_a_kept_reference_of_anything_else_is_never_used(data, tmp_path, read_ag
     for file in (data / "train").glob("*"):
         if file != others:
             shutil.copy(file, data / "holdout")
-    assert np.array_equal(Reference(config, CPU).statistics.cov, other.statistics.cov)
+    assert np.array_equal(Reference.open(config, CPU).statistics.cov, other.statistics.cov)
 
 
 def test_where_the_split_cannot_be_written_its_reference_is_kept_in_the_cache(data, tmp_path, read_again, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = tiny(data, tmp_path)
-    Reference(config, CPU)
+    Reference.open(config, CPU)
     (path,) = (data / "holdout").glob("reference-pixels-8px-*.npz")
     path.unlink()
     path.mkdir()  # root may write anywhere, but not a file over a folder
     kept = tmp_path / "cache" / "dtrain" / "references" / path.name
-    assert Reference(config, CPU).kept == f"the reference of 360 images is kept in {kept}"
-    assert Reference(config, CPU).kept is None
+    assert Reference.open(config, CPU).kept == f"the reference of 360 images is kept in {kept}"
+    assert Reference.open(config, CPU).kept is None
     assert read_again == ["holdout", "holdout"]
 
 
@@ -140,11 +140,11 @@ def test_a_stale_reference_is_refused_before_anything_is_computed(data, tmp_path
         with pytest.raises(
             UserError, match=r"is stale: its data was .* run `dtrain reference .*holdout --features pix"
         ):
-            Reference(tiny(data, tmp_path, *overrides), CPU)
+            Reference.open(tiny(data, tmp_path, *overrides), CPU)
     # Another preprocessing, and another extractor under the same name.
     shutil.copy(elsewhere, data / "train" / "reference-pixels-8px.npz")
     with pytest.raises(UserError, match="is stale: its data was"):
-        Reference(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
+        Reference.open(tiny(data, tmp_path, f"data.holdout={data}/train/manifest.json"), CPU)
     make(str(data / "train"), "pixels", None, None, elsewhere)
     read_again.clear()
     for part, value in (("extractor", "0" * 64), ("preprocessing", "none")):
@@ -153,7 +153,7 @@ def test_a_stale_reference_is_refused_before_anything_is_computed(data, tmp_path
             source = json.loads(str(f["source"])) | {part: value}
             np.savez(forged, **{k: f[k] for k in ("mu", "sigma", "count", "fingerprint")}, source=json.dumps(source))
         with pytest.raises(UserError, match=f"is stale: its {part} was"):
-            Reference(tiny(data, tmp_path, f"eval.reference={forged}"), CPU)
+            Reference.open(tiny(data, tmp_path, f"eval.reference={forged}"), CPU)
     assert read_again == []
 
 
@@ -166,7 +166,7 @@ def test_files_of_other_tools_are_read(data, tmp_path, extra):
     for number, write in enumerate((np.savez, np.savez_compressed)):
         path = tmp_path / f"theirs-{number}.npz"
         write(path, mu=mean, sigma=cov, **extra)
-        found = Reference(tiny(data, tmp_path, f"eval.reference={path}"), CPU)
+        found = Reference.open(tiny(data, tmp_path, f"eval.reference={path}"), CPU)
         assert np.array_equal(found.statistics.mean, mean)
         assert np.array_equal(found.statistics.cov, cov)
         assert len(found.hash) == 64
@@ -197,7 +197,7 @@ def test_files_of_other_tools_are_read(data, tmp_path, extra):
 def test_what_could_not_end_well_is_refused_before_sampling(digits, tmp_path, overrides, message):
     np.savez(tmp_path / "r.npz", mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(UserError, match=message):
-        Reference(tiny(digits, tmp_path, *[o.format(npz=tmp_path / "r.npz") for o in overrides]), CPU)
+        Reference.open(tiny(digits, tmp_path, *[o.format(npz=tmp_path / "r.npz") for o in overrides]), CPU)
 
 
 def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
@@ -207,17 +207,17 @@ def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
 
 def test_labels_that_the_model_has_no_class_for_are_refused(digits, tmp_path):
     with pytest.raises(UserError, match=r"num_classes is 9, but .*holdout/manifest.json has 10 classes; name another"):
-        Reference(tiny(digits, tmp_path, "model.num_classes=9"), CPU)
-    assert Reference(tiny(digits, tmp_path, "model.num_classes=0"), CPU).labels.max() == 9
+        Reference.open(tiny(digits, tmp_path, "model.num_classes=9"), CPU)
+    assert Reference.open(tiny(digits, tmp_path, "model.num_classes=0"), CPU).labels.max() == 9
     unnamed = tmp_path / "holdout"
     shutil.copytree(digits / "holdout", unnamed)
     (unnamed / "manifest.json").unlink()
     index(str(unnamed))  # knows of no classes
     with pytest.raises(UserError, match=r"manifest.json has labels up to 9, but model.num_classes is 9, so"):
-        Reference(tiny(digits, tmp_path, "model.num_classes=9", f"data.holdout={unnamed}/manifest.json"), CPU)
+        Reference.open(tiny(digits, tmp_path, "model.num_classes=9", f"data.holdout={unnamed}/manifest.json"), CPU)
 
 
 def test_a_split_of_one_image_is_refused_as_what_all_ranks_meet_so_that_a_training_goes_on(tmp_path):
     manifest = data_set(tmp_path, [{"png": picture(0, 8, 1), "cls": b"0"}])
     with pytest.raises(SharedError, match="a covariance needs at least 2 images, and there are 1"):
-        Reference(tiny(tmp_path, tmp_path, f"data.holdout={manifest.path}", "eval.metrics=[bpd]"), CPU)
+        Reference.open(tiny(tmp_path, tmp_path, f"data.holdout={manifest.path}", "eval.metrics=[bpd]"), CPU)

@@ -157,7 +157,7 @@ THEIRS = ("data.holdout=null", "eval.labels=uniform", "eval.num_samples=12", "ev
 def evaluated(config):
     """(metrics, context, what is said of the reference) of a model that knows nothing."""
     sampler = Sampler.of(Halving(), build_process(config.diffusion), config, CPU)
-    reference = Reference(config, CPU)
+    reference = Reference.open(config, CPU)
     return *evaluate(sampler, config, reference), reference.about
 
 
@@ -231,7 +231,7 @@ def test_a_reference_that_declares_another_resizing_than_was_asked_for_is_refuse
 ):
     chosen = (*THEIRS, f"eval.reference={theirs(name, **more)}", f"eval.resize={asked}")
     config = tiny(digits, tmp_path, *inception, *chosen)
-    for refuse in (check_evaluation, lambda config: Reference(config, CPU)):
+    for refuse in (check_evaluation, lambda config: Reference.open(config, CPU)):
         with pytest.raises(UserError, match=f"{name} is of .*, and eval.resize is {asked}; {fix}, or name another"):
             refuse(config)
 
@@ -243,7 +243,7 @@ def test_dtrains_own_reference_is_of_a_resizing_and_refused_for_another(digits, 
     metrics, context, about = evaluated(tiny(digits, tmp_path, *chosen, "eval.resize=tensorflow"))
     assert (list(metrics), about, "reference_resize" in context) == (["fid_tf"], None, False)
     with pytest.raises(UserError, match=r"own\.npz is stale: its extractor .* --features inception` again"):
-        Reference(tiny(digits, tmp_path, *chosen), CPU)
+        Reference.open(tiny(digits, tmp_path, *chosen), CPU)
 
 
 @pytest.mark.parametrize("features", ["pixels", "effnet_lite0", "auto"])
@@ -251,7 +251,7 @@ def test_the_older_resizing_without_inception_is_refused(digits, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("DTRAIN_WEIGHTS", raising=False)
     config = tiny(digits, tmp_path, f"eval.features={features}", "eval.resize=tensorflow")
-    for refuse in (check_evaluation, lambda config: Reference(config, CPU)):
+    for refuse in (check_evaluation, lambda config: Reference.open(config, CPU)):
         with pytest.raises(UserError, match=f"tensorflow is Inception's own, and eval.features is {features}"):
             refuse(config)
     with pytest.raises(UserError, match="'bilinear' is no resizing of Inception's images"):
@@ -328,7 +328,7 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     path = theirs("cifar10_clean_train_32.npz")
     config = with_reference(digits, tmp_path, inception, path, None, "train.steps=1")
     run_ranks(train, 1, config)
-    run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference(config, CPU)
+    run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference.open(config, CPU)
     checkpoint = open_sampler(run, config, weights_name(config), CPU).checkpoint
     named = identity(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}  # as keys were made then
     named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}
@@ -339,6 +339,6 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     assert sweep(run, config, {"eta": [0.0]}) == [line]
 
     unknown = with_reference(digits, tmp_path, inception, theirs("unknown.npz"), None)
-    other = Reference(unknown, CPU)
+    other = Reference.open(unknown, CPU)
     assert other.hash == reference.hash
     assert _key(checkpoint, configured(unknown, {"eta": 0.0}), other) != key  # what it draws is called fd_inception

@@ -50,7 +50,7 @@ def _evaluate(config, step, weights):
     from dtrain.evaluation.reference import Reference
 
     sampler = open_sampler(RunDirectory(config.run.path), config, weights, "cpu", step).sampler
-    return evaluate(sampler, config, Reference(config, "cpu"))[0]
+    return evaluate(sampler, config, Reference.open(config, "cpu"))[0]
 
 
 def test_a_killed_sweep_goes_on_and_every_number_is_that_of_its_own_evaluation(trained):
