@@ -71,6 +71,11 @@ def name_also(modules: Iterable[str]) -> None:
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*_named(), *modules]))
 
 
+def arguments() -> list[str]:
+    """The options of a command that name the plug-ins that are named here: a job may start in another environment."""
+    return [f"--plugin={name}" for name in _named()]
+
+
 def load() -> None:
     """Import the plug-ins that are installed or named, each once. Raises UserError for one that cannot be imported."""
     global _seen_installed

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain import plugins
 from dtrain.config import Config
 from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
@@ -73,7 +74,7 @@ class Job:
 
 def training(config_file: Path, overrides: list[str], config: Config) -> Job:
     # A path that is absolute is no option and no URL, whatever the file is called.
-    command = [str(ROOT / "launch/train.py"), str(config_file.absolute()), *overrides]
+    command = [str(ROOT / "launch/train.py"), *plugins.arguments(), str(config_file.absolute()), *overrides]
     return Job("train", config.run.path.absolute(), command, config.data.workers)
 
 
@@ -82,7 +83,7 @@ def evaluation(run: Path, arguments: list[str]) -> Job:
 
 
 def sweep(run: Path, arguments: list[str], parts: list[list[str]]) -> Job:
-    command = [str(ROOT / "eval/sweep.py"), str(run.absolute()), *_passed(arguments)]
+    command = [str(ROOT / "eval/sweep.py"), *plugins.arguments(), str(run.absolute()), *_passed(arguments)]
     return Job("sweep", run.absolute(), command, parts=parts)
 
 

@@ -195,3 +195,16 @@ def test_an_evaluation_may_wait_for_a_run_that_has_not_begun(work):
     script = submit("--evaluate", "later", "--after", "12", *limit).stdout
     assert f"eval/evaluate.py {Path.cwd()}/runs/later)" in script
     assert "#SBATCH --dependency=afterok:12" in script
+
+
+def test_a_job_is_told_of_the_plug_ins_that_its_config_was_read_with(work):
+    """Though its environment may be another one: a cluster need not hand the submitter's on."""
+    Path("leap.py").write_text(
+        "from dtrain import plugins\n"
+        "from dtrain.diffusion.samplers import OwnSampler\n"
+        'plugins.register("sampler", "leap", OwnSampler(None))\n'
+    )
+    arguments = ("tiny.yaml", "eval.sampler=leap", "--nodes", "1", "--gpus-per-node", "1", "--time", "00:10:00")
+    assert "--plugin" in submit(*arguments, "--dry-run", expect=2).stderr
+    script = submit(*arguments, "--dry-run", "--plugin", "leap.py").stdout
+    assert f"launch/train.py --plugin={Path.cwd()}/leap.py" in script
