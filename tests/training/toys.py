@@ -39,22 +39,29 @@ class Toy(nn.Module):
         return normal(name, shape, seed, std=0.3)
 
 
+class Growing(Linear):
+    """Its answer grows with each of its inputs."""
+
+    def forward(self, x):
+        return linear(x, softplus(self.weight), self.bias)
+
+
 class Schedule(nn.Module):
-    """gamma(t), which grows from −4 to 4 (Kingma et al. 2021, appendix H). No outer bias: the ends would cancel it."""
+    """gamma(t), which grows from −4 to 4 (Kingma et al. 2021, appendix H). No outer bias: the ends would cancel it.
+
+    A weight is used only within its layer's forward: compiled at stage 3 it is empty elsewhere.
+    """
 
     def __init__(self):
         super().__init__()
-        self.straight, self.up, self.down = Linear(1, 1, bias=False), Linear(1, 5), Linear(5, 1, bias=False)
+        self.straight, self.up, self.down = Growing(1, 1, bias=False), Growing(1, 5), Growing(5, 1, bias=False)
 
     def forward(self, t):
         low, gamma, high = (self._growing(u[:, None]) for u in (torch.zeros_like(t), t, torch.ones_like(t)))
         return -4 + 8 * (gamma - low) / (high - low)  # (n, 1)
 
     def _growing(self, t):
-        def positive(layer, x):
-            return linear(x, softplus(layer.weight), layer.bias)
-
-        return positive(self.straight, t) + positive(self.down, torch.sigmoid(positive(self.up, t)))
+        return self.straight(t) + self.down(torch.sigmoid(self.up(t)))
 
     initial_value = staticmethod(Toy.initial_value)
 
