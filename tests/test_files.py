@@ -267,7 +267,7 @@ def test_what_leads_out_of_a_run_is_not_sent_to_mlflow(tmp_path, caplog):
     from mlflow import MlflowClient
 
     from dtrain.tracking.mlflow import sync
-    from tests.tracking.destinations import destination
+    from tests.tracking.mlflow.destinations import destination
 
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)

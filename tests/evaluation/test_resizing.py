@@ -29,7 +29,7 @@ from dtrain.tracking.best import best_step
 from dtrain.tracking.journal import Journal
 from dtrain.training.check import check_start
 from tests.digits import tiny
-from tests.evaluation.networks import Layers, saved
+from tests.evaluation.features.networks import Layers, saved
 from tests.ranks import run_ranks
 from tests.training.runs import train
 

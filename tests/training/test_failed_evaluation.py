@@ -5,7 +5,7 @@ from dtrain.tracking.journal import read
 from tests.command_line import command, failing
 from tests.data.shard_files import data_set, picture
 from tests.digits import losses, tiny
-from tests.evaluation.networks import Alone, Corner, saved
+from tests.evaluation.features.networks import Alone, Corner, saved
 from tests.ranks import run_ranks
 from tests.training.runs import train_saying_into, trained
 

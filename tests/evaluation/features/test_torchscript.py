@@ -15,7 +15,7 @@ from dtrain.evaluation.features.networks import UserNetwork
 from dtrain.evaluation.features.torchscript import read_program
 from dtrain.evaluation.requirements import known_features
 from tests.digits import CONFIG
-from tests.evaluation.networks import Means, saved
+from tests.evaluation.features.networks import Means, saved
 
 
 class Restored(torch.nn.Module):

@@ -18,7 +18,7 @@ from dtrain.evaluation.features.build import Pixels, extractor, metric_name
 from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork
 from dtrain.evaluation.metrics.frechet import frechet_distance
 from dtrain.evaluation.metrics.statistics import statistics_of
-from tests.evaluation.networks import Layers, LikeInception, Means, saved
+from tests.evaluation.features.networks import Layers, LikeInception, Means, saved
 from tests.longer import longer
 
 CIFAR10 = os.environ.get("DTRAIN_CIFAR10")

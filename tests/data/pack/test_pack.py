@@ -22,8 +22,8 @@ from dtrain.data.pack.pack import pack
 from dtrain.data.shards.indexing import index
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
+from tests.data.pack.sources import shards_in
 from tests.data.shard_files import picture, samples_of
-from tests.data.sources import shards_in
 from tests.folders import contents
 
 

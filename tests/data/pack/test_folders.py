@@ -20,8 +20,8 @@ from dtrain.data.pack.pack import pack
 from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
+from tests.data.pack.sources import lay, packed_names, shards_in
 from tests.data.shard_files import configuration, picture, samples_of
-from tests.data.sources import lay, packed_names, shards_in
 from tests.folders import contents
 
 

@@ -18,8 +18,8 @@ from dtrain.data.pack.pack import pack
 from dtrain.data.pack.source import Choice
 from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
+from tests.data.pack.sources import lay, packed_names
 from tests.data.shard_files import picture, samples_of
-from tests.data.sources import lay, packed_names
 from tests.folders import contents
 
 ANIMALS = ["cat", "dog", "hare"]

@@ -7,7 +7,7 @@ from dtrain.data.shards.manifest import load_all
 from dtrain.errors import UserError
 from dtrain.training.check import check_source
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DIGITS = CONFIGS[0].parent / "digits-dit.yaml"
 
 

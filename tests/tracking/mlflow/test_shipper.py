@@ -15,7 +15,7 @@ from PIL import Image
 from dtrain.errors import UserError
 from dtrain.tracking.journal import Journal, read
 from dtrain.tracking.mlflow import Shipper, default_uri, sync
-from tests.tracking.destinations import EXPERIMENT, destination
+from tests.tracking.mlflow.destinations import EXPERIMENT, destination
 
 
 @pytest.fixture(scope="module")
