@@ -15,7 +15,6 @@ from dtrain.checkpoint.export import class_names_of, load_weights, open_checkpoi
 from dtrain.config import Config
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
-from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Sampler
 from dtrain.evaluation.invert import (
@@ -31,6 +30,7 @@ from dtrain.evaluation.requirements import check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
 from dtrain.files import read_json
 from dtrain.models.build import allocate
+from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 
 WEIGHTS = "model.safetensors"  # an exported folder has this and config.json
@@ -208,5 +208,5 @@ def _profile(weights: str) -> int | None:
 
 
 def _trained(model, config: Config, step: int, images: int, names: list[str] | None, device: torch.device) -> Trained:
-    process = build_process(config.diffusion)
+    process = build_objective(config).process
     return Trained(model.to(device).eval(), process, config, step, images, names, device)

@@ -17,7 +17,6 @@ from dtrain import distributed, faults
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval, Sampling
-from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.features.build import check_finite
@@ -31,6 +30,7 @@ from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
 from dtrain.models.build import allocate
+from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import settings_of, training_evaluations
 
@@ -61,7 +61,7 @@ def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
 def evaluations_of_a_rank(config: Config) -> int:
     """How often this rank asks the network for the samples of an evaluation."""
     e, (_, mine) = config.eval, blocks_of_a_rank(config.eval)
-    return len(mine) * network_evaluations(build_process(config.diffusion), e.sampler, e.steps, e.spacing)
+    return len(mine) * network_evaluations(build_objective(config).process, e.sampler, e.steps, e.spacing)
 
 
 def evaluate(
@@ -198,7 +198,7 @@ def open_sampler(
         except OSError as e:  # the training keeps only so many
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
         model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
-        sampler = Sampler.of(model, build_process(config.diffusion), config, device)
+        sampler = Sampler.of(model, build_objective(config).process, config, device)
         return Opened(sampler, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)

@@ -128,14 +128,14 @@ def _evaluate(config: Config, ranks: int) -> tuple[float, float]:
 
     from dtrain import distributed
     from dtrain.data.shards.manifest import load_holdout
-    from dtrain.diffusion.process import build as build_process
     from dtrain.evaluation.features.build import extractor
     from dtrain.evaluation.generate import Sampler
     from dtrain.models.build import build
+    from dtrain.objectives.build import build as build_objective
 
     distributed.prepare()
     device, e = distributed.device(), config.eval
-    sampler = Sampler.of(build(config).to(device), build_process(config.diffusion), config, device)
+    sampler = Sampler.of(build(config).to(device), build_objective(config).process, config, device)
     block = min(e.batch_size, e.num_samples)
     labels = torch.zeros(block, dtype=torch.int64)
     few = e.model_copy(update={"steps": 2})
