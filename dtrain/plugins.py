@@ -10,8 +10,6 @@ alone. A name in a configuration imports nothing, because other people's configu
 
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -79,9 +77,11 @@ def arguments() -> list[str]:
 def load() -> None:
     """Import the plug-ins that are installed or named, each once. Raises UserError for one that cannot be imported."""
     global _seen_installed
+    from importlib.metadata import entry_points  # which most commands never ask
+
     if not _seen_installed:
         _seen_installed = True
-        for entry in importlib.metadata.entry_points(group=GROUP):
+        for entry in entry_points(group=GROUP):
             _import(entry.name, entry.load)
     for name in _named():
         if name not in _modules:
@@ -111,12 +111,14 @@ def _import(name: str, load_module: Callable[[], ModuleType]) -> None:
 
 
 def _from_file(place: str) -> ModuleType:
+    from importlib.util import module_from_spec, spec_from_file_location
+
     path = Path(place).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no such file (from {Path.cwd()})")
     name = f"dtrain_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
