@@ -1,4 +1,4 @@
-"""A trained model in a program of one's own: `dtrain.load("runs/x").sample(labels=[3] * 8, steps=50, guidance=2)`."""
+"""A trained model in a program of one's own. `dtrain.load("runs/x").sample(labels=[3] * 8, steps=50, guidance=2)`."""
 
 import re
 from collections.abc import Iterable

@@ -5,69 +5,9 @@ import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import dtrain
+from tests.rooms import ROOMS, imported, modules, room
 
-ROOT = Path(dtrain.__file__).parent
 TESTS = Path(__file__).parent
-
-# From the ground up, as docs/architecture.md draws it. Files of one room import each other; no file is in two.
-ROOMS = [
-    [
-        *("errors", "terminal", "files", "credentials", "addresses", "randomness", "position", "lock", "faults"),
-        *("distributed", "launcher", "rendezvous", "interrupt", "plugins", "draws", "batch"),
-    ],
-    ["config"],
-    ["run"],
-    ["data.shards"],
-    ["data.order"],
-    ["data.fields", "data.declared"],
-    ["data.pack"],
-    ["data"],
-    ["models"],
-    ["diffusion"],
-    ["first_stage"],
-    ["conditions"],
-    ["objectives"],
-    ["tracking"],
-    ["checkpoint"],
-    ["evaluation"],
-    ["trained"],
-    ["training"],
-    ["proposal"],
-    ["report"],
-    ["cluster"],
-    ["chaos"],
-    ["cli"],
-]
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """What a file imports of dtrain, at its top, within functions and for type checkers."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dtrain":
-            module = node.module.removeprefix("dtrain").lstrip(".")
-            for name in node.names:
-                below = f"{module}.{name.name}".lstrip(".")
-                found.add(below if below in known else module)
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("dtrain.") for a in node.names if a.name.startswith("dtrain.")}
-    return found - {""}  # of the package itself: its version
-
-
-def room(module: str) -> int:
-    """The room whose name is the longest that the module begins with."""
-    fitting = [(len(name), i) for i, names in enumerate(ROOMS) for name in names if f"{module}.".startswith(f"{name}.")]
-    assert fitting, f"{module} is in no room"
-    return max(fitting)[1]
 
 
 def test_a_file_imports_only_from_rooms_above_its_own():

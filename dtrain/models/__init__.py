@@ -1,4 +1,6 @@
-"""The backbones. `DiT` and `UNet` here come with their initial weights, those of their own modules are only allocated.
+"""The backbones, DiT and UNet, and how their weights begin.
+
+Those imported from here come with initial weights, those of their own modules are only allocated:
 
     from dtrain.models import DiT
 

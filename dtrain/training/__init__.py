@@ -1,4 +1,4 @@
-"""A training. Begin with `step.py`, one step as the algorithm says it.
+"""A training, from its config to its outcome. Begin with `step.py`, one step as the algorithm says it.
 
 `run_training.py` goes from the config to the outcome, `steps.py` from step to step.
 
