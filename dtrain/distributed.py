@@ -234,13 +234,13 @@ def agree(function, *args):
 
 
 def _said(met: Exception | None) -> tuple[type, str] | None:
-    """What the other ranks are told of it: what they raise, and its message."""
-    from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError, told
+    """What the other ranks raise because of it, and its message."""
+    from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError, message_of
 
     if met is None:
         return None
     if isinstance(met, UserError) or (isinstance(met, PermissionError) and met.filename is not None):
-        return NotFinite if isinstance(met, NotFinite) else SharedError, told(met)
+        return NotFinite if isinstance(met, NotFinite) else SharedError, message_of(met)
     where = f"rank {rank()} on {socket.gethostname()}: " if world_size() > 1 else ""
     return SharedFailure, f"{where}{type(met).__name__}: {' '.join(str(met).split())[:500]}"
 

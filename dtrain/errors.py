@@ -1,4 +1,4 @@
-"""What a process tells its caller: the error a user can mend, and the exit codes."""
+"""What a process says to its caller: the error a user can mend, and the exit codes."""
 
 import os
 
@@ -32,8 +32,8 @@ def from_where(path: str | os.PathLike) -> str:
     return "" if os.path.isabs(path) else f" (looked for from {os.getcwd()})"
 
 
-def told(error: UserError | PermissionError) -> str:
-    """The line that says it: a file that one may not open is met in many places, and always the user's to mend.
+def message_of(error: UserError | PermissionError) -> str:
+    """Its one line: a file that one may not open is met in many places, and always the user's to mend.
 
     Raises a PermissionError again that is of no file.
     """

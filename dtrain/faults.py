@@ -36,7 +36,7 @@ POINTS = {
     "load:done": "this rank has loaded it",
     "step": "before a step's batch is taken",
     "step:update": "gradients are there, the weights have not moved",
-    "step:moved": "weights, moments and averages have moved, nobody has been told",
+    "step:moved": "weights, moments and averages have moved, no other rank knows it yet",
     "save:stage": "before each piece is copied",
     "save:write": "after each half of a block of the rank's file",
     "save:fsync": "the file is written, not yet durable",

@@ -50,7 +50,7 @@ def find(kind: str, name: str) -> Any | None:
 
 
 def names(kind: str) -> list[str]:
-    """Of all registered parts of a kind."""
+    """The names of all registered parts of a kind, sorted."""
     load()
     return sorted(_parts[kind])
 

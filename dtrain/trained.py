@@ -185,10 +185,10 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
     source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names")}
     names = source["class_names"]
-    told = all(type(source[key]) is int for key in ("step", "images"))
-    told &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
-    told &= names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-    if not told:
+    complete = all(type(source[key]) is int for key in ("step", "images"))
+    complete &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
+    complete &= names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    if not complete:
         raise UserError(f"{folder}/config.json does not tell what its weights are; export the checkpoint again")
     if step not in (None, source["step"]) or ema not in (0, _profile(source["weights"])):
         asked = f"ema {ema}" if step is None else f"ema {ema} of step {step}"

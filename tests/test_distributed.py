@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import distributed
-from dtrain.errors import SharedFailure, told
+from dtrain.errors import SharedFailure, message_of
 from tests.ranks import run_ranks
 
 FAULTS = """
@@ -85,7 +85,7 @@ def test_what_no_user_can_mend_is_raised_by_all_ranks_and_has_its_cause_where_it
 def test_a_refusal_that_names_no_file_stays_what_it_is():
     refusal = PermissionError(1, "Operation not permitted")
     with pytest.raises(PermissionError) as met:
-        told(refusal)
+        message_of(refusal)
     assert met.value is refusal
 
 

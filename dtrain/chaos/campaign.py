@@ -74,8 +74,8 @@ class Undisturbed:
         began = time.time()
         ended = attempts.forked(job.command, arguments, job.shape.ranks, poison, log, LONGEST)
         if ended.codes != [0] * job.shape.ranks:
-            told = log.read_text().splitlines() or [""]
-            raise UserError(f"the job does not run even undisturbed ({ended}): {told[-1]}; see {log}")
+            lines = log.read_text().splitlines() or [""]
+            raise UserError(f"the job does not run even undisturbed ({ended}): {lines[-1]}; see {log}")
         return cls(losses(read(run.journal_file)), tensors(run), ended.at - began)
 
 
@@ -121,7 +121,7 @@ class Round:
             self._poison, self.undisturbed = plan.poison, Undisturbed.train(self.job, plan.poison)
         for stacks in self.run.logs.glob("rank-*.stacks"):  # of an earlier hang
             stacks.unlink()
-        with deletes_the_run(self._uri) if plan.mlflow == "forgets" else nullcontext([]) as deleted:
+        with deletes_the_run(self._uri) if plan.mlflow == "deletes" else nullcontext([]) as deleted:
             lines, ended = self._attempt(overrides, plan, launch)
         last = max((line["attempt"] for line in lines), default=0)  # a process that goes back begins another
         trained_to = max(losses([e for e in lines if e["attempt"] == last]), default=self.state().step)
@@ -136,7 +136,7 @@ class Round:
             result.notes.append(plan.damage.do(newest))
         if plan.odd_key:
             Journal(self.run.journal_file).append("validation", 0, 0, {ODD_KEY: 1.0})
-        if plan.mlflow == "forgets" and not deleted:
+        if plan.mlflow == "deletes" and not deleted:
             result.problems.append("no run came to MLflow that could be deleted")
         if plan.fails is not None and plan.fails not in [e["step"] for e in lines if e["event"] == "eval_failed"]:
             result.problems.append(f"the evaluation of step {plan.fails} is not journaled as failed")

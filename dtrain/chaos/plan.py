@@ -32,7 +32,7 @@ class Plan:
     damage: Damage | None = None  # done to the newest checkpoint after the attempt
     shape: Shape | None = None  # of the attempts after it
     shard: int | None = None  # damaged while the attempt runs: the one that this image of the run comes from
-    mlflow: str = ""  # gone: the server is not there; forgets: it deletes the run meanwhile
+    mlflow: str = ""  # gone: the server is not there; deletes: it deletes the run meanwhile
     odd_key: bool = False  # after the attempt the journal holds a metric whose key MLflow refuses
     shared_memory: int | None = None  # bytes of /dev/shm
     fails: int | None = None  # the step of an evaluation that must be journaled as failed

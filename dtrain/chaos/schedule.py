@@ -1,4 +1,4 @@
-"""Which fault comes next: drawn by a seed from a bag that holds every kind at every point, so that none is forgotten.
+"""Which fault comes next: drawn by a seed from a bag that holds every kind at every point, so that none is left out.
 
 A fault is planned for the run as it stands: at the next save where it belongs to a save, at the next evaluation where
 it belongs to one. What cannot happen now (no checkpoint to damage yet) waits in the bag.
@@ -84,7 +84,7 @@ def everything(job: Job) -> list[Draw]:
     return draws
 
 
-def told(victims: str, rank: int, where: str) -> str:
+def kill_of(victims: str, rank: int, where: str) -> str:
     return f"SIGKILL of {'all ranks' if victims == 'all' else f'rank {rank}'} at {where}"
 
 
@@ -99,14 +99,14 @@ def kill_in_a_save(job: Job, point: str, who: str, victims: str, state: State, r
     skip = int(rng.integers(most))
     where = f"at={point}" + (f" step={step}" if point != "save:remove" else "") + (f" skip={skip}" if skip else "")
     place = f"{point} of step {step}" + (f", time {skip + 1}" if most > 1 else "")
-    return Plan(told(victims, rank, place), f"SIGKILL of {victims}", kill(victims, where, rank), "killed")
+    return Plan(kill_of(victims, rank, place), f"SIGKILL of {victims}", kill(victims, where, rank), "killed")
 
 
 def kill_in_a_step(point: str, victims: str, state: State, rng) -> Plan | None:
     step, rank = later(state, rng), rank_for("any", state, rng)
     if step is None:
         return None
-    what = told(victims, rank, f"{point} {step}")
+    what = kill_of(victims, rank, f"{point} {step}")
     return Plan(what, f"SIGKILL of {victims}", kill(victims, f"at={point} step={step}", rank), "killed")
 
 
@@ -115,7 +115,7 @@ def kill_while_loading(point: str, victims: str, state: State, rng) -> Plan | No
     if not state.whole:
         return None
     return Plan(
-        told(victims, rank, f"{point} of step {state.step}"),
+        kill_of(victims, rank, f"{point} of step {state.step}"),
         f"SIGKILL of {victims}",
         kill(victims, f"at={point}", rank),
         "killed",
@@ -127,7 +127,7 @@ def kill_while_replacing(job: Job, victims: str, state: State, rng) -> Plan | No
     ahead = [s for s in state.damaged if s > state.step and s % job.config.train.checkpoint_every == 0]
     if not ahead:
         return None
-    what = told(victims, 0, f"save:replace of step {ahead[0]}")
+    what = kill_of(victims, 0, f"save:replace of step {ahead[0]}")
     schedule = kill(victims, f"at=save:replace step={ahead[0]}", 0)
     return Plan(what, f"SIGKILL of {victims}", schedule, "killed")
 
@@ -136,7 +136,7 @@ def kill_in_an_evaluation(job: Job, point: str, who: str, victims: str, state: S
     step, rank = coming(state, job.config.eval.every, rng), rank_for(who, state, rng)
     if step is None:
         return None
-    what = told(victims, rank, f"{point} of step {step}")
+    what = kill_of(victims, rank, f"{point} of step {step}")
     return Plan(what, f"SIGKILL of {victims}", kill(victims, f"at={point} step={step}", rank), "killed")
 
 

@@ -92,7 +92,7 @@ def run_deleted(state: State, rng) -> Plan | None:
     if step is None:
         return None
     schedule = f"stall at=step step={step} seconds=10; {stop_at(step)}"
-    return Plan(f"the run is deleted in MLflow at step {step}", "run deleted", schedule, "stopped", mlflow="forgets")
+    return Plan(f"the run is deleted in MLflow at step {step}", "run deleted", schedule, "stopped", mlflow="deletes")
 
 
 def refused_key(state: State, rng) -> Plan | None:

@@ -14,7 +14,7 @@ import typer
 
 from dtrain import __version__, distributed, launcher, plugins
 from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
-from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, told
+from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, message_of
 from dtrain.training.record.output import clean_tracebacks, forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
@@ -122,7 +122,7 @@ def main(command: str | None = None) -> None:
         if ctrl_c.is_ending:  # typer makes an exit code of a KeyboardInterrupt
             code = ctrl_c.end()
     except (UserError, PermissionError) as e:
-        code = _mistake(told(e), shared=isinstance(e, SharedError))
+        code = _mistake(message_of(e), shared=isinstance(e, SharedError))
     except UsageError as e:
         hint = "; settings are given as key.sub=value" if arguments[:1] in (["train"], ["submit"]) else ""
         code = _mistake(f"{e.format_message().rstrip('.')}{hint}")

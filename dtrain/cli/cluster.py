@@ -137,7 +137,7 @@ def _evaluated(run: str, after: str | None) -> Path:
 
 
 def _judged(run: Path, given: dict, raw: bool = False):
-    """The run's config with these settings, so that a wrong one is told before a job waits; None before it begins."""
+    """The run's config with these settings, so that a wrong one ends no waiting job; None before it begins."""
     from dtrain.evaluation.requirements import check_evaluation
     from dtrain.run import RunDirectory
 
@@ -150,7 +150,7 @@ def _judged(run: Path, given: dict, raw: bool = False):
 
 
 def _options(command: str, run: str, words: list[str]) -> dict:
-    """The options as `dtrain evaluate` or `dtrain sweep` reads them, so that a mistake is told before a job waits."""
+    """The options as `dtrain evaluate` or `dtrain sweep` reads them, so that a mistake ends no waiting job."""
     from dtrain.cli.evaluation import evaluate, sweep
 
     reads = typer.Typer()

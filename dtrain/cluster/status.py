@@ -21,7 +21,7 @@ ACTIVE = WAITING + STARTED
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that SLURM has not forgotten. state: such as PENDING; left: of its time limit, as SLURM writes it."""
+    """A job that SLURM still lists. state: such as PENDING; left: of its time limit, as SLURM writes it."""
 
     number: str
     state: str
@@ -60,7 +60,7 @@ def job_of(run: Path) -> str | None:
 
 
 def queue(numbers: list[str]) -> dict[str, QueuedJob]:
-    """What SLURM says of these jobs, by number; nothing of those it has forgotten, or where there is no SLURM."""
+    """What SLURM says of these jobs, by number; nothing of those it no longer lists, or where there is no SLURM."""
     if not numbers:
         return {}
     command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}"]

@@ -1,4 +1,4 @@
-"""The `run` and `tracking` sections: what a run is called, where it lies, who is told."""
+"""The `run` and `tracking` sections: its name, its folder, its MLflow server."""
 
 import os
 from pathlib import Path

@@ -74,5 +74,5 @@ class PartSection(Section):
         return []
 
     def network(self, width: int) -> Any | None:
-        """Of a condition: the part of the backbone that makes a vector (N, width) of it; None where it has none."""
+        """The part of the backbone that makes a vector (N, width) of a condition; None where it has none."""
         return None

@@ -19,12 +19,12 @@ class Declared(NamedTuple):
 
     @property
     def extensions(self) -> list[tuple[str, ...]]:
-        """Of each field, the files that it may be."""
+        """The files that each field may be."""
         return [field.extensions for field in self.fields]
 
     @property
     def row_bytes(self) -> list[int]:
-        """Of each tensor of a batch, `k` included."""
+        """The bytes of a row of each tensor of a batch, `k` included."""
         return [8, *(field.row_bytes for field in self.fields), *(draw.row_bytes for draw in self.draws)]
 
 

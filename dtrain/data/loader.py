@@ -299,7 +299,7 @@ class _Queue(multiprocessing.queues.Queue):
 
 def _detach(worker: int, owner: int) -> None:
     """Leave the signals that ask for a stop to the rank: SLURM and terminals send them to every process of a job, and
-    a rank that has lost its workers cannot finish its step. A worker ends when it is told to or its parent is gone.
+    a rank that has lost its workers cannot finish its step. A worker ends when it is asked to or its parent is gone.
     """
     if os.getppid() != owner:
         os._exit(1)  # torch's own watch begins after this and would take whoever adopted this process for its rank

@@ -28,12 +28,12 @@ from dtrain.randomness import Draws, Purpose, drawn
 
 __all__ = ["Report", "StepDataset", "read_split"]
 
-ATTEMPTS = 64  # substitutes tried before a stream counts as lost
+SUBSTITUTES = 64  # substitutes tried before a stream counts as lost
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A sample that could not be used, and what stands in its place; sample ids are those of the source."""
+    """A sample that could not be used, and the one read instead; both of the source of this number, as `k` is."""
 
     k: int
     source: int
@@ -56,8 +56,8 @@ class Report:
 class StepDataset(Dataset):
     """This rank's rows of every global batch, with all the randomness of the step.
 
-    images: the place in the run's order where index 0 begins; skipped: the places left out. Item i is the i-th batch
-    from there on, as n = batch_size / world_size rows of `k` int64 (n,), which image of the run, and of every field and
+    images: the images seen before index 0, its first k; skipped: the images left out. Item i is the i-th batch from
+    there on, as n = batch_size / world_size rows of `k` int64 (n,), which image of the run, and of every field and
     draw that the config's parts declare (`data/declared.py`), such as
         image  float32 (n, C, H, W)   pixels in [−1, 1], flipped by chance where data.flip is set
         label  int64   (n,)           of a model with classes
@@ -105,8 +105,8 @@ class StepDataset(Dataset):
 
     def read(self, index: int) -> tuple[np.ndarray, Batch]:
         """k (n,) of a batch, and the batch without its draws."""
-        places = self._skipped.at(self._first + index * self._batch_size, self._batch_size)
-        k = self._order.deal(places, self.rank, self._world_size)
+        all_k = self._skipped.at(self._first + index * self._batch_size, self._batch_size)
+        k = self._order.deal(all_k, self.rank, self._world_size)
         sources, samples = self._order.samples(k)
         for source, reader in enumerate(self._readers):
             reader.prefetch(samples[sources == source].tolist(), self._samples[source].extensions)
@@ -130,15 +130,15 @@ class StepDataset(Dataset):
             if not self._replace:
                 raise
             problem = str(e)
-        for attempt in range(ATTEMPTS):
-            other = self._order.substitute(k, attempt)
+        for number in range(SUBSTITUTES):
+            other = self._order.substitute(k, number)
             try:
                 read = self._samples[source].read(other, view)
             except BadSample:
                 continue
             self._replaced.append(Replaced(k, source, sample, other, problem))
             return read
-        raise UserError(f"{problem}; {ATTEMPTS} substitutes of its stream cannot be used either")
+        raise UserError(f"{problem}; {SUBSTITUTES} substitutes of its stream cannot be used either")
 
     def _view_of(self, k: int) -> View:
         mirrored = self._flip and self._draws.uniform(Purpose.FLIP, k) < 0.5

@@ -1,6 +1,6 @@
 """Evaluate a model: draw samples on all ranks, compare them with the held-out split.
 
-Sample ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communicated until the features are brought
+Ids are dealt to ranks in blocks of `eval.batch_size`; nothing is communicated until the features are brought
 together, so ranks may be unequally fast.
 """
 
@@ -44,11 +44,11 @@ def weights_name(config: Config) -> str:
 
 
 def labels_of(ids: list[int], config: Config, reference: Reference) -> Tensor:
-    """int64 (n,): of held-out sample id mod M, so distributed as in that split; `uniform`: all classes in turn."""
-    numbers = torch.tensor(ids)
+    """int64 (n,): id i has the label of the held-out sample i mod M; `uniform`: all classes in turn."""
+    i = torch.tensor(ids)
     if config.eval.labels == "uniform" or reference.labels is None:
-        return numbers % max(1, config.model.num_classes)
-    return reference.labels[numbers % len(reference.labels)]
+        return i % max(1, config.model.num_classes)
+    return reference.labels[i % len(reference.labels)]
 
 
 def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
@@ -73,9 +73,9 @@ def evaluate(
 ) -> tuple[dict[str, float], dict]:
     """(metrics, context) of `eval.num_samples` samples; every rank calls it and gets the same answer.
 
-    on_progress: told of this rank's evaluations of the network. With `scratch`, each block drawn is kept there, and
+    on_progress: called with this rank's evaluations of the network. With `scratch`, each block drawn is kept there, and
     those that are there already are not drawn again. What one rank meets, all ranks raise (`distributed.agree`);
-    NotFinite, with their number, where samples have features that are no finite numbers.
+    NotFinite, with their ids, where samples have features that are no finite numbers.
     """
     e, extractor = config.eval, reference.extractor
     moments = Moments(extractor.dimensions).to(sampler.device)
@@ -204,8 +204,8 @@ def open_sampler(
     return distributed.agree(opened)
 
 
-def identity(checkpoint: str, config: Config, reference: Reference) -> dict[str, Any]:
-    """All that determines the samples of an evaluation of the checkpoint of this hash; not how many there are."""
+def sampling_settings(checkpoint: str, config: Config, reference: Reference) -> dict[str, Any]:
+    """All that determines the samples drawn from the checkpoint of this hash; not how many there are."""
     uniform = config.eval.labels == "uniform" or reference.manifest is None
     return {
         "checkpoint": checkpoint,
@@ -219,7 +219,7 @@ def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, 
     """What of an evaluation with this context is not as in the training's first, so that no curve may hold both.
 
     Before there is a first one, its settings are those of `own`, the run's config; `now` is the evaluation's. Weights
-    and number of samples are told of every evaluation anyhow; the batch only changes rounding.
+    and number of samples are in every context anyhow; the batch only changes rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
     first = next(map(settings_of, training_evaluations(run.journal_file)), None)
@@ -233,4 +233,4 @@ def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, 
 
 def scratch_of(run: RunDirectory, config: Config, checkpoint: str, reference: Reference) -> Scratch:
     """Where the samples of this evaluation wait for it to be started again."""
-    return Scratch(run.path / "evaluations", identity(checkpoint, config, reference))
+    return Scratch(run.path / "evaluations", sampling_settings(checkpoint, config, reference))

@@ -32,7 +32,7 @@ class OnProgress(Protocol):
 
 
 def which_not_finite(rows: torch.Tensor) -> list[int]:
-    """The numbers of rows (n, …) with a value that is not finite."""
+    """The rows of (n, …) with a value that is not finite, counted from 0."""
     return (~rows.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
 
 
@@ -43,7 +43,7 @@ def named(ids: list[int]) -> str:
 
 
 def quiet(done: int, of: int, what: str | None = None) -> None:
-    """Nobody looks."""
+    """Shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sampler:
     def draw(
         self, ids: list[int], labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
-        """uint8 (n, channels, image_size, image_size) for sample ids (n) and int64 labels (n,), as `how` says.
+        """uint8 (n, channels, image_size, image_size) for ids (n) and int64 labels (n,), as `how` says.
 
         on_evaluation: called each time that the model has answered.
 

@@ -50,7 +50,7 @@ def metric_names(e: Eval, features: str, comparable: bool) -> list[str]:
 
 
 def options_of(features: str) -> str:
-    """What `dtrain reference` is told to compute these features."""
+    """The options of `dtrain reference` with which it computes these features."""
     return "--features inception --resize tensorflow" if features == "inception_tf" else f"--features {features}"
 
 
@@ -60,7 +60,7 @@ def is_comparable(features: str, reference_resize: str | None) -> bool:
 
 
 def resize_of_reference(e: Eval, features: str, path: str | Path) -> str | None:
-    """How the images behind the statistics in a file were resized, `unknown` where nobody says.
+    """How the images behind the statistics in a file were resized, `unknown` where no file says it.
 
     None where that is no question: the file is dtrain's own and names its features, or they are not Inception's. What
     the file says counts, else what `eval.resize` says. Raises UserError where these two contradict each other.

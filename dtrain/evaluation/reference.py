@@ -54,7 +54,7 @@ def preprocessing(image_size: int, channels: int, upright: bool = False) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """What statistics were made from."""
 
     manifest: str  # its path, to see whether it is still the same
@@ -63,7 +63,7 @@ class Source:
     preprocessing: str  # what happened to the images before the extractor
 
     @classmethod
-    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int, upright: bool) -> "Source":
+    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int, upright: bool) -> "Origin":
         path = str(manifest.path.resolve())
         return cls(path, manifest.hash, features.fingerprint, preprocessing(image_size, channels, upright))
 
@@ -157,7 +157,7 @@ def _computed(
     Of this evaluation or an earlier one. A collective.
     """
     store = ReferenceStore(
-        Source.of(split, features, data.image_size, data.channels, upright),
+        Origin.of(split, features, data.image_size, data.channels, upright),
         split.path.parent,
         stored_path(split.path.parent, features, data.image_size, upright).stem,
         split.samples,
@@ -227,26 +227,26 @@ def read_reference(
     stored, named = read(path), manifest is None
     if stored.source:
         try:
-            source = Source(**json.loads(stored.source))
+            origin = Origin(**json.loads(stored.source))
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged (its source cannot be read); run `dtrain reference` again") from None
-        if manifest is None and Path(source.manifest).exists():
-            manifest = manifests.load(source.manifest)
-        data = source.data if manifest is None else manifest.hash
+        if manifest is None and Path(origin.manifest).exists():
+            manifest = manifests.load(origin.manifest)
+        data = origin.data if manifest is None else manifest.hash
         if manifest is None:
-            turned = upright and source.preprocessing.startswith(UPRIGHT)
+            turned = upright and origin.preprocessing.startswith(UPRIGHT)
         elif turned is None:
             turned = upright and any_turned(manifest, manifest.place)
-        now = Source(source.manifest, data, features.fingerprint, preprocessing(image_size, channels, turned))
+        now = Origin(origin.manifest, data, features.fingerprint, preprocessing(image_size, channels, turned))
         for part in ("data", "extractor", "preprocessing"):
-            was, is_now = getattr(source, part), getattr(now, part)
+            was, is_now = getattr(origin, part), getattr(now, part)
             if was != is_now:
                 ignored = "" if upright else " --exif ignore"
-                other = named and turned != source.preprocessing.startswith(UPRIGHT)  # which has a name of its own
+                other = named and turned != origin.preprocessing.startswith(UPRIGHT)  # which has a name of its own
                 then = "and name its file in eval.reference" if other else "again"
                 raise UserError(
                     f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
-                    f"run `dtrain reference {Path(source.manifest).parent} {options_of(features.name)}{ignored}` {then}"
+                    f"run `dtrain reference {Path(origin.manifest).parent} {options_of(features.name)}{ignored}` {then}"
                 )
     if stored.statistics.dimensions != features.dimensions:
         raise UserError(
@@ -254,7 +254,7 @@ def read_reference(
             f"{features.dimensions}; they are of other features"
         )
     if stored.source:
-        return stored.statistics, source.data  # as if it had been computed on the spot
+        return stored.statistics, origin.data  # as if it had been computed on the spot
     with open(path, "rb") as f:
         return stored.statistics, hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -323,13 +323,13 @@ def make(
     device = distributed.device()
     features = distributed.agree(extractor, name, size, channels, weights, device, resize)
     turned = upright and distributed.on_rank_0(any_turned, manifest, manifest.place)
-    source = Source.of(manifest, features, size, channels, turned)
+    origin = Origin.of(manifest, features, size, channels, turned)
     target = out or stored_path(path.parent, features, size, turned)
     statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block, upright=upright)
 
     def write() -> None:
         try:
-            save(statistics, target, source.fingerprint, json.dumps(asdict(source)))
+            save(statistics, target, origin.fingerprint, json.dumps(asdict(origin)))
         except OSError as e:
             raise UserError(f"cannot write {target}: {e.strerror}; name a writable place with --out") from None
 
@@ -340,7 +340,7 @@ def make(
 
 
 def _first_image(manifest: Manifest) -> tuple[int, int]:
-    """(shorter side in pixels, channels) of a split's first image, which speaks for the others."""
+    """(shorter side in pixels, channels) of a split's first image, taken for all."""
     reader = ShardReader(manifest, manifest.path.parent)
     for field, data in reader.read(0, IMAGE_FIELDS).items():
         try:

@@ -22,7 +22,7 @@ LARGEST = 2**28  # bytes of a file: a covariance of many pixels would take gigab
 
 
 class ReferenceStore:
-    """The files of one source, a `reference.Source`, of `count` images and `dimensions` features each."""
+    """The files of one `reference.Origin`, of `count` images and `dimensions` features each."""
 
     def __init__(self, source, folder: Path, name: str, count: int, dimensions: int):
         """folder: the split's. name: of the file, without what tells it from others."""

@@ -36,9 +36,9 @@ def draw(
     world_size: int = 1,
     on_progress: OnProgress = quiet,
 ) -> dict[int, np.ndarray]:
-    """This rank's blocks of sample ids 0 … n − 1, by their first id: uint8 (b, H, W, C) each. labels: int64 (n,).
+    """This rank's blocks of ids 0 … n − 1, by their first id: uint8 (b, H, W, C) each. labels: int64 (n,).
 
-    on_progress: told of this rank's evaluations of the network.
+    on_progress: called with this rank's evaluations of the network.
     """
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]

@@ -24,9 +24,9 @@ TRIES = 5
 
 
 class Scratch:
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        """`folder` is the run's; `identity` is plain data."""
-        content = json.dumps(identity, sort_keys=True)
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """`folder` is the run's; `settings`, all that determines an image, are plain data."""
+        content = json.dumps(settings, sort_keys=True)
         self.path = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def read(self, start: int, count: int, shape: tuple[int, int, int]) -> Tensor | None:

@@ -22,10 +22,10 @@ from dtrain.evaluation.combinations import Setting, combinations, configured
 from dtrain.evaluation.evaluate import (
     evaluate,
     evaluations_of_a_rank,
-    identity,
     newest_step,
     of_the_reference,
     open_sampler,
+    sampling_settings,
     scratch_of,
     weights_name,
 )
@@ -57,7 +57,7 @@ def sweep(
 
     A combination whose samples are not finite is left out, and said. Raises NotFinite where all are.
 
-    on_progress: told of this rank's evaluations of the network, of all combinations together.
+    on_progress: called with this rank's evaluations of the network, of all combinations together.
     """
     settings = combinations(axes)
     configs = [configured(config, setting) for setting in settings]  # all of them, before the first is drawn
@@ -206,7 +206,7 @@ def _key(checkpoint: str, config: Config, reference: Reference) -> str:
         del of["bpd_clip"]
     if reference.comparable or not OF_STATISTICS & set(e.metrics):  # else it is in the name of a distance
         of.pop("reference_resize", None)
-    what = identity(checkpoint, config, reference) | {
+    what = sampling_settings(checkpoint, config, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),
         "bootstrap": e.bootstrap,

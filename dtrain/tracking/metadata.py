@@ -1,4 +1,4 @@
-"""What MLflow is told of a run beside its curves, from the config and the journal: params, tags, data sets."""
+"""What MLflow gets of a run beside its curves, from the config and the journal: params, tags, data sets."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 NAMING = {"optim.lr"}  # what a run is called by whether or not it is the default
 # No params even where they differ from the defaults: where a run lies and how it is carried out; what is a property of
-# the data; and how it is measured, which is told beside each distance.
+# the data; and how it is measured, which stands beside each distance.
 CARRIED_OUT = ("run.name", "run.dir", "data.shards", "data.manifest", "data.mix", "data.holdout", "data.workers")
 CARRIED_OUT += ("data.cache", "data.on_error", "data.max_bad_fraction", "data.streams", "data.allow_pipe", "tracking")
 CARRIED_OUT += ("deepspeed.zero_stage", "deepspeed.offload", "deepspeed.extra", "train.micro_batch", "train.log_every")
@@ -49,7 +49,7 @@ def trained_on(manifest: "Manifest", data: Data) -> list[dict[str, Any]]:
 
 
 def datasets(lines: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
-    """What the newest attempt trains on, as `trained_on` told the journal."""
+    """What the newest attempt trains on, as `trained_on` wrote it into the journal."""
     last = next((line["context"] for line in reversed(lines) if line["event"] == "attempt"), None)
     if last is None or "datasets" in last or config.data.mix:
         return (last or {}).get("datasets", [])

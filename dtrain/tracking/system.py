@@ -56,7 +56,7 @@ class SystemSampler:
                 context = self._context | {"sample": number}
                 journal.append("system", position.step, position.images, metrics, context)
             except OSError:
-                continue  # a full disk, or one that is gone, is told by those who write what matters
+                continue  # a full disk, or one that is gone, is reported by whatever writes what matters
         journal.close()
 
 
@@ -75,19 +75,19 @@ def machine(network_before, folder: Path) -> dict[str, float]:
 
 
 def gpus() -> dict[str, float]:
-    """How busy every GPU of the node is, as nvidia-smi tells it; none where there is no nvidia-smi."""
+    """How busy every GPU of the node is, by nvidia-smi; none where there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return parse_gpus(told)
+    return parse_gpus(answer)
 
 
-def parse_gpus(told: str) -> dict[str, float]:
-    """Lines of index, utilization in %, memory used and there in MiB, power in W; what is not told is absent."""
+def parse_gpus(answer: str) -> dict[str, float]:
+    """Lines of index, utilization in %, memory used and there in MiB, power in W; what is not given is absent."""
     found = {}
-    for line in told.splitlines():
+    for line in answer.splitlines():
         index, *values = (part.strip() for part in line.split(","))
         if len(values) != 4:
             continue  # of a GPU that is gone it says so in a sentence

@@ -149,9 +149,9 @@ def _jumps(attempts: list[dict], trained: list[dict], left_out: Skipped) -> list
 
 def _replaced(run: RunDirectory, names: list[str], uses: list[np.ndarray]) -> tuple[int, list[str]]:
     """Bad samples that the journals of all ranks name: their number, and those the order did not ask for."""
-    places = [run.journal_file, *beside(run.journal_file, OTHER_RANKS)]
+    journals = [run.journal_file, *beside(run.journal_file, OTHER_RANKS)]
     begins = [line for line in events(run.journal_file) if line["event"] == "attempt"]
-    lines = valid([*begins, *(line for p in places for line in events(p) if line["event"] == "bad_sample")])
+    lines = valid([*begins, *(line for p in journals for line in events(p) if line["event"] == "bad_sample")])
     contexts = [line["context"] for line in lines if line["event"] == "bad_sample"]
     found = {one["k"]: one for one in contexts if {"k", "source", "sample"} <= one.keys()}
     wrong = [

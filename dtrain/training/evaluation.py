@@ -33,7 +33,7 @@ class Evaluation:
     One that fails costs its numbers and no step: the ranks agree on what one of them met (`distributed.agree`), rank 0
     writes it into the journal as "eval_failed" and says it, and the training goes on.
 
-    stop_wanted: whether this rank has been asked to; one rank's word is enough for all.
+    stop_wanted: whether this rank has been asked to; one rank is enough for all.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
     Drawn in blocks of eval.batch_size, which the device has room for.
     """
     columns = min(config.model.num_classes, 10) or GRID_ROWS
-    numbers = torch.arange(GRID_ROWS * columns)
-    labels = numbers % max(1, min(config.model.num_classes, columns))
-    blocks = zip(numbers.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
-    images = [sampler.draw((GRID_IDS + ids).tolist(), some, config.eval) for ids, some in blocks]
+    ids = torch.arange(GRID_ROWS * columns)
+    labels = ids % max(1, min(config.model.num_classes, columns))
+    blocks = zip(ids.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
+    images = [sampler.draw((GRID_IDS + some).tolist(), of_them, config.eval) for some, of_them in blocks]
     picture = grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size))
     with replacing(path) as f:
         picture.save(f, "png")

@@ -36,7 +36,7 @@ class Feed:
         self.error: UserError | LoaderFailure | None = None
 
     def begin(self, images: int, skipped: Skipped) -> None:
-        """Go on, or anew, from place `images` of the run's order, without what is left out of it."""
+        """Go on, or anew, after `images` images seen, without those of `skipped`."""
         self.close()
         ranks = distributed.rank(), distributed.world_size()
         self._batches = train_batches(self._config, self._manifest, *ranks, images, skipped)

@@ -13,7 +13,7 @@ from PIL import Image
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.combinations import configured
-from dtrain.evaluation.evaluate import evaluate, identity, open_sampler, weights_name
+from dtrain.evaluation.evaluate import evaluate, open_sampler, sampling_settings, weights_name
 from dtrain.evaluation.features import weights
 from dtrain.evaluation.features.networks import Inception
 from dtrain.evaluation.features.weights import WeightFile
@@ -330,7 +330,8 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     run_ranks(train, 1, config)
     run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference.open(config, CPU)
     checkpoint = open_sampler(run, config, weights_name(config), CPU).checkpoint
-    named = identity(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}  # as keys were made then
+    # As keys were made then:
+    named = sampling_settings(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}
     named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}
     key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     line = {"event": "sweep", "key": key, "setting": {"eta": 0.0}, "step": 1, "images": 24, "attempt": 0, "time": 0.0}

@@ -1,7 +1,8 @@
-"""Several data sets in one stream of images, by weight, still a pure function of the images seen.
+"""Several sources in one order of images, by weight, still a pure function of the images seen.
 
-Of every 1,024 images each source gives a whole number, its quota, and a permutation keyed by (seed, block) says at
-which places. So the number of a source's image is its quota times the blocks before, and its rank within the block.
+Of every 1,024 images, a block, each source gives a whole number, its quota, and a permutation keyed by (seed, block)
+says which. So an image's own k, within its source, is the source's quota times the blocks before, and how many of the
+source come before it within the block.
 """
 
 from collections.abc import Sequence
@@ -40,43 +41,43 @@ class Mixture:
         self._block = lru_cache(maxsize=16)(self._lay_out)
 
     def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source (n,) of image k of the run, and which image of that source it is (n,); both int64."""
+        """Source (n,) of image k of the run, and its own k (n,) within that source; both int64."""
         k = np.asarray(k, dtype=np.int64)
         if len(self.orders) == 1:
             return np.zeros_like(k), k
-        source, number = np.empty_like(k), np.empty_like(k)
-        blocks, places = np.divmod(k, BLOCK)
+        source, own_k = np.empty_like(k), np.empty_like(k)
+        blocks, offsets = np.divmod(k, BLOCK)
         for block in np.unique(blocks).tolist():
-            rows = blocks == block
-            sources, ranks = self._block(block)
-            source[rows] = sources[places[rows]]
-            number[rows] = block * self._quotas[source[rows]] + ranks[places[rows]]
-        return source, number
+            here = blocks == block
+            sources, before = self._block(block)
+            source[here] = sources[offsets[here]]
+            own_k[here] = block * self._quotas[source[here]] + before[offsets[here]]
+        return source, own_k
 
     def samples(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, sample id within that source) of image k, each (n,) int64."""
-        source, number = self.locate(k)
-        sample = np.empty_like(number)
+        """(source, sample of that source) of image k, each (n,) int64."""
+        source, own_k = self.locate(k)
+        sample = np.empty_like(own_k)
         for s, order in enumerate(self.orders):
-            sample[source == s] = order.sample(number[source == s])
+            sample[source == s] = order.sample(own_k[source == s])
         return source, sample
 
-    def substitute(self, k: int, attempt: int) -> int:
-        """What to try instead of image k's sample, of the same source and stream."""
-        source, number = self.locate(np.array([k]))
-        return self.orders[source[0]].substitute(int(number[0]), attempt)
+    def substitute(self, k: int, number: int) -> int:
+        """The sample to try instead of image k's, of the same source and stream."""
+        source, own_k = self.locate(np.array([k]))
+        return self.orders[source[0]].substitute(int(own_k[0]), number)
 
     def rows(self, first: int, batch: int, rank: int, world_size: int) -> np.ndarray:
-        """The k's of this rank's rows: the batch sorted by (source, stream, place) and cut into one run a rank."""
+        """k of this rank's rows: the batch sorted by (source, stream, k) and cut into one piece a rank."""
         return self.deal(np.arange(first, first + batch, dtype=np.int64), rank, world_size)
 
     def deal(self, k: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-        """This rank's run of the rising k (batch,) int64 of a global batch, sorted likewise."""
+        """This rank's piece of the rising k (batch,) int64 of a global batch, sorted likewise."""
         if len(self.orders) == 1:
             return self.orders[0].deal(k, rank, world_size)
-        source, number = self.locate(k)
+        source, own_k = self.locate(k)
         streams = np.array([order.streams for order in self.orders])
-        k = k[np.lexsort((k, number % streams[source], source))]
+        k = k[np.lexsort((k, own_k % streams[source], source))]
         n = len(k) // world_size
         return k[rank * n : (rank + 1) * n]
 
@@ -87,13 +88,13 @@ class Mixture:
         return (blocks * self._quotas + np.bincount(source, minlength=len(self.orders))).tolist()
 
     def _lay_out(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """A block's source at each place, and its rank among that source's places; each (1024,) int64."""
+        """The source of each image of a block, and how many of that source come before it; each (1024,) int64."""
         sources = np.repeat(np.arange(len(self.orders)), self._quotas)
         sources = sources[permutation(self._draws.words(Purpose.MIXTURE, block, size=BLOCK))]
-        ranks = np.empty_like(sources)
+        before = np.empty_like(sources)
         for s, quota in enumerate(self._quotas):
-            ranks[sources == s] = np.arange(quota)
-        return sources, ranks
+            before[sources == s] = np.arange(quota)
+        return sources, before
 
 
 def of_run(config: Config, manifest: Manifest) -> Mixture:

@@ -1,4 +1,4 @@
-"""What the images of a run are called in its shards, for people who want to look at them."""
+"""Where the samples of a run's images lie in its shards, for people who want to look at them."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ from dtrain.data.shards.remote import is_url, shown
 
 
 class SampleNames:
-    """Where images lie, by their place k in the run's order."""
+    """Where the samples of images k lie."""
 
     def __init__(self, config: Config, manifest: Manifest):
         self._config, self._manifests = config, (manifest, *manifest.mixed)
-        self._places = [source.shards for source in (config.data, *config.data.mix)]
+        self._folders = [source.shards for source in (config.data, *config.data.mix)]
 
     def by_shard(self, k: np.ndarray) -> dict[str, list[int]]:
         """Shard → which of its samples the images k (n,) are, counted from 0. Reads nothing."""
@@ -27,18 +27,18 @@ class SampleNames:
         """`shard: member` of a few images k (n,), as each shard is read up to its sample; remote: `shard: sample 7`."""
         names = []
         for shard, number, source, sample in self._located(k):
-            remote = is_url(self._places[source])
-            reader = None if remote else ShardReader(self._manifests[source], self._places[source])
+            remote = is_url(self._folders[source])
+            reader = None if remote else ShardReader(self._manifests[source], self._folders[source])
             names.append(f"{shard}: sample {number}" if remote else reader.name(sample))
         return names
 
     def _located(self, k: np.ndarray) -> list[tuple[str, int, int, int]]:
-        """(shard, number in there, source, sample id in the source) of each image."""
+        """(shard, number in there, source, sample of the source) of each image."""
         found = []
         for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
             sizes = self._manifests[source].shard_sizes
             shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
-            place, name = self._places[source], self._manifests[source].shards[shard].name
-            name = shown(place, name, shard) if is_url(place) else f"{place}/{name}"
+            folder, name = self._folders[source], self._manifests[source].shards[shard].name
+            name = shown(folder, name, shard) if is_url(folder) else f"{folder}/{name}"
             found.append((name, int(sample - sizes[:shard].sum()), int(source), int(sample)))
         return found

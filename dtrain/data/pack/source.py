@@ -55,7 +55,7 @@ class Source:
     """Image files, labelled or not, that can be packed.
 
     item(i): what `files` needs of the i-th sample; both it and `files` can go to another process.
-    files(item): raises Unfit for a sample to be left out, which is told as unfit(i, reason).
+    files(item): raises Unfit for a sample to be left out, which is reported as unfit(i, reason).
     content: hex digest that changes when the source does.
     foreign: its pictures were made elsewhere, so each is decoded, and left out where training would refuse it.
     left_out: what was seen at once not to be packed. notes: lines to show about what was taken.

@@ -33,7 +33,7 @@ FORMAT = 1
 RECORD = [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")]  # of the side file, as a NumPy dtype
 RECORD_BYTES = 16
 ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
-REMEMBERED = 16 << 20  # bytes of a side file whose check is remembered
+NOTED = 16 << 20  # bytes of a side file of which it is noted that it was checked
 
 LARGEST = 1 << 30  # bytes of a manifest
 
@@ -192,21 +192,21 @@ def load(path: str | Path) -> Manifest:
 
 
 def _digest_is(file: BinaryIO, sha256: str) -> bool:
-    """Whether a side file has its digest. That a large one had is remembered on this machine while nobody touches it:
-    a second a gigabyte is too long for every rank of every resume, and members have their own crc32.
+    """Whether a side file has its digest. That a large one had is noted on this machine, until the file changes: a
+    second a gigabyte is too long for every rank of every resume, and members have their own crc32.
     """
     status = os.fstat(file.fileno())
-    if status.st_size < REMEMBERED:
+    if status.st_size < NOTED:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
     known = [sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    memory = default_directory() / f"checked-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}"
-    if memory.exists():
+    note = default_directory() / f"checked-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}"
+    if note.exists():
         return True
     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
         return False
     with suppress(OSError):  # a home that cannot be written costs time and nothing else
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.touch()
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
     return True
 
 

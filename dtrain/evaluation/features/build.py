@@ -96,7 +96,7 @@ def extractor(
 
 
 def check_finite(bad: list[int], total: int, what: str, features: str) -> None:
-    """Raises NotFinite on every rank where one has `bad` ones, by their numbers, among `total` images. A collective."""
+    """Raises NotFinite on every rank where one has `bad` ones (ids, or samples of a split) of `total`. A collective."""
     if found := sorted(itertools.chain(*distributed.gather_objects(bad))):
         raise NotFinite(
             f"the features of {len(found):,} of {total:,} {what} are not finite numbers "

@@ -114,5 +114,5 @@ def reason(error: Exception) -> str:
     chain = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)
-    told = next((e for e in reversed(chain) if isinstance(e, OSError)), error)
-    return redacted(f"{type(told).__name__}: {' '.join(str(told).split())}")[:300]
+    shown = next((e for e in reversed(chain) if isinstance(e, OSError)), error)
+    return redacted(f"{type(shown).__name__}: {' '.join(str(shown).split())}")[:300]

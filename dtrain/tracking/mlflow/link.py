@@ -12,7 +12,7 @@ from dtrain.tracking.mlflow.address import tracking_uri
 FILE = "mlflow.json"  # {"uri", "experiment", "run"} of the store that has the run; "problem": why it lacks something
 # MLflow 3.17 opens experiments in its GenAI mode, which hides curves; this parameter chooses the other one.
 MODEL_TRAINING = "workflowType=machine_learning"
-LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow server` listens unless told otherwise
+LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow server` listens by default
 
 
 def keep_ids(directory: Path, uri: str, experiment_id: str, run_id: str) -> None:

@@ -2,7 +2,7 @@
 
 A step is refused where its loss or gradient is not finite, or its gradient's norm is far over those of recent steps.
 It moves nothing (`training/refusal.py`) and does not count: `images` goes on, `step` does not. After some in a row the
-run goes back to its newest whole checkpoint and leaves their images out for ever (`data/skipped.py`).
+run goes back to its newest whole checkpoint and leaves their images out for ever (`data/order/skipped.py`).
 
 Every rank decides by itself from the same numbers: norms are equal on all ranks, and the window is in the checkpoint.
 """
@@ -32,7 +32,7 @@ class Refused(NamedTuple):
     turn: str
     norm: float
     limit: float
-    images: list[tuple[int, int]]  # [first, last) of the run's order, without what is left out
+    images: list[tuple[int, int]]  # [first, last) of k, without what is left out
 
 
 class BadSteps:
@@ -60,8 +60,8 @@ class BadSteps:
         return factor * typical or LARGEST
 
     def batch(self, images: int) -> list[tuple[int, int]]:
-        """The images of the global batch that begins at place `images` of the order: ranges [first, last)."""
-        after = int(self.skipped.places(images, self._batch_size)[-1]) + 1
+        """The images of the global batch after `images` were seen: ranges [first, last) of k."""
+        after = int(self.skipped.kept(images, self._batch_size)[-1]) + 1
         return self.skipped.between(images, after)
 
     def judge(self, norm: float, limit: float, images: list[tuple[int, int]], turn: str = "main") -> bool:
@@ -83,7 +83,7 @@ class BadSteps:
         why = spike if np.isfinite(norm) else "its loss or gradient is not finite"
         whose = "" if turn == self._first else f" in its turn {turn}"
         message = f"the step after {sums.position.step} was refused{whose}: {why}"
-        samples = self._names.by_shard(_places(images))
+        samples = self._names.by_shard(_k_in(images))
         context = {"kind": "bad_step", "message": message, "refused": images, "samples": samples}
         self._tracker.write("fault", sums.position, {"grad_norm": norm}, context)
         return message
@@ -107,12 +107,12 @@ class BadSteps:
         batches = self._worst
         ranges = [one for batch in batches for one in batch]
         if self.rollbacks >= self._train.rollbacks:
-            places = _places(ranges)
-            more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
+            k = _k_in(ranges)
+            more = f" and {len(k) - NAMED:,} more" if len(k) > NAMED else ""
             raise SharedError(
                 f"{len(batches)} steps in a row after step {position.step} were refused, and the run has gone "
                 f"back {self.rollbacks} times already (train.rollbacks); look at the samples "
-                f"{', '.join(self._names.of(places[:NAMED]))}{more}, at optim.lr, or at train.spike_factor"
+                f"{', '.join(self._names.of(k[:NAMED]))}{more}, at optim.lr, or at train.spike_factor"
             )
         self.skipped = Skipped([*self.skipped.ranges, *ranges])
         self.rollbacks += 1
@@ -156,5 +156,5 @@ class BadSteps:
         self.rollbacks = max(self.rollbacks, state.get("rollbacks", 0))
 
 
-def _places(ranges: list[tuple[int, int]]) -> np.ndarray:
+def _k_in(ranges: list[tuple[int, int]]) -> np.ndarray:
     return np.concatenate([np.arange(first, last) for first, last in ranges])

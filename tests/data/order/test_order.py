@@ -216,8 +216,8 @@ def test_each_window_is_permuted_once_by_a_reader_that_goes_forward():
         order.sample(order.rows(step * 28, 28, 0, 2))
     everything = Order(2, [500], 8, 10)
     everything.sample(np.concatenate([order.rows(step * 28, 28, 0, 2) for step in range(80)]))
-    assert order._places.cache_info().misses == everything._places.cache_info().misses
-    assert order._places.cache_info().currsize <= 8
+    assert order._shuffled.cache_info().misses == everything._shuffled.cache_info().misses
+    assert order._shuffled.cache_info().currsize <= 8
 
 
 @pytest.mark.parametrize(
