@@ -16,7 +16,7 @@ from dtrain.config import Config
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.invert import (
     Inversion,
     as_pictures,
@@ -87,7 +87,7 @@ class Trained:
         config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config)
         numbers = self._labels(n, labels)
-        ready = Sampler.of(self.model, self.process, config, self.device)
+        ready = Generator.of(self.model, self.process, config, self.device)
         return together(draw(ready, numbers, config.eval))
 
     def invert(
@@ -116,7 +116,7 @@ class Trained:
             images, names = read_pictures(files, config), list(map(str, files))
         n = len(images)
         numbers = without_class(n, config) if labels is None else self._labels(n, labels)
-        ready = Sampler.of(self.model, self.process, config, self.device)
+        ready = Generator.of(self.model, self.process, config, self.device)
         blocks = dict(zip(range(0, n, config.eval.batch_size), images.split(config.eval.batch_size), strict=True))
         return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())
 

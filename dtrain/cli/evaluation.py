@@ -82,13 +82,13 @@ def evaluate(
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
-    from dtrain.evaluation.evaluate import differences, open_sampler, scratch_of, weights_name
+    from dtrain.evaluation.evaluate import differences, open_generator, scratch_of, weights_name
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
     from dtrain.evaluation.reference import Reference
     from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
-    opened = open_sampler(directory, settings, weights_name(settings), device, step)
+    opened = open_generator(directory, settings, weights_name(settings), device, step)
     with progress("reading the reference") as on_block:
         compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
@@ -98,7 +98,7 @@ def evaluate(
         lambda: f"{scratch.count():,} of {settings.eval.num_samples:,} samples are kept; go on with: {this_command()}"
     )
     with progress("sampling, evaluations of the network") as on_progress:
-        found, context = run_evaluation(opened.sampler, settings, compared, on_progress, scratch)
+        found, context = run_evaluation(opened.generator, settings, compared, on_progress, scratch)
 
     def conclude() -> None:
         changed = differences(directory, own, settings, context)

@@ -20,7 +20,7 @@ from dtrain.config import Config, Eval, Sampling
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.features.build import check_finite
-from dtrain.evaluation.generate import OnProgress, Sampler, quiet, which_not_finite
+from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.metrics import build as metrics
 from dtrain.evaluation.metrics.kept import KeptFeatures
@@ -65,7 +65,7 @@ def evaluations_of_a_rank(config: Config) -> int:
 
 
 def evaluate(
-    sampler: Sampler,
+    generator: Generator,
     config: Config,
     reference: Reference,
     on_progress: OnProgress = quiet,
@@ -78,10 +78,10 @@ def evaluate(
     NotFinite, with their ids, where samples have features that are no finite numbers.
     """
     e, extractor = config.eval, reference.extractor
-    moments = Moments(extractor.dimensions).to(sampler.device)
-    kept = KeptFeatures(extractor.dimensions, sampler.device) if needs_features(e) else None
+    moments = Moments(extractor.dimensions).to(generator.device)
+    kept = KeptFeatures(extractor.dimensions, generator.device) if needs_features(e) else None
     starts, mine = blocks_of_a_rank(e)
-    a_block = network_evaluations(sampler.process, e.sampler, e.steps, e.spacing)
+    a_block = network_evaluations(generator.process, e.sampler, e.steps, e.spacing)
 
     def draw() -> list[int]:
         bad: list[int] = []  # ids
@@ -89,7 +89,7 @@ def evaluate(
             evaluations = itertools.count(before * a_block + 1)
             ids = list(range(starts[number], min(starts[number] + e.batch_size, e.num_samples)))
             images = _images(
-                sampler,
+                generator,
                 ids,
                 lambda ids: labels_of(ids, config, reference),
                 e,
@@ -97,7 +97,7 @@ def evaluate(
                 (config.data.channels, config.data.image_size, config.data.image_size),
                 lambda evaluations=evaluations: on_progress(next(evaluations), len(mine) * a_block),
             )
-            features = extractor(images.to(sampler.device))
+            features = extractor(images.to(generator.device))
             if faults.spoils("eval:features"):
                 features = torch.full_like(features, torch.nan)
             bad += [ids[row] for row in which_not_finite(features)]
@@ -116,12 +116,12 @@ def evaluate(
 
         def compute() -> dict[str, float]:
             on_progress(0, 0, f"computing {', '.join(e.metrics)} of {e.num_samples:,} samples")
-            on_device = [f if f is None else f.to(sampler.device) for f in (features, reference.features)]
+            on_device = [f if f is None else f.to(generator.device) for f in (features, reference.features)]
             return metrics.compute(e, extractor, statistics, reference.statistics, *on_device, reference.comparable)
 
         found = distributed.on_rank_0(compute)
     if "bpd" in e.metrics:
-        found |= bits_per_dim(sampler, *reference.validation, e.seed, e.bpd_clip, on_progress)
+        found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress)
     context = {
         "ema": weights_name(config),
         "n": e.num_samples,
@@ -150,7 +150,7 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
 
 
 def _images(
-    sampler: Sampler,
+    generator: Generator,
     ids: list[int],
     labels: Callable[[list[int]], Tensor],
     how: Eval,
@@ -161,7 +161,7 @@ def _images(
     """uint8 (n, *shape) of a block of ids, out of `scratch` where they are there."""
     found = scratch.read(ids[0], len(ids), shape) if scratch is not None else None
     if found is None:
-        found = sampler.draw(ids, labels(ids), how, on_evaluation)
+        found = generator.draw(ids, labels(ids), how, on_evaluation)
         if scratch is not None:
             try:
                 scratch.write(ids[0], found)
@@ -174,7 +174,7 @@ def _images(
 class Opened:
     """A checkpoint's weights, ready to be evaluated, and which they are."""
 
-    sampler: Sampler
+    generator: Generator
     step: int
     images: int
     checkpoint: str  # its hash
@@ -185,7 +185,7 @@ def newest_step(run: RunDirectory) -> int:
     return distributed.on_rank_0(lambda: open_checkpoint(run).meta["step"])
 
 
-def open_sampler(
+def open_generator(
     run: RunDirectory, config: Config, weights: str, device: torch.device, step: int | None = None
 ) -> Opened:
     """The weights of a run's checkpoint of `step`, by default its newest. A collective; raises UserError."""
@@ -198,8 +198,8 @@ def open_sampler(
         except OSError as e:  # the training keeps only so many
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
         model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
-        sampler = Sampler.of(model, build_objective(config).process, config, device)
-        return Opened(sampler, checkpoint.meta["step"], checkpoint.meta["images"], name)
+        generator = Generator.of(model, build_objective(config).process, config, device)
+        return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)
 

@@ -47,7 +47,7 @@ def quiet(done: int, of: int, what: str | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Generator:
     """A plain model (no DeepSpeed, no collective) with its process, ready to draw images."""
 
     model: torch.nn.Module
@@ -58,7 +58,7 @@ class Sampler:
     device: torch.device
 
     @classmethod
-    def of(cls, model: torch.nn.Module, process, config: Config, device: torch.device) -> "Sampler":
+    def of(cls, model: torch.nn.Module, process, config: Config, device: torch.device) -> "Generator":
         return cls(model, process, config.shape, build_conditions(config), build_first_stage(config), device)
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
-from dtrain.evaluation.generate import MOST_NAMED, OnProgress, Sampler, grid, quiet, which_not_finite
+from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, grid, quiet, which_not_finite
 from dtrain.files import read_bytes, replacing
 from dtrain.run import RunDirectory
 
@@ -108,18 +108,18 @@ def as_pictures(images: np.ndarray, config: Config) -> Tensor:
 
 @torch.inference_mode()
 def invert(
-    sampler: Sampler, images: Tensor, labels: Tensor, how: Eval, names: list[str], on_evaluation=lambda: None
+    generator: Generator, images: Tensor, labels: Tensor, how: Eval, names: list[str], on_evaluation=lambda: None
 ) -> Inversion:
     """One block of pictures, uint8 (n, C, H, W) with labels int64 (n,), to noise and back.
 
     how: with `settings_of_inversion`. on_evaluation: called each time that the model has answered. Raises NotFinite,
     with the pictures' names, where the noise, or what is drawn from it, is not.
     """
-    denoiser = sampler.denoiser(sampler.condition(list(range(len(labels))), labels), how, on_evaluation)
-    timesteps = sampler.process.walk(how.steps, how.spacing)
-    x_0 = sampler.first_stage.encode(normalize(images).to(sampler.device))
-    noise = encode(denoiser, sampler.process, x_0, timesteps)
-    x_0 = sample(denoiser, sampler.process, noise, how.sampler, how.steps, how.spacing)
+    denoiser = generator.denoiser(generator.condition(list(range(len(labels))), labels), how, on_evaluation)
+    timesteps = generator.process.walk(how.steps, how.spacing)
+    x_0 = generator.first_stage.encode(normalize(images).to(generator.device))
+    noise = encode(denoiser, generator.process, x_0, timesteps)
+    x_0 = sample(denoiser, generator.process, noise, how.sampler, how.steps, how.spacing)
     if bad := which_not_finite(torch.cat([noise, x_0], dim=1)):
         named = ", ".join([names[row] for row in bad[:MOST_NAMED]] + ["…"] * (len(bad) > MOST_NAMED))
         raise NotFinite(
@@ -127,13 +127,13 @@ def invert(
             "diverged, or precision overflows; take an earlier checkpoint or other settings"
         )
     pixels, redrawn = (
-        i.cpu().permute(0, 2, 3, 1).contiguous().numpy() for i in (images, sampler.first_stage.decode(x_0))
+        i.cpu().permute(0, 2, 3, 1).contiguous().numpy() for i in (images, generator.first_stage.decode(x_0))
     )
     return Inversion(noise.cpu().numpy(), pixels, redrawn, labels.cpu().numpy())
 
 
 def invert_blocks(
-    sampler: Sampler,
+    generator: Generator,
     blocks: dict[int, Tensor],
     labels: Tensor,
     how: Eval,
@@ -145,11 +145,11 @@ def invert_blocks(
     labels int64 (N,) and names are of all pictures.
     """
     done, evaluations = {}, itertools.count(1)
-    of = 2 * len(blocks) * network_evaluations(sampler.process, how.sampler, how.steps, how.spacing)
+    of = 2 * len(blocks) * network_evaluations(generator.process, how.sampler, how.steps, how.spacing)
     for start, images in blocks.items():
         rows = slice(start, start + len(images))
         count = lambda: on_progress(next(evaluations), of)  # noqa: E731
-        done[start] = invert(sampler, images, labels[rows], how, names[rows], count)
+        done[start] = invert(generator, images, labels[rows], how, names[rows], count)
     return done
 
 
@@ -181,7 +181,7 @@ def invert_to_files(
 
     config: the run's with `settings_of_inversion`. label: of all pictures; None for no class. Raises UserError.
     """
-    from dtrain.evaluation.evaluate import open_sampler, weights_name  # its metrics take seconds to import
+    from dtrain.evaluation.evaluate import open_generator, weights_name  # its metrics take seconds to import
 
     targets, how, n = places(out, pictures), config.eval, len(pictures)
     labels = without_class(n, config) if label is None else torch.full((n,), label)
@@ -192,9 +192,9 @@ def invert_to_files(
         return {start: read_pictures(pictures[start : start + how.batch_size], config) for start in starts}
 
     blocks = distributed.agree(read)  # all of them first: a picture that cannot be read costs no computation
-    sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
+    generator = open_generator(run, config, weights_name(config), distributed.device(), step).generator
     names = list(map(str, pictures))
-    mine = distributed.agree(invert_blocks, sampler, blocks, labels, how, names, on_progress)
+    mine = distributed.agree(invert_blocks, generator, blocks, labels, how, names, on_progress)
     done = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}
     found = Inversion.joined(done[start] for start in sorted(done))
     distributed.on_rank_0(_write, found, names, targets, max(1, 32 // config.data.image_size))

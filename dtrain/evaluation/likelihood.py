@@ -9,7 +9,7 @@ from dtrain import distributed
 from dtrain.batch import Condition
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
-from dtrain.evaluation.generate import OnProgress, Sampler, quiet
+from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.objectives.objective import Objective
 from dtrain.randomness import Draws, Purpose
 
@@ -22,11 +22,11 @@ def _blocks(images: torch.Tensor) -> range:
 
 
 def _held_out(
-    sampler: Sampler, images: torch.Tensor, labels: torch.Tensor, rows: range
+    generator: Generator, images: torch.Tensor, labels: torch.Tensor, rows: range
 ) -> tuple[torch.Tensor, Condition]:
-    """(x_0, what the network is told) of these held-out images, on the sampler's device."""
-    pixels, own = images[rows.start : rows.stop].to(sampler.device), labels[rows.start : rows.stop]
-    return sampler.first_stage.encode(pixels), sampler.condition(list(rows), own)
+    """(x_0, what the network is told) of these held-out images, on the generator's device."""
+    pixels, own = images[rows.start : rows.stop].to(generator.device), labels[rows.start : rows.stop]
+    return generator.first_stage.encode(pixels), generator.condition(list(rows), own)
 
 
 def _normals(draws: Draws, rows: range, shape: tuple[int, ...], sub: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def _summed(values: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def bits_per_dim(
-    sampler: Sampler,
+    generator: Generator,
     images: torch.Tensor,
     labels: torch.Tensor,
     seed: int,
@@ -52,23 +52,23 @@ def bits_per_dim(
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
     clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
-    sampler.model.eval()
-    process, draws = sampler.process, Draws(seed)
+    generator.model.eval()
+    process, draws = generator.process, Draws(seed)
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
     of = len(_blocks(images)) * process.schedule.timesteps
 
     def evaluated(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        answer = sampler.model(x, t, **condition)
+        answer = generator.model(x, t, **condition)
         on_progress(next(evaluations), of, f"bits per dimension of {len(images):,} images")
         return answer
 
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(sampler, images, labels, rows)
+            x0, condition = _held_out(generator, images, labels, rows)
 
             def noise(t: int, rows: range = rows) -> torch.Tensor:
-                return _normals(draws, rows, sampler.shape, sub=t).to(sampler.device)
+                return _normals(draws, rows, generator.shape, sub=t).to(generator.device)
 
             terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
@@ -81,24 +81,24 @@ def bits_per_dim(
 
 @torch.inference_mode()
 def losses_by_level(
-    sampler: Sampler, objective: Objective, images: torch.Tensor, labels: torch.Tensor, seed: int
+    generator: Generator, objective: Objective, images: torch.Tensor, labels: torch.Tensor, seed: int
 ) -> dict[str, float]:
     """loss_level_0 … loss_level_7: the training loss at the middle of each eighth of the process, one fixed noise each.
 
     images (M, C, H, W) in [−1, 1], labels (M,). Collective.
     """
-    sampler.model.eval()
+    generator.model.eval()
     draws, places = Draws(seed), middles()
     total = torch.zeros(len(places), dtype=torch.float64)
 
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(sampler, images, labels, rows)
+            x0, condition = _held_out(generator, images, labels, rows)
             for level, place in enumerate(places):
-                noise = _normals(draws, rows, sampler.shape, sub=2**32 + level).to(sampler.device)
-                at = torch.full((len(rows),), place, dtype=torch.float64, device=sampler.device)
-                total[level] += objective.losses_at(sampler.model, x0, noise, at, condition).double().sum().cpu()
+                noise = _normals(draws, rows, generator.shape, sub=2**32 + level).to(generator.device)
+                at = torch.full((len(rows),), place, dtype=torch.float64, device=generator.device)
+                total[level] += objective.losses_at(generator.model, x0, noise, at, condition).double().sum().cpu()
 
     distributed.agree(add_up)
     means = (_summed(total) / len(images)).tolist()

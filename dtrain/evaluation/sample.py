@@ -15,7 +15,7 @@ from dtrain.checkpoint.export import class_names_of
 from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
-from dtrain.evaluation.generate import OnProgress, Sampler, grid, quiet
+from dtrain.evaluation.generate import Generator, OnProgress, grid, quiet
 from dtrain.files import as_file_name, replacing
 from dtrain.interrupt import ctrl_c
 from dtrain.run import RunDirectory
@@ -29,7 +29,7 @@ def labels_in_turn(n: int, num_classes: int) -> Tensor:
 
 
 def draw(
-    sampler: Sampler,
+    generator: Generator,
     labels: Tensor,
     how: Eval,
     rank: int = 0,
@@ -43,10 +43,10 @@ def draw(
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]
     blocks, evaluations = {}, itertools.count(1)
-    of = len(starts) * network_evaluations(sampler.process, how.sampler, how.steps, how.spacing)
+    of = len(starts) * network_evaluations(generator.process, how.sampler, how.steps, how.spacing)
     for start in starts:
         ids = list(range(start, min(start + size, n)))
-        images = sampler.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of))
+        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of))
         blocks[start] = images.permute(0, 2, 3, 1).numpy()
     return blocks
 
@@ -88,18 +88,18 @@ def draw_to_file(
     classes, `arr_1`, grey images as RGB, for that evaluator reads no others. folder: a PNG an image, named by id and
     class, and labels.csv. Raises UserError where `out` cannot be written.
     """
-    from dtrain.evaluation.evaluate import open_sampler, weights_name  # its metrics take seconds to import
+    from dtrain.evaluation.evaluate import open_generator, weights_name  # its metrics take seconds to import
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     if format == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} holds something already, which would be taken for samples; name an empty folder")
     distributed.initialize()
-    sampler = open_sampler(run, config, weights_name(config), distributed.device(), step).sampler
+    generator = open_generator(run, config, weights_name(config), distributed.device(), step).generator
     classes = config.model.num_classes
     labels = labels_in_turn(n, classes) if label is None else torch.full((n,), label)
     mine = distributed.agree(
-        draw, sampler, labels, config.eval, distributed.rank(), distributed.world_size(), on_progress
+        draw, generator, labels, config.eval, distributed.rank(), distributed.world_size(), on_progress
     )
     parts = distributed.gather_objects(mine)
     blocks = {start: block for part in parts for start, block in part.items()}

@@ -24,7 +24,7 @@ from dtrain.evaluation.evaluate import (
     evaluations_of_a_rank,
     newest_step,
     of_the_reference,
-    open_sampler,
+    open_generator,
     sampling_settings,
     scratch_of,
     weights_name,
@@ -73,7 +73,7 @@ def sweep(
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
         wanted = setting.get("checkpoint", newest), weights_name(at)
         if wanted != taken:
-            opened, taken = open_sampler(run, at, weights_name(at), device, wanted[0]), wanted
+            opened, taken = open_generator(run, at, weights_name(at), device, wanted[0]), wanted
         key = _key(opened.checkpoint, at, reference)
         scratch = scratch_of(run, at, opened.checkpoint, reference)
         if key not in lines:
@@ -87,7 +87,7 @@ def sweep(
                     on_progress(done, of, f"{about}, {what}")
 
             try:
-                metrics, context = evaluate(opened.sampler, at, reference, of_all, scratch)
+                metrics, context = evaluate(opened.generator, at, reference, of_all, scratch)
             except NotFinite as e:  # of this combination, as of much guidance; others have their numbers
                 say(f"{about} is left out: {e}")
                 failed = e

@@ -129,19 +129,19 @@ def _evaluate(config: Config, ranks: int) -> tuple[float, float]:
     from dtrain import distributed
     from dtrain.data.shards.manifest import load_holdout
     from dtrain.evaluation.features.build import extractor
-    from dtrain.evaluation.generate import Sampler
+    from dtrain.evaluation.generate import Generator
     from dtrain.models.build import build
     from dtrain.objectives.build import build as build_objective
 
     distributed.prepare()
     device, e = distributed.device(), config.eval
-    sampler = Sampler.of(build(config).to(device), build_objective(config).process, config, device)
+    generator = Generator.of(build(config).to(device), build_objective(config).process, config, device)
     block = min(e.batch_size, e.num_samples)
     labels = torch.zeros(block, dtype=torch.int64)
     few = e.model_copy(update={"steps": 2})
-    sampler.draw(list(range(block)), labels, few)
+    generator.draw(list(range(block)), labels, few)
     began = time.perf_counter()
-    images = sampler.draw(list(range(block)), labels, few)
+    images = generator.draw(list(range(block)), labels, few)
     drawing = (time.perf_counter() - began) / 2 * e.steps / block  # an image
     features = extractor(e.features, config.data.image_size, config.data.channels, e.weights, device)
     few_images = images[:16].to(device)

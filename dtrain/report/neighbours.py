@@ -20,7 +20,7 @@ from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import cache_of
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import BadSample
-from dtrain.evaluation.evaluate import open_sampler, weights_name
+from dtrain.evaluation.evaluate import open_generator, weights_name
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
 from dtrain.report.markup import escaped
@@ -70,14 +70,14 @@ def nearest(
     measure = extractor(
         features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
     )
-    opened = open_sampler(run, config, weights_name(config), device)
-    sampler, step = opened.sampler, opened.step
+    opened = open_generator(run, config, weights_name(config), device)
+    generator, step = opened.generator, opened.step
     samples = torch.empty(0, config.data.channels, config.data.image_size, config.data.image_size, dtype=torch.uint8)
     with progress("sampling") as on_block:
         for start in range(0, count, config.eval.batch_size):
             ids = torch.arange(start, min(start + config.eval.batch_size, count))
             labels = ids % max(1, min(config.model.num_classes, 10))  # as in the grid
-            samples = torch.cat([samples, sampler.draw((GRID_IDS + ids).tolist(), labels, config.eval)])
+            samples = torch.cat([samples, generator.draw((GRID_IDS + ids).tolist(), labels, config.eval)])
             on_block(len(samples), count)
     held_out = _held_out(config, count)
     wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])

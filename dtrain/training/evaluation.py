@@ -10,7 +10,7 @@ from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
 from dtrain.evaluation.evaluate import differences, evaluate, weights_name
-from dtrain.evaluation.generate import GRID_IDS, OnProgress, Sampler, grid
+from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress, grid
 from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
@@ -126,20 +126,22 @@ class Evaluation:
         device, config, weights = distributed.device(), self._config, weights_name(self._config)
         module = distributed.agree(lambda: allocate(config).to(device))
         model = players.gather("fp32" if weights == "raw" else weights, module)
-        sampler = Sampler.of(model, self._objective.process, config, device)
-        metrics, context = evaluate(sampler, config, self._reference, on_progress)
-        levels = losses_by_level(sampler, self._objective, *self._reference.validation, config.eval.seed)
+        generator = Generator.of(model, self._objective.process, config, device)
+        metrics, context = evaluate(generator, config, self._reference, on_progress)
+        levels = losses_by_level(generator, self._objective, *self._reference.validation, config.eval.seed)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
-        distributed.on_rank_0(self._conclude, sampler, position, started, metrics, levels, context)
+        distributed.on_rank_0(self._conclude, generator, position, started, metrics, levels, context)
 
-    def _conclude(self, sampler: Sampler, position: Position, started: float, metrics, levels, context: dict) -> None:
+    def _conclude(
+        self, generator: Generator, position: Position, started: float, metrics, levels, context: dict
+    ) -> None:
         """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
         config, weights = self._config, weights_name(self._config)
         if differs := differences(self._run, config, config, context):
             context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:
-            draw_grid(sampler, config, self._run.path / name)
+            draw_grid(generator, config, self._run.path / name)
             context = context | {"artifact": name}
         except Exception as e:  # the numbers count more than the picture
             message = f"{name} was not drawn: {(e.strerror if isinstance(e, OSError) else None) or e}"
@@ -153,7 +155,7 @@ class Evaluation:
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
 
 
-def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
+def draw_grid(generator: Generator, config: Config, path: Path) -> None:
     """The same seeds and labels at every step, so that the pictures show the training; a column a class.
 
     Drawn in blocks of eval.batch_size, which the device has room for.
@@ -162,7 +164,7 @@ def draw_grid(sampler: Sampler, config: Config, path: Path) -> None:
     ids = torch.arange(GRID_ROWS * columns)
     labels = ids % max(1, min(config.model.num_classes, columns))
     blocks = zip(ids.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
-    images = [sampler.draw((GRID_IDS + some).tolist(), of_them, config.eval) for some, of_them in blocks]
+    images = [generator.draw((GRID_IDS + some).tolist(), of_them, config.eval) for some, of_them in blocks]
     picture = grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size))
     with replacing(path) as f:
         picture.save(f, "png")

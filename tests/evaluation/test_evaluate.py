@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dtrain.errors import SharedError, UserError
-from dtrain.evaluation.evaluate import evaluate, labels_of, open_sampler, scratch_of
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.evaluate import evaluate, labels_of, open_generator, scratch_of
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.scratch import Scratch
 from dtrain.run import RunDirectory
@@ -32,19 +32,19 @@ def trained(digits, finished_run, tmp_path_factory):
 def _evaluate(config, pause=0.0, keep=False):
     """(metrics, blocks drawn by this rank, images in scratch by first id); `pause` seconds after each block."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    opened = open_sampler(run, config, "ema_0", device)
+    opened = open_generator(run, config, "ema_0", device)
     drawn = []
-    draw = Sampler.draw
+    draw = Generator.draw
 
     def slowly(self, ids, labels, how, *more):
         drawn.append(ids[0])
         time.sleep(pause)
         return draw(self, ids, labels, how, *more)
 
-    Sampler.draw = slowly
+    Generator.draw = slowly
     reference = Reference.open(config, device)
     scratch = scratch_of(run, config, opened.checkpoint, reference)
-    metrics, _ = evaluate(opened.sampler, config, reference, scratch=scratch)
+    metrics, _ = evaluate(opened.generator, config, reference, scratch=scratch)
     torch.distributed.barrier()
     images = {}
     if torch.distributed.get_rank() == 0:
@@ -133,7 +133,7 @@ def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path
 def _opened(configs):
     """The step a rank opens of its own copy of a run."""
     config = configs[torch.distributed.get_rank()]
-    return open_sampler(RunDirectory(config.run.path), config, "ema_0", torch.device("cpu")).step
+    return open_generator(RunDirectory(config.run.path), config, "ema_0", torch.device("cpu")).step
 
 
 def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished_run, tmp_path):
@@ -146,12 +146,12 @@ def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished
 def _without_room(config):
     """What each rank is told where the disk of one of them takes no samples."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    opened, reference = open_sampler(run, config, "ema_0", device), Reference.open(config, device)
+    opened, reference = open_generator(run, config, "ema_0", device), Reference.open(config, device)
     scratch = scratch_of(run, config, opened.checkpoint, reference)
     if torch.distributed.get_rank() == 1:
         scratch.path = run.config_file / "below a file"
     try:
-        evaluate(opened.sampler, config, reference, scratch=scratch)
+        evaluate(opened.generator, config, reference, scratch=scratch)
     except UserError as e:
         return type(e), str(e)
     finally:
@@ -187,8 +187,8 @@ def _counting(config):
     updates = []
     KeptFeatures.update = lambda self, number, features: updates.append(number)
     run = RunDirectory(config.run.path)
-    sampler = open_sampler(run, config, "ema_0", torch.device("cpu")).sampler
-    evaluate(sampler, config, Reference.open(config, torch.device("cpu")))
+    generator = open_generator(run, config, "ema_0", torch.device("cpu")).generator
+    evaluate(generator, config, Reference.open(config, torch.device("cpu")))
     return updates, os.path.exists(run.path / "evaluations")
 
 
@@ -205,15 +205,15 @@ def test_the_bootstrap_interval_stands_beside_its_distance(trained):
 
 def test_bf16_rounds_the_network_and_nothing_else(trained):
     run, seen = RunDirectory(trained.run.path), []
-    sampler = open_sampler(run, trained, "ema_0", torch.device("cpu")).sampler
-    for number, parameter in enumerate(sampler.model.parameters()):  # three steps have taught it hardly anything
+    generator = open_generator(run, trained, "ema_0", torch.device("cpu")).generator
+    for number, parameter in enumerate(generator.model.parameters()):  # three steps have taught it hardly anything
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    sampler.model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    generator.model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
     ids, labels = list(range(50)), torch.arange(50) % 10
-    exact = sampler.draw(ids, labels, trained.eval)
+    exact = generator.draw(ids, labels, trained.eval)
     assert set(seen) == {(torch.float32, torch.float32)}
     seen.clear()
-    rounded = sampler.draw(ids, labels, trained.eval.model_copy(update={"precision": "bf16"}))
+    rounded = generator.draw(ids, labels, trained.eval.model_copy(update={"precision": "bf16"}))
     assert set(seen) == {(torch.float32, torch.bfloat16)}
     difference = (rounded.int() - exact.int()).abs().float()
     assert 0 < difference.mean() < 2  # levels of 255
@@ -222,7 +222,7 @@ def test_bf16_rounds_the_network_and_nothing_else(trained):
 def test_an_evaluation_touches_no_network(trained, no_network):
     """In this very process, alone, with its sockets blocked."""
     run, device = RunDirectory(trained.run.path), torch.device("cpu")
-    sampler = open_sampler(run, trained, "ema_0", device).sampler
-    metrics, context = evaluate(sampler, trained, Reference.open(trained, device))
+    generator = open_generator(run, trained, "ema_0", device).generator
+    metrics, context = evaluate(generator, trained, Reference.open(trained, device))
     assert np.isfinite(list(metrics.values())).all()
     assert (context["n"], context["features"], context["labels"]) == (260, "pixels", "data")

@@ -7,7 +7,7 @@ import torch
 from dtrain.data.fields.picture import quantize
 from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.evaluate import evaluate
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.metrics.frechet import frechet_distance
 from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.reference import Reference
@@ -58,8 +58,8 @@ def test_the_distance_to_the_truth_falls_to_the_null_value_as_steps_grow(tmp_pat
     for steps in (3, 12, 250):
         config = tiny(tmp_path, tmp_path, *shared, *walk, f"eval.steps={steps}")
         process = build_process(config.diffusion)
-        sampler = Sampler.of(ExactMixture(process), process, config, torch.device("cpu"))
-        metrics, context = evaluate(sampler, config, Reference.open(config, torch.device("cpu")))
+        generator = Generator.of(ExactMixture(process), process, config, torch.device("cpu"))
+        metrics, context = evaluate(generator, config, Reference.open(config, torch.device("cpu")))
         assert context["n"] == N
         distances.append(metrics["fd_pixels"])
     assert distances[0] > 10 * distances[2]

@@ -13,7 +13,7 @@ from dtrain.data.fields.picture import normalize, quantize
 from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import encode, sample
 from dtrain.errors import NotFinite, UserError
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.invert import invert, settings_of_inversion, without_class
 from tests.checkpoint.exported import trained
 from tests.command_line import command, failing
@@ -75,9 +75,9 @@ def test_pictures_of_a_mixture_become_standard_normals_and_come_back_the_closer_
     for steps in (50, 100, 200):
         config = inverting(tmp_path, *overrides, f"eval.steps={steps}")
         process = build_process(config.diffusion)
-        sampler = Sampler.of(ExactMixture(process), process, config, torch.device("cpu"))
+        generator = Generator.of(ExactMixture(process), process, config, torch.device("cpu"))
         names = list(map(str, range(len(images))))
-        found.append(invert(sampler, images, without_class(len(images), config), config.eval, names))
+        found.append(invert(generator, images, without_class(len(images), config), config.eval, names))
     worth = [10 * math.log10(255**2 / np.mean((f.images.astype(float) - f.reconstructions) ** 2)) for f in found]
     assert min(np.diff(worth)) > 4  # dB for twice the steps
     assert worth[-1] > 43  # an error below 2 of 255 levels
@@ -95,10 +95,10 @@ def test_weights_that_diverged_are_said_with_the_pictures(tmp_path):
         def forward(self, x, t, y):
             return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, x)
 
-    sampler = Sampler.of(Diverged(), process, config, torch.device("cpu"))
+    generator = Generator.of(Diverged(), process, config, torch.device("cpu"))
     images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(NotFinite, match=r"not finite for 1 of 3 pictures \(b\): the weights have diverged"):
-        invert(sampler, images, torch.zeros(3, dtype=torch.int64), config.eval, ["a", "b", "c"])
+        invert(generator, images, torch.zeros(3, dtype=torch.int64), config.eval, ["a", "b", "c"])
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from torch.distributions import Normal, kl_divergence
 
 from dtrain.cli.arguments import with_eval
 from dtrain.diffusion.process import build as build_process
-from dtrain.evaluation.evaluate import differences, evaluate, open_sampler
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.evaluate import differences, evaluate, open_generator
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.reference import Reference
 from dtrain.randomness import Draws, Purpose
@@ -30,13 +30,13 @@ class Overshooting(torch.nn.Module):
         return torch.cat([0.3 * x + shift, torch.tanh(x + shift) - t.view(-1, 1, 1, 1) / T], dim=1)
 
 
-def overshooting(config) -> Sampler:
-    return Sampler.of(Overshooting(), build_process(config.diffusion), config, torch.device("cpu"))
+def overshooting(config) -> Generator:
+    return Generator.of(Overshooting(), build_process(config.diffusion), config, torch.device("cpu"))
 
 
-def published(sampler, images, labels, clip: bool) -> float:
+def published(generator, images, labels, clip: bool) -> float:
     """calc_bpd_loop of guided-diffusion, clip_denoised as asked, in float64 and with torch's own normals."""
-    abar = sampler.process.schedule.alpha_bar.double()
+    abar = generator.process.schedule.alpha_bar.double()
     previous = torch.cat([torch.ones(1).double(), abar[:-1]])
     beta, x_0, draws = 1 - abar / previous, images.double(), Draws(0)
     beta_tilde = beta * (1 - previous) / (1 - abar)
@@ -44,10 +44,10 @@ def published(sampler, images, labels, clip: bool) -> float:
     end = Normal(abar[-1].sqrt() * x_0, (1 - abar[-1]).sqrt())
     nats = kl_divergence(end, Normal(0.0, 1.0)).mean()
     for t in range(T):
-        noise = torch.stack([torch.from_numpy(draws.normal(Purpose.VALIDATION_NOISE, i, sampler.shape, t)) for i in
+        noise = torch.stack([torch.from_numpy(draws.normal(Purpose.VALIDATION_NOISE, i, generator.shape, t)) for i in
                              range(len(images))]).double()  # fmt: skip
         x_t = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * noise
-        eps, channels = sampler.model(x_t, torch.full((len(x_t),), t), labels).chunk(2, dim=1)
+        eps, channels = generator.model(x_t, torch.full((len(x_t),), t), labels).chunk(2, dim=1)
         x_0_hat = (x_t - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
         if clip:
             x_0_hat = x_0_hat.clamp(-1, 1)
@@ -68,11 +68,11 @@ def published(sampler, images, labels, clip: bool) -> float:
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_bits_per_dim_are_those_of_the_published_loop_clipped_or_not(digits, tmp_path, clip):
-    sampler = overshooting(tiny(digits, tmp_path, *LEARNED))
+    generator = overshooting(tiny(digits, tmp_path, *LEARNED))
     levels = torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     images, labels = levels / 127.5 - 1, torch.arange(6)
-    found = bits_per_dim(sampler, images, labels, 0, clip)
-    expected = {c: published(sampler, images, labels, c) for c in (True, False)}
+    found = bits_per_dim(generator, images, labels, 0, clip)
+    expected = {c: published(generator, images, labels, c) for c in (True, False)}
     assert found["bpd"] == pytest.approx(expected[clip], rel=1e-5)
     assert expected[True] < 0.95 * expected[False]
 
@@ -98,8 +98,8 @@ def test_a_new_runs_bound_is_clipped_an_older_runs_is_not_and_each_says_so(digit
     found = []
     for chosen in ({}, {"bpd_clip": True}):  # as `dtrain evaluate` and its --bpd-clip ask
         now = with_eval(own, chosen, raw=False)
-        sampler = open_sampler(run, now, "ema_0", torch.device("cpu")).sampler
-        metrics, context = evaluate(sampler, now, Reference.open(now, torch.device("cpu")))
+        generator = open_generator(run, now, "ema_0", torch.device("cpu")).generator
+        metrics, context = evaluate(generator, now, Reference.open(now, torch.device("cpu")))
         found.append((metrics["bpd"], context["bpd_clip"], differences(run, own, now, context)))
     (unclipped, *unsaid), (clipped, *asked) = found
     assert (unsaid, asked) == ([False, {"bpd_clip": False}], [True, {}])

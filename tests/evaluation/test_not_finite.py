@@ -5,7 +5,7 @@ import torch
 
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import NotFinite
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.models.build import build
 from dtrain.run import RunDirectory
 from tests.command_line import command
@@ -22,11 +22,11 @@ def test_the_error_names_the_samples_and_those_of_a_grid_by_their_place(digits, 
     config = tiny(digits, tmp_path)
     model = build(config)
     model.y_embedder.embedding_table.weight.data[3] = torch.nan  # as where one class alone has diverged
-    sampler = Sampler.of(model, build_process(config.diffusion), config, torch.device("cpu"))
+    generator = Generator.of(model, build_process(config.diffusion), config, torch.device("cpu"))
     with pytest.raises(NotFinite, match=r"x_0 is not finite in 2 of 20 samples drawn together \(ids 103, 113\)"):
-        sampler.draw(list(range(100, 120)), torch.arange(20) % 10, config.eval)
+        generator.draw(list(range(100, 120)), torch.arange(20) % 10, config.eval)
     with pytest.raises(NotFinite, match=r"\(ids 3 of the grid\)"):
-        draw_grid(sampler, config, tmp_path / "grid.png")
+        draw_grid(generator, config, tmp_path / "grid.png")
     assert list(tmp_path.iterdir()) == []
 
 

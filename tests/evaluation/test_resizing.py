@@ -13,11 +13,11 @@ from PIL import Image
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.combinations import configured
-from dtrain.evaluation.evaluate import evaluate, open_sampler, sampling_settings, weights_name
+from dtrain.evaluation.evaluate import evaluate, open_generator, sampling_settings, weights_name
 from dtrain.evaluation.features import weights
 from dtrain.evaluation.features.networks import Inception
 from dtrain.evaluation.features.weights import WeightFile
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.names import is_comparable, metric_name, metric_names, resize_of_reference
 from dtrain.evaluation.reference import Reference, make
 from dtrain.evaluation.requirements import about_names, check_evaluation, known_features
@@ -156,9 +156,9 @@ THEIRS = ("data.holdout=null", "eval.labels=uniform", "eval.num_samples=12", "ev
 
 def evaluated(config):
     """(metrics, context, what is said of the reference) of a model that knows nothing."""
-    sampler = Sampler.of(Halving(), build_process(config.diffusion), config, CPU)
+    generator = Generator.of(Halving(), build_process(config.diffusion), config, CPU)
     reference = Reference.open(config, CPU)
-    return *evaluate(sampler, config, reference), reference.about
+    return *evaluate(generator, config, reference), reference.about
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     config = with_reference(digits, tmp_path, inception, path, None, "train.steps=1")
     run_ranks(train, 1, config)
     run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference.open(config, CPU)
-    checkpoint = open_sampler(run, config, weights_name(config), CPU).checkpoint
+    checkpoint = open_generator(run, config, weights_name(config), CPU).checkpoint
     # As keys were made then:
     named = sampling_settings(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}
     named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.errors import UserError
 from dtrain.evaluation.combinations import checkpoints_of, combinations
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.sweep import Row, best, heat_map, summary, sweep, table
 from dtrain.run import RunDirectory
 from tests.command_line import command, failing
@@ -34,23 +34,23 @@ def _train(config):
 
 def _sweep(config, axes, pause=0.0):
     """(lines, blocks drawn)."""
-    drawn, draw = [], Sampler.draw
+    drawn, draw = [], Generator.draw
 
     def counted(self, ids, labels, how, *more):
         drawn.append(ids[0])
         time.sleep(pause)
         return draw(self, ids, labels, how, *more)
 
-    Sampler.draw = counted
+    Generator.draw = counted
     return sweep(RunDirectory(config.run.path), config, axes), len(drawn)
 
 
 def _evaluate(config, step, weights):
-    from dtrain.evaluation.evaluate import evaluate, open_sampler
+    from dtrain.evaluation.evaluate import evaluate, open_generator
     from dtrain.evaluation.reference import Reference
 
-    sampler = open_sampler(RunDirectory(config.run.path), config, weights, "cpu", step).sampler
-    return evaluate(sampler, config, Reference.open(config, "cpu"))[0]
+    generator = open_generator(RunDirectory(config.run.path), config, weights, "cpu", step).generator
+    return evaluate(generator, config, Reference.open(config, "cpu"))[0]
 
 
 def test_a_killed_sweep_goes_on_and_every_number_is_that_of_its_own_evaluation(trained):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtrain.diffusion.process import build as build_process
-from dtrain.evaluation.generate import Sampler
+from dtrain.evaluation.generate import Generator
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import Journal, events, read
 from tests.digits import losses, tiny
@@ -75,7 +75,7 @@ def test_the_grid_is_drawn_in_blocks_that_an_evaluation_has_room_for(digits, tmp
         model, rows = build(config), []
         model.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
         draw_grid(
-            Sampler.of(model, build_process(config.diffusion), config, torch.device("cpu")),
+            Generator.of(model, build_process(config.diffusion), config, torch.device("cpu")),
             config,
             tmp_path / "grid.png",
         )
