@@ -23,6 +23,7 @@ from dtrain.errors import UserError
 GROUP = "dtrain.plugins"
 VARIABLE = "DTRAIN_PLUGINS"
 KINDS = ("objective", "condition", "first_stage", "sampler", "features", "field")
+WORDS = {"first_stage": "first stage", "features": "extractor"}  # where a kind's own name is no word for one
 
 _parts: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 _modules: dict[str, ModuleType] = {}  # by what named them
@@ -59,7 +60,7 @@ def unknown(kind: str, name: str, built_in: Iterable[str]) -> str:
     """What to say of a name that no part has."""
     known = ", ".join([*built_in, *names(kind)]) or "none"
     return (
-        f"{name!r} is no {kind.replace('_', ' ')} that is known here ({known}); if a plug-in brings it, name the "
+        f"{name!r} is no {WORDS.get(kind, kind)} that is known here ({known}); if a plug-in brings it, name the "
         f"plug-in with --plugin or {VARIABLE}"
     )
 
