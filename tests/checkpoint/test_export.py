@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dtrain.checkpoint.diffusers import to_diffusers
 from dtrain.checkpoint.export import WRITERS, export, load_weights, open_checkpoint
+from dtrain.conditions.classes import Classes
 from dtrain.config import load
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.process import build as build_process
@@ -54,7 +55,8 @@ def own(folder):
 
 def ours(model, config, x_T, labels, how):
     """Our x_0 from the same noise, as the pipeline shows it: in [0, 1]."""
-    network = guided(model, how.guidance, config.model.num_classes, channels=config.data.channels)
+    null = Classes(config.model.num_classes, dropout=0.1).null
+    network = guided(model, how.guidance, null, channels=config.data.channels)
     process = build_process(config.diffusion)
     denoiser = partial(lambda labels, x, t: network(x, t, y=labels), labels)
     return (sample(denoiser, process, x_T, how.sampler, how.steps, how.spacing, clip=how.clip) / 2 + 0.5).clamp(0, 1)
