@@ -128,6 +128,8 @@ def test_samples_of_the_own_sampler_and_features_are_evaluated_alike_in_training
     assert code == 0, said
     after = json.loads(said.splitlines()[-1])["metrics"]["fd_light"]
     (within,) = metrics(folder, "whole", "eval")
+    (line,) = [line for line in read(folder / "runs/whole/journal.jsonl") if line["event"] == "eval"]
+    assert (line["context"]["first_stage"], line["context"]["sampler"]) == ("haar", "leap")
     assert after == pytest.approx(within["fd_light"], rel=1e-5)
     ((code, said),) = run_ranks(in_folder, 1, folder, "sample", "whole", *named(folder), "-n", "3", "--out", "some.npz")
     assert code == 0, said

@@ -29,6 +29,7 @@ from dtrain.evaluation.names import OF_THE_MODEL
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
+from dtrain.first_stage.pixels import Pixels
 from dtrain.models.build import allocate
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
@@ -132,6 +133,8 @@ def evaluate(
         "reference": reference.hash,
         **of_the_reference(e, reference),
     }
+    if sampler.first_stage.fingerprint != Pixels.fingerprint:
+        context["first_stage"] = sampler.first_stage.fingerprint
     return found, context
 
 

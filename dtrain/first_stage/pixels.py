@@ -11,7 +11,7 @@ from dtrain.data.fields.picture import quantize
 class FirstStage(Protocol):
     """Deterministic. The shape of what the network sees, and the fields that this needs, its section declares."""
 
-    name: str
+    fingerprint: str  # of all that determines it, such as a hash of its weights: in the context of every evaluation
 
     def of_batch(self, batch: Batch) -> Tensor:
         """x_0 float32 (n, C, H, W) of a batch in training."""
@@ -26,7 +26,7 @@ class FirstStage(Protocol):
 class Pixels:
     """x_0 is the picture in [−1, 1]; what is drawn is rounded to the nearest level."""
 
-    name = "pixels"
+    fingerprint = "pixels"
 
     def of_batch(self, batch: Batch) -> Tensor:
         return batch["image"]
