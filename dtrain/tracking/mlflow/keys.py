@@ -88,7 +88,7 @@ def _characters(key: str) -> str:
 
 
 def _as_a_path(key: str) -> str:
-    if posixpath.normpath(key) == key and not key.startswith(("/", "..")):
+    if posixpath.normpath(key) == key and not key.startswith(("/", "..")) and key != ".":
         return key
     return "/".join("_" if part in (".", "..") else part for part in key.split("/") if part) or "_"
 

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,6 +29,7 @@ changes = st.dictionaries(st.text(min_size=1), st.one_of(st.text(), st.floats(),
 
 @settings(deadline=None)  # the first example imports MLflow
 @given(changes, st.text(min_size=1))
+@example({}, ".")
 def test_mlflows_own_checks_pass_every_key(differs, name):
     from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name, _validate_param_name
 
