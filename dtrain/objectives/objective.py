@@ -24,8 +24,20 @@ class Losses(NamedTuple):
     parts: Mapping[str, tuple[Tensor, Tensor]] = {}
 
 
+class Held(NamedTuple):
+    """A network that no optimizer moves, as it is read from its source at every start; no checkpoint holds it.
+
+    fingerprint: of its weights, such as their sha256; a run goes on with none other. weights: reads them, by the
+    parameter's name; called on every rank. Raises UserError.
+    """
+
+    fingerprint: str
+    weights: Callable[[], Mapping[str, Tensor]]
+
+
 class Turn(NamedTuple):
-    """One optimizer's part of a step. networks: those that it moves, by name.
+    """One optimizer's part of a step. networks: by name, those that it moves and those of them that are only `held`:
+    computed with, and partitioned at stage 3, as the others are.
 
     optim: its settings; None: the `optim` section. averaged: whether the `ema` section's averages are kept of them.
     lr_factors: network → factor of its learning rate, 1 for those left out. most_zero_stage: ZeRO stage at most, where
@@ -37,6 +49,7 @@ class Turn(NamedTuple):
     averaged: bool = True
     lr_factors: Mapping[str, float] = {}
     most_zero_stage: int = 3
+    held: Mapping[str, Held] = {}
 
 
 class Objective:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from dtrain import distributed
 from dtrain.checkpoint.format import Checkpoint
-from dtrain.checkpoint.parameters import BACKBONE, check_same, check_weights, full_name, split_name
+from dtrain.checkpoint.parameters import BACKBONE, full_name, split_name
 from dtrain.config import Config
 from dtrain.config.training import Optim
 from dtrain.errors import UserError
 from dtrain.models.build import allocate
 from dtrain.models.layers import initialize
+from dtrain.objectives.objective import Held
 from dtrain.randomness import key_of
 from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
@@ -50,9 +51,10 @@ class Player:
     networks: name → a function that allocates the module, its weights not yet written, whose `initial_value(name,
     shape, seed)` says what they begin as: with seed `run.seed` for the backbone, for another network with one that
     follows from `run.seed` and its name. optim, zero_stage: by default the config's. averaged: whether the EMAs of the
-    config are kept. lr_factors: network → what its learning rate is multiplied with, where it is not 1.
+    config are kept. lr_factors: network → what its learning rate is multiplied with, where it is not 1. held: of the
+    networks, those that the optimizer does not move and no checkpoint holds.
 
-    Raises UserError for what DeepSpeed would do silently wrong.
+    Raises UserError for what DeepSpeed would do silently wrong, and for weights of a held network that are another's.
     """
 
     def __init__(
@@ -66,19 +68,22 @@ class Player:
         averaged: bool = True,
         lr_factors: Mapping[str, float] | None = None,
         zero_stage: int | None = None,
+        held: Mapping[str, Held] | None = None,
     ):
         optim, stage = optim or config.optim, config.deepspeed.zero_stage if zero_stage is None else zero_stage
         deepspeed_section = config.deepspeed.model_copy(update={"zero_stage": stage})
         config = config.model_copy(update={"optim": optim, "deepspeed": deepspeed_section})
-        factors = dict.fromkeys(networks, 1.0) | dict(lr_factors or {})
-        assert factors.keys() == networks.keys(), f"{name}: {lr_factors} names other networks than {list(networks)}"
+        self.held = dict(held or {})
+        moved = [network for network in networks if network not in self.held]
+        factors = dict.fromkeys(moved, 1.0) | dict(lr_factors or {})
+        assert list(factors) == moved, f"{name}: {lr_factors} names other networks than {moved}"
         _refuse(config, name, list(networks))
         self.name, self.stage, self.micro_batch = name, stage, micro_batch
         self.profiles = config.ema if averaged else []
         self.clip = optim.gradient_clip or NO_CLIPPING
         self.optimizer_steps = 0
         with torch.device("meta"):
-            plans = {network: allocated() for network, allocated in networks.items()}
+            plans = {network: networks[network]() for network in moved}
         parameters = [(full_name(n, local), p) for n, plan in plans.items() for local, p in plan.named_parameters()]
         self.shapes = {full: tuple(p.shape) for full, p in parameters}
         numel = sum(p.numel() for _, p in parameters if p.requires_grad)
@@ -88,12 +93,14 @@ class Player:
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         with deepspeed.zero.Init(config_dict_or_path=options) if stage == 3 else nullcontext():
             self.networks = {network: allocated() for network, allocated in networks.items()}
+        for network in self.held:
+            self.networks[network].requires_grad_(False)
         self._seeds = {n: config.run.seed if n == BACKBONE else key_of(f"{config.run.seed}/{n}") for n in networks}
         for network, module in self.networks.items():
-            if stage != 3:
+            if stage != 3 and network not in self.held:
                 initialize(module, self._seeds[network])
             module.activation_checkpointing = config.train.activation_checkpointing
-        named = {n: list(module.named_parameters()) for n, module in self.networks.items()}
+        named = {n: list(self.networks[n].named_parameters()) for n in moved}
         groups = [[(full_name(n, local), p) for local, p in named[n] if p.requires_grad] for n in named]
         frozen = [(full_name(n, local), p) for n in named for local, p in named[n] if not p.requires_grad]
         self._factors = list(factors.values())
@@ -112,8 +119,11 @@ class Player:
         )
         averages = ema.ema_keys(self.profiles)
         self.state = ZeroState(
-            stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages
+            *(stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages),
+            held=[(full_name(n, local), p) for n in self.held for local, p in self.networks[n].named_parameters()],
         )
+        for network, source in self.held.items():
+            self.state.write(_of_source(network, source, self.networks[network]))
         if stage == 3 or config.deepspeed.precision == "bf16":
             self._write_initial_weights()
         self._refusal = Refusal(self.optimizer, self._norm)
@@ -121,7 +131,7 @@ class Player:
         if config.train.compile:
             self.engine.compile()
         self._autocast = config.deepspeed.precision == "bf16_autocast"
-        self._idle = set(networks)  # networks that no loss of this step has gone through
+        self._idle = set(moved)  # networks that no loss of this step has gone through
 
     @classmethod
     def of(cls, config: Config, micro_batch: int) -> "Player":
@@ -210,7 +220,7 @@ class Player:
             self._norm_at_0 = self._clip_at_0()
         self._refusal.begin(limit)
         self.engine.step()
-        self._idle = set(self.networks)
+        self._idle = self.networks.keys() - self.held.keys()
         norm = self._norm()
         self.optimizer_steps += norm <= limit
         return norm
@@ -248,6 +258,8 @@ class Player:
 
         def value_of(name: str) -> Tensor:
             network, local = split_name(name)
+            if network in self.held:
+                return None
             return self.networks[network].initial_value(local, self.shapes[name], self._seeds[network])
 
         self.state.zero_padding()
@@ -264,30 +276,17 @@ class Player:
         weights = {full_name(network, name): p.detach() for name, p in model.named_parameters()}
         self.state.write(weights.get)
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Fill this rank's pieces from a checkpoint of any shape; `refresh` must follow on all ranks.
-
-        An EMA profile that the checkpoint lacks begins as its weights. Raises Damaged, or UserError for another model.
-        """
-        check_same(checkpoint, self.numel())
-        self.fill(checkpoint)
-
-    def load_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
-        """Begin with a checkpoint's weights, EMAs as these and moments zero; `refresh` must follow on all ranks.
-
-        key: "fp32", the raw ones, or of one of its averages "ema_0". Raises Damaged, or UserError for another model.
-        """
-        check_weights(checkpoint, self.numel(), key)
-        self.fill_weights(checkpoint, key)
-
     def fill(self, checkpoint: Checkpoint) -> None:
-        """`load`, where it has been checked that the checkpoint is of this model."""
+        """The whole state from a checkpoint of any shape, of these networks; `refresh` must follow on all ranks.
+
+        An EMA profile that the checkpoint lacks begins as its weights. Raises Damaged.
+        """
         self.state.fill(
             checkpoint, lambda name, key: (name, key) if f"{name}:{key}" in checkpoint.tensors else (name, "fp32")
         )
 
     def fill_weights(self, checkpoint: Checkpoint, key: str = "fp32") -> None:
-        """`load_weights`, where it has been checked; what the checkpoint lacks stays as it is."""
+        """A checkpoint's weights `key` alone, EMAs as these; what it lacks stays as it is. Raises Damaged."""
 
         def source(name: str, own: str) -> tuple[str, str] | None:
             if own in MOMENTS or f"{name}:fp32" not in checkpoint.tensors:
@@ -317,6 +316,18 @@ class Player:
         for name, b in self.networks[network].named_buffers():
             buffers[name].copy_(b)
         return into
+
+
+def _of_source(network: str, source: Held, module: nn.Module) -> Callable[[str], Tensor | None]:
+    """Full name → weight of a held network, None for others'. Raises UserError where they are another network's."""
+    weights = source.weights()
+    for name, p in module.named_parameters():
+        shape = tuple(getattr(p, "ds_shape", p.shape))  # a partitioned one has another
+        if name not in weights or tuple(weights[name].shape) != shape:
+            there = f"has the shape {list(weights[name].shape)}" if name in weights else "is not there"
+            raise UserError(f"the weights of {network} are another network's: {name}, {list(shape)} here, {there}")
+    of = {full_name(network, name): weight for name, weight in weights.items()}
+    return of.get
 
 
 def _refuse(config: Config, player: str, networks: list[str]) -> None:

@@ -127,6 +127,20 @@ class Players:
         """
         return self._owner[network].gather(key, into, network)
 
+    @property
+    def held(self) -> dict[str, str]:
+        """Network → fingerprint, of those that no checkpoint holds."""
+        return {network: held.fingerprint for player in self for network, held in player.held.items()}
+
+    def check_held(self, theirs: Any) -> None:
+        """Raises UserError where a checkpoint was trained with other held networks: network → fingerprint."""
+        for network in self.held | (theirs if isinstance(theirs, dict) else {}):
+            if self.held.get(network) != (found := theirs.get(network) if isinstance(theirs, dict) else None):
+                raise UserError(
+                    f"it was trained with another {network}, whose weights it does not hold: {found or 'none'} there, "
+                    f"{self.held.get(network, 'none')} here"
+                )
+
     def state(self) -> dict[str, int]:
         """Plain data for a checkpoint, beside the first player's count of optimizer steps: the further players'."""
         return {player.name: player.optimizer_steps for player in self._further}
@@ -161,6 +175,7 @@ def build(config: Config, objective: Objective, micro_batch: int) -> Players:
                 averaged=turn.averaged,
                 lr_factors=turn.lr_factors,
                 zero_stage=min(config.deepspeed.zero_stage, turn.most_zero_stage),
+                held=turn.held,
             )
             for name, turn in objective.turns.items()
         ]

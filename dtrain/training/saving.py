@@ -91,6 +91,7 @@ class Saving:
             "images": position.images,
             "optimizer_steps": players.optimizer_steps,
             **({"players": further} if (further := players.state()) else {}),
+            **({"held": players.held} if players.held else {}),
             "config": self._config.model_dump(mode="json"),
             "data": self._data,
             "versions": {"dtrain": __version__, "torch": torch.__version__},

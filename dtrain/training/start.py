@@ -101,6 +101,10 @@ def _load(
 ) -> None:
     _check_state(checkpoint)
     _check_own(config, data, checkpoint)
+    try:
+        players.check_held(checkpoint.meta.get("held", {}))
+    except UserError as e:
+        raise UserError(f"{checkpoint.path} cannot be resumed from: {e}") from None
     players.load(checkpoint)
     players.load_state(checkpoint.meta.get("players", {}))
     state = objective.state()

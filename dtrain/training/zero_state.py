@@ -29,11 +29,13 @@ class ZeroState:
     """This rank's share of the state of one DeepSpeed engine.
 
     zero: DeepSpeed's ZeRO optimizer, at stage 0 not used; trainable, frozen: (name, parameter) in the order of the
-    module; averages: the optimizer-state keys of the averages.
+    module; averages: the optimizer-state keys of the averages; held: frozen ones that no checkpoint holds.
     """
 
-    def __init__(self, stage: int, zero, optimizer: torch.optim.Optimizer, trainable, frozen, averages: list[str]):
-        self.stage, self.zero, self.optimizer = stage, zero, optimizer
+    def __init__(
+        self, stage: int, zero, optimizer: torch.optim.Optimizer, trainable, frozen, averages: list[str], held=()
+    ):
+        self.stage, self.zero, self.optimizer, self._held = stage, zero, optimizer, list(held)
         self.trainable, self.frozen, self.averages = trainable, frozen, averages
         self._allocate()
 
@@ -65,8 +67,8 @@ class ZeroState:
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def pieces(self, whole: bool = False) -> list[Piece]:
-        """Every piece this rank holds, live.
+    def pieces(self, whole: bool = False, held: bool = False) -> list[Piece]:
+        """Every piece this rank holds, live; those of held parameters only where they are asked for.
 
         Where ranks hold copies (stage 0, frozen parameters) each gives only its share, so that the ranks together give
         each element exactly once; with `whole` each gives all it holds, which is what loading must fill.
@@ -85,7 +87,7 @@ class ZeroState:
                 for key in self.keys:
                     values = mapping.get_hp_fragment(None if key == "fp32" else key)
                     pieces.append(Piece(f"{name}:{key}", mapping.lp_fragment_address.start, values.detach().view(-1)))
-        for name, p in self.frozen:
+        for name, p in self.frozen + (self._held if held else []):
             if self.stage == 3:
                 pieces.append(_partition(f"{name}:fp32", p, p.ds_tensor.data))
             else:
@@ -96,7 +98,7 @@ class ZeroState:
     def write(self, value_of: Callable[[str], torch.Tensor | None]) -> None:
         """value_of(name), a whole tensor, into every piece of that parameter's weights and averages; None leaves it."""
         values, of = None, None
-        for piece in sorted(self.pieces(whole=True), key=lambda p: p.name.split(":")[0]):
+        for piece in sorted(self.pieces(whole=True, held=True), key=lambda p: p.name.split(":")[0]):
             name, key = piece.name.split(":")
             if key in MOMENTS:
                 continue
@@ -166,7 +168,7 @@ class ZeroState:
             else:
                 value = p.get_full_hp_param(key)
             targets[name].copy_(value.view(targets[name].shape))
-        for name, p in self.frozen:
+        for name, p in self.frozen + self._held:
             if name in targets:
                 with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
                     targets[name].copy_(p)
