@@ -31,7 +31,7 @@ class Declared(NamedTuple):
 def declared(config: Config) -> Declared:
     """Raises UserError where two parts call what they ask for alike."""
     data, diffusion = config.data, config.diffusion
-    fields: list[Field] = [Picture("image", data.image_size, data.channels, data.upright)]
+    fields: list[Field] = []
     draws = [
         Draw("time", Purpose.TIME, "stratified" if diffusion.stratified else "uniform"),
         Draw("noise", Purpose.NOISE, "normal", config.shape),
@@ -45,6 +45,7 @@ def declared(config: Config) -> Declared:
     for section in (config.first_stage, *config.conditions.values(), config.objective):
         fields += section.fields(config)
         draws += section.draws(config)
+    fields.append(Picture("image", data.image_size, data.channels, data.upright))  # the dearest is read last
     names = ["k", *(field.name for field in fields), *(draw.name for draw in draws)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two parts of this config call something in a batch {min(twice)!r}; rename one")
