@@ -133,8 +133,8 @@ def evaluate(
         "reference": reference.hash,
         **of_the_reference(e, reference),
     }
-    if sampler.first_stage.fingerprint != Pixels.fingerprint:
-        context["first_stage"] = sampler.first_stage.fingerprint
+    if generator.first_stage.fingerprint != Pixels.fingerprint:
+        context["first_stage"] = generator.first_stage.fingerprint
     return found, context
 
 
