@@ -1,7 +1,6 @@
-import re
-
 """The tracking server absent at start, broken, paused, killed and back: nothing waits, and all arrives once."""
 
+import re
 import sys
 import threading
 import time
