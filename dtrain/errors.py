@@ -49,7 +49,7 @@ class SharedError(UserError):
 
 
 class NotFinite(SharedError):
-    """What a network gave is no finite number. Nobody's setting need be wrong, so other work goes on without it."""
+    """What a network gave is no finite number. No setting need be wrong, so other work goes on without it."""
 
 
 class SharedFailure(RuntimeError):

@@ -56,7 +56,7 @@ def settings_of_inversion(config: Config) -> dict:
 
 
 def without_class(n: int, config: Config) -> Tensor:
-    """Labels int64 (n,) of pictures whose class nobody named: the null class. Raises UserError if it is untrained."""
+    """Labels int64 (n,) of pictures without a given class: the null class. Raises UserError if it is untrained."""
     classes = config.model.num_classes
     if classes and config.diffusion.label_dropout == 0:
         raise UserError(

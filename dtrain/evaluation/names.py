@@ -91,7 +91,7 @@ def declared(path: str | Path) -> str | None:
 
 
 def _arrays(path: str | Path) -> set[str]:
-    """Names of the arrays in an .npz; of what is none, whoever reads it says so."""
+    """Names of the arrays in an .npz; none of what is no .npz, which its reader refuses."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}

@@ -62,7 +62,7 @@ class Feed:
         return stand_in(self._config, first, rows)
 
     def _kept(self, error: LoaderFailure) -> LoaderFailure:
-        """The error with the place of its details, for who looks into it."""
+        """The error with the file that its details were written to."""
         path = RunDirectory(self._config.run.path).logs / f"rank-{distributed.rank()}.traceback"
         with suppress(OSError):
             if error.details:

@@ -35,7 +35,7 @@ NO_SUMS: dict[str, tuple[float, int]] = {}
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all ranks know of a step once it is reduced; equal on every rank."""
+    """The sums of a step over all ranks, once it is reduced; equal on every rank."""
 
     position: Position  # after the step
     taken: bool  # moved the weights; a refused step counts images, but not as a step

@@ -1,7 +1,7 @@
-"""Before the first step all ranks say what they were given; where one was given something else, nobody begins.
+"""Before the first step all ranks compare what they were given; where one was given something else, none begins.
 
 A rank on another node may read another manifest, another file of weights or another version of the code. It would train
-on other data without a word, or end in an error that names something else.
+on other data unnoticed, or end in an error that names something else.
 """
 
 import hashlib
