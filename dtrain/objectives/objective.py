@@ -69,7 +69,7 @@ class Objective:
     def losses(
         self, turn: str, networks: Mapping[str, Network], batch: Batch, condition: Condition, at: Position
     ) -> Losses:
-        """Of the rows of a micro-batch, in the turn of this name.
+        """The losses of the rows of a micro-batch, in the turn of this name.
 
         networks: all of them; gradients flow into those that the turn moves. batch: what the parts of the config
         declare, and `x_0` (n, C, H, W), what the network is to learn. condition: what the network is told. at: the

@@ -311,7 +311,7 @@ class Steps:
 
 
 def _further_norms(norms: dict[str, float]) -> dict[str, tuple[float, int]]:
-    """Of the turns after the first, as (sum, count): the same on every rank."""
+    """The norms of the turns after the first, as (sum, count): the same on every rank."""
     return {f"grad_norm_{turn}": (norm, 1) for turn, norm in list(norms.items())[1:]}
 
 

@@ -52,7 +52,7 @@ def test_each_is_dropped_by_its_own_draw_so_that_all_four_cases_are_trained():
 
 
 def test_what_is_dropped_in_training_is_what_guidance_calls_nothing():
-    """Of a model that is linear in both: uncond + s·(cond − uncond), uncond with both nulls."""
+    """A model that is linear in both gives uncond + s·(cond − uncond), uncond with both nulls."""
 
     def model(x, t, y, height):
         return x + y.view(-1, 1, 1, 1) + 100 * height.view(-1, 1, 1, 1)

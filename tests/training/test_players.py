@@ -81,7 +81,7 @@ def refused(config):
 
 
 def differing(before, after) -> list[tuple[int, int]]:
-    """Of each player: (pieces that differ, pieces)."""
+    """(pieces that differ, pieces) of each player."""
     return [
         (sum(not np.array_equal(old[name], new[name]) for name in old), len(old))
         for old, new in zip(before, after, strict=True)
