@@ -112,7 +112,8 @@ class Round:
         overrides = list(plan.overrides)
         notes = []
         if plan.shard is not None:
-            notes.append(damage_shard(self._resolved(), plan.shard, self.job.work / "damaged"))
+            config = self.run.config() if self.run.config_file.exists() else self.job.config
+            notes.append(damage_shard(config.data, config.run.seed, plan.shard, self.job.work / "damaged"))
         if plan.mlflow:
             uri = f"http://127.0.0.1:{free_port()}" if plan.mlflow == "gone" else self._uri
             overrides += ["tracking.enabled=true", f"tracking.uri={uri}"]
@@ -235,9 +236,6 @@ class Round:
             fine = set(ended.codes) <= {USER_ERROR} and said == "user_error"
         return [] if fine else [f"ended as {said or 'a crash'} ({ended}), not {plan.ends}"]
 
-    def _resolved(self):
-        return self.run.config() if self.run.config_file.exists() else job_with_streams(self.job)
-
     def _whole(self) -> list[int]:
         return [step_of(path) for path in self._whole_paths()]
 
@@ -257,13 +255,6 @@ class Round:
                 except Damaged as e:
                     problems.append(f"a complete name for what is not whole: {e}")
         return problems
-
-
-def job_with_streams(job: Job):
-    from dtrain.data.order.streams import with_streams
-    from dtrain.data.shards.manifest import load_all
-
-    return with_streams(job.config, load_all(job.config.data))
 
 
 def play(

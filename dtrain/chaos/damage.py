@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.config import Config
+from dtrain.config import Data
 from dtrain.data.order.mixture import of_run
 from dtrain.data.shards.manifest import load_all
 
@@ -45,18 +45,18 @@ class Damage:
         return f"{victim.name}, byte {at:,}"
 
 
-def damage_shard(config: Config, image: int, folder: Path) -> str:
+def damage_shard(data: Data, seed: int, image: int, folder: Path) -> str:
     """Make `folder` the data set of links to the shards, but for one whose bytes are all inverted: that of `image`.
 
-    image: of the run's order. Returns the shard's name. The shards themselves are not touched.
+    seed: of the run. image: of its order. Returns the shard's name. The shards themselves are not touched.
     """
-    manifest = load_all(config.data)
-    _, samples = of_run(config, manifest).samples(np.array([image]))
+    manifest = load_all(data)
+    _, samples = of_run(data, seed, manifest).samples(np.array([image]))
     number = int(np.searchsorted(np.cumsum(manifest.shard_sizes), samples[0], side="right"))
     name = manifest.shards[number].name
-    source = Path(config.data.shards).resolve()
+    source = Path(data.shards).resolve()
     folder.mkdir(exist_ok=True)
-    for path in [*source.iterdir(), Path(config.data.manifest or source / "manifest.json").resolve()]:
+    for path in [*source.iterdir(), Path(data.manifest or source / "manifest.json").resolve()]:
         link = folder / path.name
         link.unlink(missing_ok=True)
         link.symlink_to(path)

@@ -77,11 +77,12 @@ def shared_memory(config: Config) -> Finding:
         world_size, ranks = distributed.world_size(), distributed.ranks_here()
     else:
         world_size = ranks = max(1, torch.cuda.device_count())
-    needed, there = shm.of_ranks(config, world_size, ranks), shm.free()
-    found = shm.shown(config, world_size, ranks, there)
+    workers, batch = config.data.workers, shm.of_batch(config, world_size)
+    needed, there = shm.of_ranks(ranks, workers, batch), shm.free()
+    found = shm.shown(ranks, workers, batch, there)
     nodes = distributed.gather_objects((there - needed, needed, found))
     _, needed, found = min(nodes)  # of the node that has the least to spare
-    if not config.data.workers:
+    if not workers:
         return ok(name, "data.workers is 0, so no batch is made ahead")
     if min(nodes)[0] < 0:
         return bad(name, found, shm.advice(needed))

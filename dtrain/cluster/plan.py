@@ -62,7 +62,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     Raises UserError where the batch does not divide.
     """
     gpus = nodes * gpus_per_node
-    rows, micro_batch = rows_per_rank(config, gpus)
+    rows, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, gpus)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
@@ -113,7 +113,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         evaluation=evaluation,
         checkpoint=memory.checkpoint_bytes(config, sizes),
         kept=config.train.keep_last + 1,
-        shared_memory=shared_memory.of_ranks(config, gpus, gpus_per_node),
+        shared_memory=shared_memory.of_ranks(gpus_per_node, config.data.workers, shared_memory.of_batch(config, gpus)),
         shared_memory_here=shared_memory.free(),
         hours=images * (flops + checkpointing * repeated) / speed / 3600,
         fits=own.needed <= usable,

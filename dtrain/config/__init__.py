@@ -12,8 +12,9 @@ from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
 from dtrain.config.models import DiT, UNet
 from dtrain.config.parts import FirstStageSection
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
+from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import PartSection, Section, flat
-from dtrain.config.training import EMAProfile, Optim
+from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ArrayField",
     "Config",
     "Data",
+    "DeepSpeed",
     "DiT",
     "EMAProfile",
     "Eval",
@@ -30,9 +32,12 @@ __all__ = [
     "Gaussian",
     "Optim",
     "PartSection",
+    "Run",
     "Sampling",
     "Section",
     "Source",
+    "Tracking",
+    "Train",
     "UNet",
     "architecture",
     "continued",

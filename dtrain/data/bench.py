@@ -6,14 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dtrain.config import Config
-from dtrain.data.declared import declared
+from dtrain.config import Config, Data
 from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.shards.manifest import check_all, load_all
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
-from dtrain.randomness import Draws, drawn
+from dtrain.randomness import drawn
 
 
 def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
@@ -27,7 +26,7 @@ def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
     torch.set_num_threads(1)
     try:
         dataset = StepDataset(config, manifest, 0, 1, 0)
-        return _stages(config, dataset, seconds / 6)
+        return _stages(config.data, dataset, seconds / 6)
     finally:
         torch.set_num_threads(threads)
 
@@ -39,8 +38,7 @@ def report(rates: dict[str, float]) -> str:
     return "\n".join([*rows, f"{slowest} limits: {stages[slowest]:,.0f} images/s a process"])
 
 
-def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, float]:
-    data = config.data
+def _stages(data: Data, dataset: StepDataset, seconds: float) -> dict[str, float]:
     k = np.arange(min(data.batch_size, 256))
     sources, samples = dataset._order.samples(k)
     places = list(zip(sources.tolist(), samples.tolist(), strict=True))
@@ -53,11 +51,10 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
         raise UserError(f"{data.shards} has samples without an image; `dtrain verify` and pack it again")
     images = [decode(file, data.channels, data.upright) for file in files]
     cropped = [centre_crop(image, data.image_size) for image in images]
-    draws = Draws(config.run.seed)
 
     def randomness() -> None:
-        for draw in declared(config).draws:
-            drawn(draw, draws, k.tolist(), k, 0, len(k))
+        for draw in dataset._declared_draws:
+            drawn(draw, dataset._draws, k.tolist(), k, 0, len(k))
 
     steps = iter(range(10**9))
     each = len(k)

@@ -20,14 +20,13 @@ PAGE = 4096
 MIB, GIB = 2**20, 2**30
 
 
-def of_ranks(config: Config, world_size: int, ranks: int) -> int:
-    """Bytes that `ranks` ranks on one machine take of it at most, of `world_size` in all.
+def of_ranks(ranks: int, workers: int, batch: int) -> int:
+    """Bytes that `ranks` ranks on one machine take of it at most, with `workers` each and `batch` bytes a batch.
 
     Every batch that the workers have made ahead, the one that the step is at, and the locks of their queues.
     """
-    workers = config.data.workers
     locks = PAGE * (8 + 3 * workers) if workers else 0
-    return ranks * (batches(workers) * of_batch(config, world_size) + locks)
+    return ranks * (batches(workers) * batch + locks)
 
 
 def batches(workers: int) -> int:
@@ -62,15 +61,16 @@ def free() -> int:
 
 def check(config: Config, world_size: int, ranks: int) -> None:
     """Raises UserError where this machine has too little for its `ranks` ranks."""
-    needed, there = of_ranks(config, world_size, ranks), free()
+    workers, batch = config.data.workers, of_batch(config, world_size)
+    needed, there = of_ranks(ranks, workers, batch), free()
     if there < needed:
-        raise UserError(f"{shown(config, world_size, ranks, there)}: {advice(needed)}")
+        raise UserError(f"{shown(ranks, workers, batch, there)}: {advice(needed)}")
 
 
-def shown(config: Config, world_size: int, ranks: int, there: int) -> str:
-    """What there is and what is taken, in words."""
-    needed, one = of_ranks(config, world_size, ranks), of_batch(config, world_size)
-    each = f"{batches(config.data.workers)} of {one / MIB:,.1f} MiB for each of {ranks} ranks"
+def shown(ranks: int, workers: int, batch: int, there: int) -> str:
+    """What there is and what is taken, in words; the numbers as of `of_ranks`."""
+    needed = of_ranks(ranks, workers, batch)
+    each = f"{batches(workers)} of {batch / MIB:,.1f} MiB for each of {ranks} ranks"
     return (
         f"/dev/shm of {socket.gethostname()} has {there / MIB:,.1f} MiB free, and batches made ahead take up to "
         f"{needed / MIB:,.1f} MiB ({each})"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from dtrain.batch import Batch
 from dtrain.config import Config
-from dtrain.data.declared import declared
+from dtrain.data.declared import Declared, declared
 from dtrain.data.fields.check import check_fields
 from dtrain.data.fields.field import View
 from dtrain.data.fields.picture import centre_crop, random_crop
@@ -77,7 +77,7 @@ class StepDataset(Dataset):
             )
         check_fields(config, manifest)
         self._fields, self._declared_draws = declared(config)
-        self._order = of_run(config, manifest)
+        self._order = of_run(data, config.run.seed, manifest)
         self._readers, self._samples = [], []
         sources = list(zip((manifest, *manifest.mixed), (data, *data.mix), strict=True))
         for one, source in sources:
@@ -148,9 +148,9 @@ class StepDataset(Dataset):
         return View(partial(random_crop, size=self._size, draws=draws), mirrored)
 
 
-def stand_in(config: Config, first: int, rows: int) -> Batch:
+def stand_in(wanted: Declared, first: int, rows: int) -> Batch:
     """Rows of the shapes that `StepDataset` gives, whose loss and gradient are not numbers."""
-    fields, draws = declared(config)
+    fields, draws = wanted
     batch = {"k": first + torch.arange(rows)}
     for one in fields:
         column = torch.zeros(rows, *one.shape, dtype=getattr(torch, one.dtype))

@@ -118,7 +118,7 @@ def split_of(config: Config) -> Manifest | None:
     e = config.eval
     if config.data.holdout:
         manifest = manifests.load_holdout(config.data)
-        check_classes(config, manifest, "name another data.holdout")
+        check_classes(config.model.num_classes, manifest, "name another data.holdout")
         return manifest
     if needs_split(e) or not e.reference:
         wanted = "a split" if needs_split(e) else "something to compare with"

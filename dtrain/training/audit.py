@@ -52,7 +52,7 @@ def audit(run: RunDirectory) -> Audit:
     left_out = Skipped([*skipped, *_refused(lines)])
     problems += _gaps(attempts, trained, left_out)
     images = max(line["images"] for line in trained)
-    mixture = of_run(config, manifest)
+    mixture = of_run(config.data, config.run.seed, manifest)
     sets = (manifest, *manifest.mixed)
     names = ["main", *(s.name for s in config.data.mix)]
     uses = replay(mixture, sets, images, left_out)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
-from dtrain.config import Config, architecture, with_earlier_values
+from dtrain.config import Config, Data, architecture, with_earlier_values
 from dtrain.data.fields.check import check_fields, check_training
 from dtrain.data.fields.survey import named, survey
 from dtrain.data.shards import manifest as manifests
@@ -25,7 +25,7 @@ PUBLISHED = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # files that run.i
 
 def check_start(config: Config, ranks: int) -> str:
     """What would run on `ranks` ranks, and on which pictures: lines. Raises the UserError that a start would."""
-    rows, micro_batch = rows_per_rank(config, ranks)
+    rows, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, ranks)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
     config = resolved(run, config, manifest)
@@ -39,7 +39,7 @@ def check_start(config: Config, ranks: int) -> str:
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
         *lacking,
-        *about_pictures(config, manifest),
+        *about_pictures(config.data, config.model.num_classes, manifest),
         *warnings(config),
     ]
     return "\n".join(lines)
@@ -57,24 +57,24 @@ def warnings(config: Config) -> list[str]:
     return [*lines, *about_names(config)] if config.eval.every else lines
 
 
-def about_pictures(config: Config, manifest: manifests.Manifest) -> list[str]:
+def about_pictures(data: Data, num_classes: int, manifest: manifests.Manifest) -> list[str]:
     """What becomes of the pictures, as far as the headers of a few say, and what the classes are called."""
-    lines, found = [], survey(manifest, config.data.shards)
-    if scaling := found.scaling(config.data.image_size):
+    lines, found = [], survey(manifest, data.shards)
+    if scaling := found.scaling(data.image_size):
         lines.append(scaling)
     if turned := found.turned:
         which = f"{turned} of {len(found.headers)} images looked at"
         lines.append(
             f"{which}: turned as their EXIF orientation says"
-            if config.data.upright
+            if data.upright
             else f"{which}: not turned as their EXIF orientation says, because data.exif is ignore"
         )
-    if found.headers and found.grey != (config.data.channels == 1):
+    if found.headers and found.grey != (data.channels == 1):
         lines.append("they have no colours, and data.channels is 3" if found.grey else "their colours become grey")
-    if config.model.num_classes and manifest.classes:
+    if num_classes and manifest.classes:
         lines.append(named(manifest.classes))
-    elif config.model.num_classes:
-        lines.append(f"{config.model.num_classes:,} classes, which {manifest.path} does not name")
+    elif num_classes:
+        lines.append(f"{num_classes:,} classes, which {manifest.path} does not name")
     elif LABEL_FIELD in manifest.fields:
         lines.append("model.num_classes is 0: the images' labels are not read")
     return lines

@@ -1,12 +1,13 @@
 """How a global batch divides over ranks and micro-batches."""
 
-from dtrain.config import Config
 from dtrain.errors import UserError
 
 
-def rows_per_rank(config: Config, world_size: int) -> tuple[int, int]:
-    """(rows of one rank per step, rows per micro-batch), or a UserError that names the nearest that divides."""
-    batch = config.data.batch_size
+def rows_per_rank(batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """(rows of one rank per step, rows per micro-batch), or a UserError that names the nearest that divides.
+
+    batch: data.batch_size. micro_batch: train.micro_batch, None for all rows of a rank at once.
+    """
     if batch % world_size:
         below, above = batch - batch % world_size, batch + world_size - batch % world_size
         nearest = above if not below or above - batch < batch - below else below
@@ -14,7 +15,7 @@ def rows_per_rank(config: Config, world_size: int) -> tuple[int, int]:
             f"data.batch_size {batch} does not divide by {world_size} ranks; the nearest that does is {nearest}"
         )
     rows = batch // world_size
-    micro = config.train.micro_batch or rows
+    micro = micro_batch or rows
     if rows % micro:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0]
         nearest = min(fitting, key=lambda m: abs(m - micro))

@@ -13,6 +13,7 @@ from dtrain import distributed
 from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.credentials import redacted
+from dtrain.data.declared import declared
 from dtrain.data.loader import Batches, LoaderFailure, train_batches
 from dtrain.data.order.skipped import Skipped
 from dtrain.data.shards.manifest import Manifest
@@ -59,7 +60,7 @@ class Feed:
             except LoaderFailure as e:
                 self.error = self._kept(e)
         rows = self._config.data.batch_size // distributed.world_size()
-        return stand_in(self._config, first, rows)
+        return stand_in(declared(self._config), first, rows)
 
     def _kept(self, error: LoaderFailure) -> LoaderFailure:
         """The error with the file that its details were written to."""

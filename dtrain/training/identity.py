@@ -26,7 +26,8 @@ def resolved(run: RunDirectory, wanted: Config, manifest: Manifest) -> Config:
     Raises UserError when there are more streams than samples.
     """
     streams = run.config().data.streams if wanted.data.streams is None and _binds(run) else None
-    return with_streams(continued(run, wanted), manifest, streams)
+    config = continued(run, wanted)
+    return config.model_copy(update={"data": with_streams(config.data, manifest, streams)})
 
 
 def reconcile(run: RunDirectory, wanted: Config) -> dict[str, tuple]:

@@ -40,7 +40,7 @@ def train(config: Config) -> Outcome:
     before the checks are done.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    _, micro_batch = rows_per_rank(config, world_size)
+    _, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, world_size)
     manifest = manifests.load_all(config.data)
     run = RunDirectory(config.run.path)
     config = resolved(run, config, manifest)
@@ -67,7 +67,8 @@ def train(config: Config) -> Outcome:
     stop.listen()
     tracker, objective = Tracker(run, rank), build_objective(config)
     feed = Feed(config, manifest)
-    bad_steps = BadSteps(config, SampleNames(config, manifest), tracker, list(objective.turns))
+    names = SampleNames(config.data, config.run.seed, manifest)
+    bad_steps = BadSteps(config.train, config.data.batch_size, names, tracker, list(objective.turns))
     watchdog = Watchdog(run, rank, config.train.hang_limit, config.train.start_limit)
     goodput = Goodput(tracker)
     steps, outcome = None, None

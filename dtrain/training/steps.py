@@ -64,7 +64,9 @@ class Steps:
         self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
         self._reduction = StepReduction(rank, world_size, config.data.batch_size, named_sums(self.objective))
         self._meter = Meter(config, world_size, distributed.device())
-        self._health = DataHealth(config, self.manifest, self.position, self.tracker, self._progress.say)
+        self._health = DataHealth(
+            config.data, config.run.seed, self.manifest, self.position, self.tracker, self._progress.say
+        )
         self._reduced = self.position  # after the last step that all ranks had a batch for, as far as they know
         self._evaluation = None
         self._owes_evaluation = False  # of where the run is: it was cut off, or gave way to a stop

@@ -159,7 +159,8 @@ def held(config, manifest_path, size):
         found = os.statvfs("/dev/shm")
         return (found.f_blocks - found.f_bfree) * found.f_frsize
 
-    batches, reckoned = train_batches(config, load(manifest_path), 0, 1, 0), shared_memory.of_ranks(config, 1, 1)
+    batches = train_batches(config, load(manifest_path), 0, 1, 0)
+    reckoned = shared_memory.of_ranks(1, config.data.workers, shared_memory.of_batch(config, 1))
     batch, end = next(batches), time.monotonic() + 60
     while used() < reckoned and time.monotonic() < end:
         time.sleep(0.05)
@@ -221,7 +222,7 @@ def test_workers_that_end_in_order_leave_nothing_in_dev_shm(folder):
 def test_what_does_not_fit_is_refused_with_what_to_do_and_what_fits_is_not(folder):
     config = configuration(folder, 2000, workers=2)
     ((said, none),) = run_ranks(checked, 1, config, "4m")
-    needed = shared_memory.of_ranks(config, 2, 2) / 2**20
+    needed = shared_memory.of_ranks(2, 2, shared_memory.of_batch(config, 2)) / 2**20
     assert f"has 4.0 MiB free, and batches made ahead take up to {needed:,.1f} MiB (5 of" in said
     assert all(word in said for word in ("--shm-size=1g", "--ipc=host", "data.workers=0"))
     assert none is None

@@ -9,6 +9,7 @@ from dtrain.checkpoint.directory import complete
 from dtrain.checkpoint.format import Checkpoint
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
+from tests.training.players import build_player
 from tests.training.runs import train
 
 SAVED_AT = 10
@@ -36,13 +37,11 @@ def rewritten(config):
     from dtrain.checkpoint.writer import Writer
     from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
-    from dtrain.training.division import rows_per_rank
-    from dtrain.training.player import Player
     from dtrain.training.players import Players
     from dtrain.training.start import resume
 
     run = RunDirectory(config.run.path)
-    engine = Player.of(config, rows_per_rank(config, distributed.world_size())[1])
+    engine = build_player(config)
     resume(Players([engine]), build(config), run, config)
     writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
     writer.begin(99, engine.pieces(), engine.tensor_sizes(), {"step": 99, "images": 0, "optimizer_steps": 0})

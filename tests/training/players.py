@@ -10,7 +10,7 @@ def build_player(config):
     from dtrain.training.division import rows_per_rank
     from dtrain.training.player import Player
 
-    _, micro = rows_per_rank(config, distributed.world_size())
+    _, micro = rows_per_rank(config.data.batch_size, config.train.micro_batch, distributed.world_size())
     return Player.of(config, micro)
 
 

@@ -8,6 +8,7 @@ import pytest
 from dtrain.checkpoint.directory import complete
 from tests.digits import losses, tiny
 from tests.ranks import run_ranks
+from tests.training.players import build_player
 from tests.training.runs import train, train_saying_into, trained
 
 SEED, DAMAGES = 0, 200
@@ -41,15 +42,12 @@ def damage(checkpoint, other, rng) -> str:
 
 def resumed_from(configs):
     """On a rank: the step each run's directory resumes at, or the error."""
-    from dtrain import distributed
     from dtrain.objectives.build import build
     from dtrain.run import RunDirectory
-    from dtrain.training.division import rows_per_rank
-    from dtrain.training.player import Player
     from dtrain.training.players import Players
     from dtrain.training.start import resume
 
-    engine = Player.of(configs[0], rows_per_rank(configs[0], distributed.world_size())[1])
+    engine = build_player(configs[0])
     built = build(configs[0])
     return [resume(Players([engine]), built, RunDirectory(config.run.path), config).step for config in configs]
 

@@ -107,17 +107,16 @@ def test_without_clipping_the_norm_is_still_measured(digits, tmp_path):
     assert all(np.array_equal(a[2], b[2]) for a, b in zip(clipped[0], free[0], strict=True))
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest_that_does(digits, tmp_path):
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     from dtrain.training.division import rows_per_rank
 
-    config = tiny(digits, tmp_path, "data.batch_size=128")
-    assert rows_per_rank(config, 4) == (32, 32)
+    assert rows_per_rank(128, None, 4) == (32, 32)
     with pytest.raises(UserError, match=r"128 does not divide by 3 ranks; the nearest that does is 129"):
-        rows_per_rank(config, 3)
+        rows_per_rank(128, None, 3)
     with pytest.raises(UserError, match=r"128 does not divide by 200 ranks; the nearest that does is 200"):
-        rows_per_rank(config, 200)
+        rows_per_rank(128, None, 200)
     with pytest.raises(UserError, match=r"micro_batch 5 does not divide the 32 rows .* the nearest that does is 4"):
-        rows_per_rank(tiny(digits, tmp_path, "data.batch_size=128", "train.micro_batch=5"), 4)
+        rows_per_rank(128, 5, 4)
 
 
 def test_raw_deepspeed_options_are_merged_last(digits, tmp_path):

@@ -66,7 +66,7 @@ def steps_of_three_turns(config, refused):
     step = Step(build_first_stage(config), build_conditions(config), objective, players, config.model.draws())
     rank, ranks = distributed.rank(), distributed.world_size()
     batches = StepDataset(config, load_all(config.data), rank, ranks, 0)
-    bad, found = BadSteps(config, None, None, list(objective.turns)), []
+    bad, found = BadSteps(config.train, config.data.batch_size, None, None, list(objective.turns)), []
     for number, turn in enumerate(refused):
         before = {(p.name, p.start): p.values.clone() for p in players.pieces()}
         objective.called.clear()
@@ -111,7 +111,7 @@ def test_what_a_checkpoint_holds_of_each_turns_norms_and_refusals_comes_back(dig
     from dtrain.training.safety.bad_steps import FEWEST, BadSteps
 
     config, turns = tiny(digits, tmp_path), ["main", "critic"]
-    bad = BadSteps(config, None, None, turns)
+    bad = BadSteps(config.train, config.data.batch_size, None, None, turns)
     for number in range(FEWEST):
         for turn, scale in (("main", 1.0), ("critic", 50.0)):
             assert bad.judge(scale * (1 + number / 100), bad.limit(turn), [(number, number + 1)], turn)
@@ -119,7 +119,7 @@ def test_what_a_checkpoint_holds_of_each_turns_norms_and_refusals_comes_back(dig
     for number in range(3):
         assert not bad.judge(np.inf, bad.limit("critic"), [(100 + number, 101 + number)], "critic")
     assert bad.too_many
-    again = BadSteps(config, None, None, turns)
+    again = BadSteps(config.train, config.data.batch_size, None, None, turns)
     state = json.loads(json.dumps(bad.state()))
     BadSteps.check(state)
     again.load_state(state)

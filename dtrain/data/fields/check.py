@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.config import Config
-from dtrain.data.declared import declared
+from dtrain.data.declared import Declared, declared
 from dtrain.data.shards.lacking import Lack, lacking, wrong_labels
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
@@ -33,7 +33,7 @@ def check_fields(config: Config, manifest: Manifest) -> None:
                 key = f"data.arrays.{field.name}" if field.name in config.data.arrays else field.name
                 hint = _hint(one.fields, field.extensions)
                 raise UserError(f"{key}: {one.path} has no field {' or '.join(field.extensions)}{hint}")
-        check_classes(config, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
+        check_classes(config.model.num_classes, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
 
 
 def _hint(fields: Iterable[str], wanted: Iterable[str]) -> str:
@@ -41,20 +41,21 @@ def _hint(fields: Iterable[str], wanted: Iterable[str]) -> str:
     return f"; it has `{other}`: {DOT_RULE}" if other else ""
 
 
-def check_classes(config: Config, manifest: Manifest, advice: str) -> None:
+def check_classes(num_classes: int, manifest: Manifest, advice: str) -> None:
     """Raises UserError, with the advice, where a data set has more classes than the model."""
-    ours, theirs = config.model.num_classes, len(manifest.classes or ())
-    if 0 < ours < theirs:
-        raise UserError(f"model.num_classes is {ours}, but {manifest.path} has {theirs} classes; {advice}")
+    if 0 < num_classes < (theirs := len(manifest.classes or ())):
+        raise UserError(f"model.num_classes is {num_classes}, but {manifest.path} has {theirs} classes; {advice}")
 
 
-def lacks_of(config: Config, manifest: Manifest, directory: str | Path, everything: bool = False) -> list[Lack]:
-    """What a training by this config would miss in a data set. everything: read all labels, not some."""
-    classes = config.model.num_classes
-    found = lacking(manifest, directory, declared(config).extensions)
-    labels = wrong_labels(manifest, directory, classes, None if everything else LOOKED_AT) if classes else None
+def lacks_of(
+    wanted: Declared, num_classes: int, manifest: Manifest, directory: str | Path, everything: bool = False
+) -> list[Lack]:
+    """What a training that reads `wanted` would miss in a data set. everything: read all labels, not some."""
+    found = lacking(manifest, directory, wanted.extensions)
+    most = None if everything else LOOKED_AT
+    labels = wrong_labels(manifest, directory, num_classes, most) if num_classes else None
     if labels and labels.of < manifest.samples <= COUNTED:
-        labels = wrong_labels(manifest, directory, classes)
+        labels = wrong_labels(manifest, directory, num_classes)
     return found + ([labels] if labels else [])
 
 
@@ -63,9 +64,9 @@ def check_training(config: Config, manifest: Manifest, everything: bool = False)
 
     Raises UserError where one ends a run, or where they are more than data.max_bad_fraction allows.
     """
-    data, lines = config.data, []
+    data, wanted, lines = config.data, declared(config), []
     for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
-        for lack in lacks_of(config, one, source.shards, everything):
+        for lack in lacks_of(wanted, config.model.num_classes, one, source.shards, everything):
             if data.on_error != "replace":
                 raise UserError(f"{one.path}: {lack}; pack the shards without such, or take data.on_error replace")
             if lack.count > data.max_bad_fraction * lack.of:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dtrain.config import Config
+from dtrain.config import Data
 from dtrain.data.order.order import Order
 from dtrain.data.order.streams import MIXED, default_streams, with_streams
 from dtrain.data.shards.manifest import Manifest
@@ -97,10 +97,12 @@ class Mixture:
         return sources, before
 
 
-def of_run(config: Config, manifest: Manifest) -> Mixture:
-    """The order of a run's images; `manifest` holds those of data.mix. Raises UserError for what cannot be mixed."""
-    data, seed = config.data, config.run.seed
-    streams = with_streams(config, manifest).data.streams
+def of_run(data: Data, seed: int, manifest: Manifest) -> Mixture:
+    """The order of a run's images; `manifest` holds those of data.mix. Raises UserError for what cannot be mixed.
+
+    seed: of the run.
+    """
+    streams = with_streams(data, manifest).streams
     orders = [Order(seed, manifest.shard_sizes, streams, data.shuffle_window)]
     for source, other in zip(data.mix, manifest.mixed, strict=True):
         own = key_of(f"{seed} {source.name}") >> 1  # sources of equal shape must not go in step

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dtrain.config import Config
+from dtrain.config import Data
 from dtrain.data.order.mixture import of_run
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.reader import ShardReader
@@ -10,11 +10,11 @@ from dtrain.data.shards.remote import is_url, shown
 
 
 class SampleNames:
-    """Where the samples of images k lie."""
+    """Where the samples of images k lie. seed: of the run."""
 
-    def __init__(self, config: Config, manifest: Manifest):
-        self._config, self._manifests = config, (manifest, *manifest.mixed)
-        self._folders = [source.shards for source in (config.data, *config.data.mix)]
+    def __init__(self, data: Data, seed: int, manifest: Manifest):
+        self._data, self._seed, self._manifests = data, seed, (manifest, *manifest.mixed)
+        self._folders = [source.shards for source in (data, *data.mix)]
 
     def by_shard(self, k: np.ndarray) -> dict[str, list[int]]:
         """Shard → which of its samples the images k (n,) are, counted from 0. Reads nothing."""
@@ -34,8 +34,8 @@ class SampleNames:
 
     def _located(self, k: np.ndarray) -> list[tuple[str, int, int, int]]:
         """(shard, number in there, source, sample of the source) of each image."""
-        found = []
-        for source, sample in zip(*of_run(self._config, self._manifests[0]).samples(k), strict=True):
+        found, mixture = [], of_run(self._data, self._seed, self._manifests[0])
+        for source, sample in zip(*mixture.samples(k), strict=True):
             sizes = self._manifests[source].shard_sizes
             shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
             folder, name = self._folders[source], self._manifests[source].shards[shard].name

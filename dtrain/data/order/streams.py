@@ -1,6 +1,6 @@
 """How many streams a data set is read in, where the config leaves it open (design, decision 1)."""
 
-from dtrain.config import Config
+from dtrain.config import Data
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
 
@@ -16,12 +16,12 @@ def default_streams(samples: int, most: int = 256) -> int:
     return min(most, max(1, samples // 1024))
 
 
-def with_streams(config: Config, manifest: Manifest, begun: int | None = None) -> Config:
-    """The config with data.streams resolved: as it says, else `begun`, else the default.
+def with_streams(data: Data, manifest: Manifest, begun: int | None = None) -> Data:
+    """The section with `streams` resolved: as it says, else `begun`, else the default.
 
     begun: what a run that goes on has been read in. Raises UserError when there are more than samples.
     """
-    streams = config.data.streams or begun or default_streams(manifest.samples)
+    streams = data.streams or begun or default_streams(manifest.samples)
     if streams > manifest.samples:
         raise UserError(f"data.streams {streams} exceeds the {manifest.samples} samples of {manifest.path}")
-    return config.model_copy(update={"data": config.data.model_copy(update={"streams": streams})})
+    return data.model_copy(update={"streams": streams})

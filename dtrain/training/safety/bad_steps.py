@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.config import Config
+from dtrain.config import Train
 from dtrain.data.order.names import SampleNames
 from dtrain.data.order.skipped import Skipped
 from dtrain.errors import SharedError
@@ -42,8 +42,10 @@ class BadSteps:
     now. turns: their names; the first is that of the run's own norm.
     """
 
-    def __init__(self, config: Config, names: SampleNames, tracker: Tracker, turns: Sequence[str] = ("main",)):
-        self._train, self._batch_size = config.train, config.data.batch_size
+    def __init__(
+        self, train: Train, batch_size: int, names: SampleNames, tracker: Tracker, turns: Sequence[str] = ("main",)
+    ):
+        self._train, self._batch_size = train, batch_size
         self._names, self._tracker, self._first = names, tracker, turns[0]
         self._norms: dict[str, deque[float]] = {turn: deque(maxlen=WINDOW) for turn in turns}
         self._pending: list[Refused] = []  # that not all ranks have reduced yet

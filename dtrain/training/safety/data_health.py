@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from dtrain import distributed, terminal
-from dtrain.config import Config
+from dtrain.config import Data
 from dtrain.data.order.mixture import of_run
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.stream import Report
@@ -18,24 +18,25 @@ from dtrain.training.reduction import StepSums
 class DataHealth:
     """Counts since this start, equal on every rank because they come out of the step's reduction.
 
-    say: shows the user a line.
+    seed: of the run. say: shows the user a line.
     """
 
     def __init__(
         self,
-        config: Config,
+        data: Data,
+        seed: int,
         manifest: Manifest,
         position: Position,
         tracker: Tracker,
         say: Callable[[str], None],
     ):
-        self._fraction = config.data.max_bad_fraction
+        self._fraction = data.max_bad_fraction
         self._begin, self._epoch = position.images, manifest.samples + sum(m.samples for m in manifest.mixed)
         self._tracker, self._say = tracker, say
         self._replaced = 0
         self._events: list[tuple[str, Position, dict]] = []
-        self._names = ["main", *(source.name for source in config.data.mix)]
-        self._mixture = of_run(config, manifest) if config.data.mix else None
+        self._names = ["main", *(source.name for source in data.mix)]
+        self._mixture = of_run(data, seed, manifest) if data.mix else None
 
     def journal(self, read: Report, position: Position) -> None:
         """Each replaced sample of this rank's batch, and each data worker that was started again for it, will be an

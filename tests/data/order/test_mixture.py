@@ -89,7 +89,7 @@ def test_batches_of_a_mixture_do_not_depend_on_the_world_size_or_batch_size(mixe
                 }
         seen.append(rows)
     assert seen[0] == seen[1] == seen[2]
-    mixture = of_run(config, load_all(config.data))
+    mixture = of_run(config.data, config.run.seed, load_all(config.data))
     assert mixture.counts(BLOCK) == [768, 256]
     assert {label for _, label in seen[0].values()} == {0, 1, 2}
 
@@ -99,7 +99,7 @@ def test_the_hash_covers_every_source_and_tiny_weights_are_refused(mixed):
     both = load_all(config.data)
     assert both.hash != load_all(configuration(mixed / "a").data).hash
     with pytest.raises(UserError, match=r"data.mix: a source of weight 0.0001 gives less than one of 1024 images"):
-        of_run(config_of(mixed, weight=0.0001), both)
+        of_run(config_of(mixed, weight=0.0001).data, 0, both)
 
 
 def test_counts_of_a_run_far_on_cost_nothing():

@@ -72,7 +72,8 @@ def test_a_bad_step_of_one_rank_moves_nothing_on_any_and_training_goes_on_as_if_
 def test_what_a_checkpoint_holds_of_refused_steps_is_of_its_own_moment(digits, tmp_path):
     from dtrain.training.safety.bad_steps import BadSteps
 
-    steps = BadSteps(tiny(digits, tmp_path), None, None)
+    config = tiny(digits, tmp_path)
+    steps = BadSteps(config.train, config.data.batch_size, None, None)
     steps.judge(float("nan"), 1.0, [(0, 24)])
     state = steps.state()  # written in the background, while more steps are refused
     steps.judge(float("nan"), 1.0, [(24, 48)])

@@ -100,7 +100,7 @@ def assert_audit_agrees(config, images: np.ndarray):
     found = audit(RunDirectory(config.run.path))
     assert found.problems == []
     manifest = load_all(config.data)
-    mixture = of_run(config, manifest)
+    mixture = of_run(config.data, config.run.seed, manifest)
     last = int(images.max()) + 1
     left_out = Skipped([(k, k + 1) for k in sorted(set(range(last)) - set(images.tolist()))])
     counted = np.bincount(mixture.samples(images)[1], minlength=manifest.samples)
@@ -128,7 +128,7 @@ def test_a_nan_in_one_ranks_batch_moves_nothing_on_any_rank_and_training_goes_on
     (fault,) = faults(config)
     assert (fault["step"], fault["images"], fault["context"]["refused"]) == (4, 120, [[96, 120]])
     manifest = load_all(config.data)
-    samples = of_run(config, manifest).samples(np.arange(96, 120))[1]
+    samples = of_run(config.data, config.run.seed, manifest).samples(np.arange(96, 120))[1]
     shards = np.concatenate([[0], np.cumsum(manifest.shard_sizes)])
     named = [
         int(shards[[s.name for s in manifest.shards].index(shard.rsplit("/", 1)[1])]) + number
@@ -214,7 +214,8 @@ def test_importance_sampling_does_not_remember_what_was_refused(digits, tmp_path
 
 
 def bad_steps(digits, folder, *overrides) -> BadSteps:
-    return BadSteps(tiny(digits, folder, *overrides), None, None)
+    config = tiny(digits, folder, *overrides)
+    return BadSteps(config.train, config.data.batch_size, None, None)
 
 
 def test_a_norm_is_a_spike_against_the_quantile_of_recent_ones_and_not_before_there_are_enough(digits, tmp_path):
