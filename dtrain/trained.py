@@ -165,11 +165,12 @@ def load(
         return _exported(Path(run), ema, step, where)
     directory = RunDirectory.find(run)
     config = directory.config()
-    key = weights_key(config, ema)
+    key = weights_key(ema, config.ema, config.run.name)
     checkpoint = open_checkpoint(directory, step)
     model = load_weights(checkpoint, allocate(config), key)
     meta = checkpoint.meta
-    return _trained(model, config, meta["step"], meta["images"], class_names_of(config), where)
+    names = class_names_of(config.data, config.model.num_classes)
+    return _trained(model, config, meta["step"], meta["images"], names, where)
 
 
 def _exported(folder: Path, ema: int | None, step: int | None, device: torch.device) -> Trained:

@@ -152,7 +152,7 @@ def status_lines() -> dict[str, str]:
 def mlflow_words(run: RunDirectory) -> None:
     """All that a journal's lines become in MLflow, but for the server."""
     config, lines = run.config(), read(run.journal_file)
-    params(lines, config), tags(lines, config), datasets(lines, config)
+    params(lines, config), tags(lines), datasets(lines, config.data)
     landmarks = Landmarks()
     landmarks.add(lines, [line for line in lines if line["event"] == "attempt"])
     description(landmarks, {})

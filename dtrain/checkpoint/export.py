@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from dtrain.checkpoint import readme
 from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
-from dtrain.config import Config
+from dtrain.config import Config, Data, EMAProfile
 from dtrain.errors import UserError
 from dtrain.files import replacing
 from dtrain.run import RunDirectory
@@ -52,18 +53,21 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module, key: str) -> t
     return module
 
 
-def weights_key(config: Config, ema: int | None) -> str:
-    """What a checkpoint calls the weights of an EMA profile, None for the raw ones. Raises UserError."""
-    if ema is not None and not 0 <= ema < len(config.ema):
-        raise UserError(f"there is no EMA {ema}: run {config.run.name} has {len(config.ema)}, counted from 0")
+def weights_key(ema: int | None, profiles: Sequence[EMAProfile], run: str) -> str:
+    """What a checkpoint calls the weights of an EMA profile, None for the raw ones.
+
+    profiles: those of the run of this name. Raises UserError where there is no such one.
+    """
+    if ema is not None and not 0 <= ema < len(profiles):
+        raise UserError(f"there is no EMA {ema}: run {run} has {len(profiles)}, counted from 0")
     return "fp32" if ema is None else f"ema_{ema}"
 
 
-def class_names_of(config: Config) -> list[str] | None:
+def class_names_of(data: Data, num_classes: int) -> list[str] | None:
     """The names of the model's classes by the manifest of its data; None where it names none, or is not here now."""
     from dtrain.data.shards.manifest import class_names
 
-    return class_names(config.data.manifest_path) if config.model.num_classes else None
+    return class_names(data.manifest_path) if num_classes else None
 
 
 def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtype: str, format: str) -> str:
@@ -80,7 +84,7 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config = run.config()
-    key = weights_key(config, ema)
+    key = weights_key(ema, config.ema, config.run.name)
     checkpoint = open_checkpoint(run, step)
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     try:
@@ -94,13 +98,13 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     lines = [f"{out}: {key} of step {checkpoint.meta['step']}, {parameters:,} parameters; its README.md draws with it"]
     if left_out:
         lines.append(f"not in it, as diffusers draws otherwise: {', '.join(left_out)}")
-    if config.model.num_classes and not class_names_of(config):
+    if config.model.num_classes and not class_names_of(config.data, config.model.num_classes):
         lines.append(f"classes go by their numbers: {config.data.manifest_path} has no names of them, or is not here")
     return "\n".join(lines)
 
 
 def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
-    tree, names = config.model_dump(mode="json"), class_names_of(config)
+    tree, names = config.model_dump(mode="json"), class_names_of(config.data, config.model.num_classes)
     sections = {name: section for name, section in tree.items() if name not in ("run", "tracking")}  # `run`: its name
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(readme.of_safetensors(config, source, names), encoding="utf-8")
@@ -115,7 +119,7 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
 
     if config.first_stage.kind != "pixels" or config.conditions:
         raise UserError("diffusers has no part for this run's first stage or conditions; take --format safetensors")
-    names = class_names_of(config)
+    names = class_names_of(config.data, config.model.num_classes)
     exported = to_diffusers(module, build_process(config.diffusion), config.eval, names)
     folder = out / exported.folder
     for place in (folder, out / "scheduler"):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dtrain.checkpoint.diffusers import Exported
-from dtrain.config import Config
+from dtrain.config import Config, Data, DiT, UNet
 
 SHOWN = 8  # images of the picture
 
@@ -25,9 +25,14 @@ def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], cla
         code += [f"labels = list(pipe.labels)[:{SHOWN}]  # classes by name or number"]
     code += ["generator = torch.Generator().manual_seed(0)"]
     code += [f"images = pipe({', '.join(what)}, generator=generator).images"]
-    code += [f'make_image_grid(images, rows=1, cols=len(images), resize={_shown_side(config)}).save("picture.png")']
+    code += [
+        f'make_image_grid(images, rows=1, cols=len(images), resize={_shown_side(config.data)}).save("picture.png")'
+    ]
     card = "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n---\n"
-    parts = [card + _head(config, source, class_names), _block("In this folder, with diffusers:", code)]
+    parts = [
+        card + _head(config.data, config.model, source, class_names),
+        _block("In this folder, with diffusers:", code),
+    ]
     if exported.left_out:
         parts.append(f"The run's own samples were drawn otherwise in {', '.join(exported.left_out)}.")
     return "\n".join(parts) + "\n"
@@ -37,28 +42,29 @@ def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str
     """Lines that need dtrain."""
     how, classes = config.eval, config.model.num_classes
     what = f"labels=range({min(SHOWN, classes)}), guidance={how.guidance}" if classes else str(SHOWN)
-    side = _shown_side(config)
+    side = _shown_side(config.data)
     code = ["import numpy as np", "from PIL import Image", "", "import dtrain", ""]
     code += ['model = dtrain.load(".")  # model.model is the plain torch module']
     code += [f"images = model.sample({what}, steps={how.steps}, seed=0)  # uint8 (n, H, W, C)"]
     code += ["picture = Image.fromarray(np.hstack(images).squeeze())"]
     code += [f'picture.resize(({side} * len(images), {side})).save("picture.png")']
-    return "\n".join([_head(config, source, class_names), _block("In this folder, with dtrain:", code)]) + "\n"
+    head = _head(config.data, config.model, source, class_names)
+    return "\n".join([head, _block("In this folder, with dtrain:", code)]) + "\n"
 
 
-def _shown_side(config: Config) -> int:
-    return max(64, config.data.image_size)
+def _shown_side(data: Data) -> int:
+    return max(64, data.image_size)
 
 
 def _block(introduction: str, code: list[str]) -> str:
     return "\n".join([introduction, "", "```python", *code, "```", ""])
 
 
-def _head(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
-    side, classes = config.data.image_size, config.model.num_classes
-    kind = {"dit": "DiT", "unet": "UNet"}[config.model.name]
+def _head(data: Data, model: DiT | UNet, source: dict[str, Any], class_names: list[str] | None) -> str:
+    side, classes = data.image_size, model.num_classes
+    kind = {"dit": "DiT", "unet": "UNet"}[model.name]
     weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
-    colours = "grey" if config.data.channels == 1 else "RGB"
+    colours = "grey" if data.channels == 1 else "RGB"
     lines = [f"# {source['run']}", ""]
     lines += [f"A {kind} for {side}×{side} {colours} pixels, {f'{classes} classes' if classes else 'without classes'}."]
     lines += [f"{weights} of step {source['step']:,} ({source['images']:,} images seen), trained with dtrain."]

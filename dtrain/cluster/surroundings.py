@@ -172,7 +172,7 @@ def mlflow(config: Config) -> Finding:
     name, later = "MLflow", "training goes on without it, and `dtrain sync RUN` sends the journal later"
     if not config.tracking.enabled:
         return ok(name, "tracking.enabled is false; the journal is written all the same")
-    uri = tracking_uri(RunDirectory(config.run.path), config)
+    uri = tracking_uri(RunDirectory(config.run.path), config.tracking)
     if uri.startswith(("http://", "https://")):
         asked, uri = _health(uri), without_credentials(uri)
         try:

@@ -14,6 +14,7 @@ from dtrain.addresses import one_config
 from dtrain.config.addresses import problem_of
 from dtrain.config.chosen import Chosen
 from dtrain.config.earlier import EARLIER, missing, with_earlier_values
+from dtrain.config.run import Tracking
 from dtrain.config.tree import Config
 from dtrain.credentials import hide, lacks
 from dtrain.errors import UserError
@@ -44,13 +45,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             )
         tree["run"] = run | {"name": path.stem}
     config = validate(tree, str(path), overridden)
-    _check_address(config, str(path), overridden)
+    _check_address(config.tracking, str(path), overridden)
     return config
 
 
-def _check_address(config: Config, source: str, overridden: list[str]) -> None:
+def _check_address(tracking: Tracking, source: str, overridden: list[str]) -> None:
     """Refuse an address at which MLflow cannot be. A run that has one is still read: it has all but its curves."""
-    tracking = config.tracking
     given = "uri" in tracking.model_fields_set
     if tracking.uri and (given or tracking.enabled) and (problem := problem_of(tracking.uri)):
         where = f"`tracking.uri` {_origin('tracking.uri', source, overridden)}"

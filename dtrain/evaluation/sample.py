@@ -121,7 +121,7 @@ def _write(
                 np.savez(f, **{"arr_0": rgb} | ({"arr_1": labels.numpy()} if classes else {}))
         elif format == "folder":
             ctrl_c.kept(f"{out} does not hold all images; remove it")
-            _write_folder(out, images, labels.tolist(), classes, class_names_of(config) or [])
+            _write_folder(out, images, labels.tolist(), classes, class_names_of(config.data, classes) or [])
         else:
             columns = classes if in_turn and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)

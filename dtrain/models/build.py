@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from dtrain import config as configuration
 from dtrain.config import Config
 from dtrain.models.dit import DiT
 from dtrain.models.layers import initialize
@@ -21,16 +22,15 @@ def build(config: Config) -> nn.Module:
 def allocate(config: Config) -> DiT | UNet:
     """The model of `build`, its weights not yet written: for those who write them otherwise."""
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    backbone = (_unet if config.model.name == "unet" else _dit)(config, learn_sigma)
+    backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma)
     for name, section in config.conditions.items():
         if (network := section.network(backbone.condition_width)) is not None:
             backbone.conditions[name] = network
     return backbone
 
 
-def _dit(config: Config, learn_sigma: bool) -> DiT:
-    model = config.model
-    channels, side, _ = config.shape
+def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: bool) -> DiT:
+    channels, side, _ = shape
     return DiT(
         side,
         channels,
@@ -42,7 +42,7 @@ def _dit(config: Config, learn_sigma: bool) -> DiT:
     )
 
 
-def _unet(config: Config, learn_sigma: bool) -> UNet:
-    sizes = config.model.model_dump(exclude={"name"})
-    channels, side, _ = config.shape
+def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool) -> UNet:
+    sizes = model.model_dump(exclude={"name"})
+    channels, side, _ = shape
     return UNet(side, channels, learn_sigma=learn_sigma, **sizes)

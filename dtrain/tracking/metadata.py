@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.config import Config, Data, flat
+from dtrain.config import Config, Data, Eval, flat
 from dtrain.credentials import MASK, value_without_credentials
 
 if TYPE_CHECKING:
@@ -48,19 +48,19 @@ def trained_on(manifest: "Manifest", data: Data) -> list[dict[str, Any]]:
     return found
 
 
-def datasets(lines: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
+def datasets(lines: list[dict[str, Any]], data: Data) -> list[dict[str, Any]]:
     """What the newest attempt trains on, as `trained_on` wrote it into the journal."""
     last = next((line["context"] for line in reversed(lines) if line["event"] == "attempt"), None)
-    if last is None or "datasets" in last or config.data.mix:
+    if last is None or "datasets" in last or data.mix:
         return (last or {}).get("datasets", [])
     # A journal of an earlier version has one hash for all together.
-    place = value_without_credentials(config.data.shards)
+    place = value_without_credentials(data.shards)
     return [{"name": dataset_name(place), "hash": last.get("data", ""), "source": place}]
 
 
-def reference(config: Config) -> dict[str, Any] | None:
+def reference(e: Eval, data: Data) -> dict[str, Any] | None:
     """Name and source of what evaluations measure against, where that is not what the run trains on."""
-    given = config.eval.reference or config.data.holdout
+    given = e.reference or data.holdout
     if given is None:
         return None
     place = Path(given).parent if Path(given).name == "manifest.json" else Path(given)
@@ -73,7 +73,7 @@ def dataset_name(place: str) -> str:
     return "/".join(place.rstrip("/").split("://")[-1].split("/")[-2:])
 
 
-def tags(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+def tags(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The data set, the code, each attempt, and what the config has been changed to since the params were set."""
     attempts = [line for line in lines if line["event"] == "attempt"]
     if not attempts:

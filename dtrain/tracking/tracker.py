@@ -163,12 +163,12 @@ def destination(run: RunDirectory, config: Config, lines: list[dict[str, Any]]) 
     """Where this run goes in MLflow, and what its journal's lines say of it there beside its curves."""
     return Destination(
         journal_path=run.journal_file,
-        uri=tracking_uri(run, config),
+        uri=tracking_uri(run, config.tracking),
         experiment=config.tracking.experiment,
         run_name=config.run.name,
         run_key=run_key(lines) or run.path.name,
         params=params(lines, config),
-        tags=tags(lines, config),
-        datasets=datasets(lines, config),
-        reference=reference(config),
+        tags=tags(lines),
+        datasets=datasets(lines, config.data),
+        reference=reference(config.eval, config.data),
     )

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain.addresses import complete
-from dtrain.config import Config
+from dtrain.config import Tracking
 from dtrain.credentials import redacted, without_credentials
 from dtrain.errors import UserError
 from dtrain.files import as_file_name
@@ -30,14 +30,14 @@ def default_uri(run_dir: str | Path) -> str:
     return f"sqlite:///{Path(run_dir).absolute().parent}/mlflow.db"
 
 
-def tracking_uri(run: RunDirectory, config: Config) -> str:
-    """Where the run is tracked. The config has no password: one in MLFLOW_TRACKING_URI is taken for it, or as
+def tracking_uri(run: RunDirectory, tracking: Tracking) -> str:
+    """Where the run is tracked. The section has no password: one in MLFLOW_TRACKING_URI is taken for it, or as
     `dtrain.addresses` says.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    if given and without_credentials(given) == config.tracking.uri:
+    if given and without_credentials(given) == tracking.uri:
         return given
-    return complete(config.tracking.uri) if config.tracking.uri else default_uri(run.path)
+    return complete(tracking.uri) if tracking.uri else default_uri(run.path)
 
 
 def open_client(uri: str, experiment: str):

@@ -31,7 +31,7 @@ def curves_link(run: RunDirectory) -> str | None:
 
     For a database it is the page that `server_command` serves.
     """
-    uri = without_credentials(tracking_uri(run, run.config()))
+    uri = without_credentials(tracking_uri(run, run.config().tracking))
     ids = _known(run.path, uri)
     if not {"run", "experiment"} <= ids.keys():
         return None
@@ -51,13 +51,13 @@ def run_page(experiment_id: str, run_id: str) -> str:
 
 def server_command(run: RunDirectory) -> str | None:
     """What serves the run's database, to be opened at `curves_link`; None where a server is there already."""
-    uri = without_credentials(tracking_uri(run, run.config()))
+    uri = without_credentials(tracking_uri(run, run.config().tracking))
     return f"mlflow server --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else None
 
 
 def problem(run: RunDirectory) -> str | None:
     """Why MLflow does not have all of the run, as far as is known, free of credentials."""
-    return _known(run.path, without_credentials(tracking_uri(run, run.config()))).get("problem")
+    return _known(run.path, without_credentials(tracking_uri(run, run.config().tracking))).get("problem")
 
 
 def _known(directory: Path, uri: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ def summary(path: Path) -> str:
 def in_mlflow(run: RunDirectory) -> list[str]:
     """Where the run's curves are, or why they are not there."""
     link, command, lacking = curves_link(run), server_command(run), problem(run)
-    place = without_credentials(tracking_uri(run, run.config()))
+    place = without_credentials(tracking_uri(run, run.config().tracking))
     if link is None:
         if lacking is None and "://" not in place:
             return [f"curves in MLflow: {place}"]  # such as `databricks`
