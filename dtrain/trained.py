@@ -85,7 +85,7 @@ class Trained:
             "batch_size": batch_size,
         }
         config = self._with_eval(chosen, "the settings of sample")
-        check_guidance(config)
+        check_guidance(config.eval.guidance, config.diffusion.label_dropout)
         numbers = self._labels(n, labels)
         ready = Generator.of(self.model, self.process, config, self.device)
         return together(draw(ready, numbers, config.eval))
@@ -108,14 +108,17 @@ class Trained:
         2021, section 4.3), or Euler's method for a flow, without guidance. Raises UserError for what cannot be.
         """
         chosen = {"steps": steps, "spacing": spacing, "precision": precision, "batch_size": batch_size}
-        config = self._with_eval(chosen | settings_of_inversion(self.config), "the settings of invert")
+        config = self._with_eval(chosen | settings_of_inversion(self.config.diffusion), "the settings of invert")
         if isinstance(pictures, np.ndarray):
-            images, names = as_pictures(pictures, config), [f"number {i}" for i in range(len(pictures))]
+            images, names = as_pictures(pictures, config.data), [f"number {i}" for i in range(len(pictures))]
         else:
             files = picture_files([pictures] if isinstance(pictures, str | Path) else pictures)
-            images, names = read_pictures(files, config), list(map(str, files))
+            images, names = read_pictures(files, config.data), list(map(str, files))
         n = len(images)
-        numbers = without_class(n, config) if labels is None else self._labels(n, labels)
+        if labels is None:
+            numbers = without_class(n, config.model.num_classes, config.diffusion.label_dropout)
+        else:
+            numbers = self._labels(n, labels)
         ready = Generator.of(self.model, self.process, config, self.device)
         blocks = dict(zip(range(0, n, config.eval.batch_size), images.split(config.eval.batch_size), strict=True))
         return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())

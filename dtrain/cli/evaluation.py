@@ -88,12 +88,12 @@ def evaluate(
     from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
-    opened = open_generator(directory, settings, weights_name(settings), device, step)
+    opened = open_generator(directory, settings, weights_name(settings.eval), device, step)
     with progress("reading the reference") as on_block:
         compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
     say_on_rank_0(compared.about)
-    scratch = scratch_of(directory, settings, opened.checkpoint, compared)
+    scratch = scratch_of(directory, settings.eval, opened.checkpoint, compared)
     ctrl_c.kept(
         lambda: f"{scratch.count():,} of {settings.eval.num_samples:,} samples are kept; go on with: {this_command()}"
     )
@@ -101,7 +101,7 @@ def evaluate(
         found, context = run_evaluation(opened.generator, settings, compared, on_progress, scratch)
 
     def conclude() -> None:
-        changed = differences(directory, own, settings, context)
+        changed = differences(directory, own.eval, settings.eval, context)
         how = context | ({"differs": changed} if changed else {})
         unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
         scratch.remove()
@@ -293,7 +293,7 @@ def invert(
     distributed.prepare()
     from dtrain.evaluation.invert import invert_to_files, picture_files, settings_of_inversion
 
-    settings = with_eval(own, {"steps": steps, "ema": ema, **settings_of_inversion(own)}, raw)
+    settings = with_eval(own, {"steps": steps, "ema": ema, **settings_of_inversion(own.diffusion)}, raw)
     files = picture_files(pictures)
     ctrl_c.at_once(lambda: f"nothing was written; start again with: {this_command()}")
     with progress("inverting, evaluations of the network") as on_progress:

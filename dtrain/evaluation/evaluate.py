@@ -39,16 +39,16 @@ from dtrain.tracking.best import settings_of, training_evaluations
 SAMPLING_KEYS = tuple(Sampling.model_fields)
 
 
-def weights_name(config: Config) -> str:
+def weights_name(e: Eval) -> str:
     """Which weights are evaluated, as it is written in the journal and MLflow."""
-    return "raw" if config.eval.ema is None else f"ema_{config.eval.ema}"
+    return "raw" if e.ema is None else f"ema_{e.ema}"
 
 
-def labels_of(ids: list[int], config: Config, reference: Reference) -> Tensor:
+def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
     """int64 (n,): id i has the label of the held-out sample i mod M; `uniform`: all classes in turn."""
     i = torch.tensor(ids)
-    if config.eval.labels == "uniform" or reference.labels is None:
-        return i % max(1, config.model.num_classes)
+    if e.labels == "uniform" or reference.labels is None:
+        return i % max(1, num_classes)
     return reference.labels[i % len(reference.labels)]
 
 
@@ -92,7 +92,7 @@ def evaluate(
             images = _images(
                 generator,
                 ids,
-                lambda ids: labels_of(ids, config, reference),
+                lambda ids: labels_of(ids, e, config.model.num_classes, reference),
                 e,
                 scratch,
                 (config.data.channels, config.data.image_size, config.data.image_size),
@@ -124,7 +124,7 @@ def evaluate(
     if "bpd" in e.metrics:
         found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress)
     context = {
-        "ema": weights_name(config),
+        "ema": weights_name(e),
         "n": e.num_samples,
         **{key: getattr(e, key) for key in SAMPLING_KEYS},
         "labels": e.labels,
@@ -207,33 +207,33 @@ def open_generator(
     return distributed.agree(opened)
 
 
-def sampling_settings(checkpoint: str, config: Config, reference: Reference) -> dict[str, Any]:
+def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[str, Any]:
     """All that determines the samples drawn from the checkpoint of this hash; not how many there are."""
-    uniform = config.eval.labels == "uniform" or reference.manifest is None
+    uniform = e.labels == "uniform" or reference.manifest is None
     return {
         "checkpoint": checkpoint,
-        "weights": weights_name(config),
-        **{key: getattr(config.eval, key) for key in SAMPLING_KEYS},
+        "weights": weights_name(e),
+        **{key: getattr(e, key) for key in SAMPLING_KEYS},
         "labels": "uniform" if uniform else reference.manifest.hash,
     }
 
 
-def differences(run: RunDirectory, own: Config, now: Config, context: dict[str, Any]) -> dict[str, Any]:
+def differences(run: RunDirectory, own: Eval, now: Eval, context: dict[str, Any]) -> dict[str, Any]:
     """What of an evaluation with this context is not as in the training's first, so that no curve may hold both.
 
-    Before there is a first one, its settings are those of `own`, the run's config; `now` is the evaluation's. Weights
+    Before there is a first one, its settings are those of `own`, the run's section; `now` is the evaluation's. Weights
     and number of samples are in every context anyhow; the batch only changes rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
     first = next(map(settings_of, training_evaluations(run.journal_file)), None)
-    was = first or json.loads(json.dumps({key: getattr(own.eval, key) for key in (*keys, "bpd_clip")}))
+    was = first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")}))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
     is_now = json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
-    other = first.get("reference") != context["reference"] if first else own.eval.reference != now.eval.reference
-    return found | ({"reference": now.eval.reference or context["reference"][:12]} if other else {})
+    other = first.get("reference") != context["reference"] if first else own.reference != now.reference
+    return found | ({"reference": now.reference or context["reference"][:12]} if other else {})
 
 
-def scratch_of(run: RunDirectory, config: Config, checkpoint: str, reference: Reference) -> Scratch:
+def scratch_of(run: RunDirectory, e: Eval, checkpoint: str, reference: Reference) -> Scratch:
     """Where the samples of this evaluation wait for it to be started again."""
-    return Scratch(run.path / "evaluations", sampling_settings(checkpoint, config, reference))
+    return Scratch(run.path / "evaluations", sampling_settings(checkpoint, e, reference))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config, Eval
+from dtrain.config import Config, Data, Eval, Flow, Gaussian
 from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
@@ -49,21 +49,20 @@ class Inversion:
         return cls(*map(np.concatenate, arrays))
 
 
-def settings_of_inversion(config: Config) -> dict:
+def settings_of_inversion(diffusion: Gaussian | Flow) -> dict:
     """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance."""
-    euler = config.diffusion.process == "flow"
+    euler = diffusion.process == "flow"
     return {"sampler": "euler" if euler else "ddim", "eta": 0.0, "clip": False, "guidance": 1.0}
 
 
-def without_class(n: int, config: Config) -> Tensor:
+def without_class(n: int, num_classes: int, label_dropout: float) -> Tensor:
     """Labels int64 (n,) of pictures without a given class: the null class. Raises UserError if it is untrained."""
-    classes = config.model.num_classes
-    if classes and config.diffusion.label_dropout == 0:
+    if num_classes and label_dropout == 0:
         raise UserError(
             "this model always needs a class, because diffusion.label_dropout 0 trains it on nothing else; give the "
             "class of the pictures with --label, or `labels` in Python"
         )
-    return torch.full((n,), classes)
+    return torch.full((n,), num_classes)
 
 
 def picture_files(places: Iterable[str | Path]) -> list[Path]:
@@ -82,9 +81,9 @@ def picture_files(places: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def read_pictures(files: list[Path], config: Config) -> Tensor:
+def read_pictures(files: list[Path], data: Data) -> Tensor:
     """uint8 (n, C, H, W), turned, scaled and cropped as held-out pictures of the run are. Raises UserError."""
-    data, images = config.data, []
+    images = []
     for path in files:
         try:
             picture = decode(read_bytes(path, MOST_PICTURE_BYTES), data.channels, data.exif == "apply")
@@ -96,14 +95,13 @@ def read_pictures(files: list[Path], config: Config) -> Tensor:
     return torch.stack(images)
 
 
-def as_pictures(images: np.ndarray, config: Config) -> Tensor:
+def as_pictures(images: np.ndarray, data: Data) -> Tensor:
     """uint8 (n, C, H, W) of uint8 (n, H, W, C), scaled and cropped likewise. Raises UserError for another array."""
-    channels = config.data.channels
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != channels or not images.size:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != data.channels or not images.size:
         got = f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"pictures in an array are uint8 (n, height, width, {channels}), not {got}")
+        raise UserError(f"pictures in an array are uint8 (n, height, width, {data.channels}), not {got}")
     pictures = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return torch.stack([centre_crop(picture, config.data.image_size) for picture in pictures])
+    return torch.stack([centre_crop(picture, data.image_size) for picture in pictures])
 
 
 @torch.inference_mode()
@@ -184,15 +182,18 @@ def invert_to_files(
     from dtrain.evaluation.evaluate import open_generator, weights_name  # its metrics take seconds to import
 
     targets, how, n = places(out, pictures), config.eval, len(pictures)
-    labels = without_class(n, config) if label is None else torch.full((n,), label)
+    if label is None:
+        labels = without_class(n, config.model.num_classes, config.diffusion.label_dropout)
+    else:
+        labels = torch.full((n,), label)
     distributed.initialize()
 
     def read() -> dict[int, Tensor]:
         starts = range(0, n, how.batch_size)[distributed.rank() :: distributed.world_size()]
-        return {start: read_pictures(pictures[start : start + how.batch_size], config) for start in starts}
+        return {start: read_pictures(pictures[start : start + how.batch_size], config.data) for start in starts}
 
     blocks = distributed.agree(read)  # all of them first: a picture that cannot be read costs no computation
-    generator = open_generator(run, config, weights_name(config), distributed.device(), step).generator
+    generator = open_generator(run, config, weights_name(how), distributed.device(), step).generator
     names = list(map(str, pictures))
     mine = distributed.agree(invert_blocks, generator, blocks, labels, how, names, on_progress)
     done = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}

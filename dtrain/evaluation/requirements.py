@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dtrain import plugins
-from dtrain.config import Config, Eval
+from dtrain.config import Config, Data, Eval
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.manifest import Manifest
@@ -65,11 +65,11 @@ def needs_split(e: Eval) -> bool:
 
 def check_evaluation(config: Config) -> None:
     """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
-    check_guidance(config)
+    check_guidance(config.eval.guidance, config.diffusion.label_dropout)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
         check_split(split)
-    features = known_features(config)
+    features = known_features(config.eval, config.data)
     if features is not None:
         check_metrics(config.eval, features, None if split is None else split.samples)
     if config.eval.reference and not Path(config.eval.reference).is_file():
@@ -80,13 +80,13 @@ def check_evaluation(config: Config) -> None:
 
 def about_names(config: Config) -> list[str]:
     """What to say before an evaluation of metrics that are not called as a user may expect, a line each."""
-    e, features = config.eval, named_features(config)
+    e, features = config.eval, named_features(config.eval, config.data)
     if features is None:
         return []
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
     of_statistics = e.reference and OF_STATISTICS & set(e.metrics)
     lines = [about_reference(features.name, e.reference, resize) if of_statistics else None]
-    lines.append(_unknown_best(config, features.name, is_comparable(features.name, resize)))
+    lines.append(_unknown_best(config.train.keep_best, e, features.name, is_comparable(features.name, resize)))
     return [line for line in lines if line]
 
 
@@ -95,16 +95,16 @@ def check_best(config: Config) -> None:
 
     What `auto` features are is known where they are computed: that may be another machine.
     """
-    e, features = config.eval, named_features(config)
+    e, features = config.eval, named_features(config.eval, config.data)
     if features is None or (e.features == "auto" and features.name not in RESIZING):
         return
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
-    if wrong := _unknown_best(config, features.name, is_comparable(features.name, resize)):
+    if wrong := _unknown_best(config.train.keep_best, e, features.name, is_comparable(features.name, resize)):
         raise UserError(wrong)
 
 
-def _unknown_best(config: Config, features: str, comparable: bool) -> str | None:
-    wanted, given = config.train.keep_best, metric_names(config.eval, features, comparable)
+def _unknown_best(wanted: str | None, e: Eval, features: str, comparable: bool) -> str | None:
+    given = metric_names(e, features, comparable)
     if wanted is None or wanted in (*given, "seconds"):
         return None
     distance = metric_name("fd", features, comparable=comparable)
@@ -128,24 +128,24 @@ def split_of(config: Config) -> Manifest | None:
     return None
 
 
-def known_features(config: Config) -> Known | None:
+def known_features(e: Eval, data: Data) -> Known | None:
     """`named_features`, once the file behind them has been read and is the right one. Raises UserError."""
-    features = named_features(config)
-    if config.eval.features in ("auto", "inception"):
-        weights.find(weights.INCEPTION, config.eval.weights)
-    elif features is None and plugins.find("features", config.eval.features) is None:
-        read_program(config.eval.features)
+    features = named_features(e, data)
+    if e.features in ("auto", "inception"):
+        weights.find(weights.INCEPTION, e.weights)
+    elif features is None and plugins.find("features", e.features) is None:
+        read_program(e.features)
     return features
 
 
-def named_features(config: Config) -> Known | None:
+def named_features(e: Eval, data: Data) -> Known | None:
     """What `eval.features` stands for; None for a TorchScript file or a plug-in, which only itself knows its size.
 
     Reads no file. Raises UserError where Inception's is named and missing. A download is left to the evaluation, and
     so are packages: a job's container may have others than the machine it is submitted from.
     """
-    name, data, resize = config.eval.features, config.data, config.eval.resize
-    found = weights.place(weights.INCEPTION, config.eval.weights) if name in ("auto", "inception") else None
+    name, resize = e.features, e.resize
+    found = weights.place(weights.INCEPTION, e.weights) if name in ("auto", "inception") else None
     is_inception = name == "inception" or found is not None
     check_resize(resize, name, is_inception)
     if name == "pixels":
@@ -169,10 +169,9 @@ def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
         )
 
 
-def check_guidance(config: Config) -> None:
+def check_guidance(guidance: float, label_dropout: float) -> None:
     """Raises UserError where guidance would contrast with a model that nothing has trained."""
-    guidance, dropout = config.eval.guidance, config.diffusion.label_dropout
-    if guidance != 1 and dropout == 0:
+    if guidance != 1 and label_dropout == 0:
         raise UserError(
             f"eval.guidance {guidance} contrasts the model with itself without a class, which "
             "diffusion.label_dropout 0 never trains; take guidance 1, or train with label_dropout 0.1"

@@ -95,7 +95,7 @@ def draw_to_file(
     if format == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} holds something already, which would be taken for samples; name an empty folder")
     distributed.initialize()
-    generator = open_generator(run, config, weights_name(config), distributed.device(), step).generator
+    generator = open_generator(run, config, weights_name(config.eval), distributed.device(), step).generator
     classes = config.model.num_classes
     labels = labels_in_turn(n, classes) if label is None else torch.full((n,), label)
     mine = distributed.agree(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dtrain import distributed
-from dtrain.config import Config
+from dtrain.config import Config, Eval
 from dtrain.errors import NotFinite, UserError
 from dtrain.evaluation.combinations import Setting, combinations, configured
 from dtrain.evaluation.evaluate import (
@@ -71,11 +71,12 @@ def sweep(
     evaluations = [evaluations_of_a_rank(at) for at in configs]
     found, taken, opened, failed = [], None, None, None
     for number, (setting, at) in enumerate(zip(settings, configs, strict=True)):
-        wanted = setting.get("checkpoint", newest), weights_name(at)
+        weights = weights_name(at.eval)
+        wanted = setting.get("checkpoint", newest), weights
         if wanted != taken:
-            opened, taken = open_generator(run, at, weights_name(at), device, wanted[0]), wanted
-        key = _key(opened.checkpoint, at, reference)
-        scratch = scratch_of(run, at, opened.checkpoint, reference)
+            opened, taken = open_generator(run, at, weights, device, wanted[0]), wanted
+        key = _key(opened.checkpoint, at.eval, reference)
+        scratch = scratch_of(run, at.eval, opened.checkpoint, reference)
         if key not in lines:
             about = f"combination {number + 1} of {len(settings)}: {shown(setting)}"
             before = sum(evaluations[:number])
@@ -199,14 +200,13 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
     return True
 
 
-def _key(checkpoint: str, config: Config, reference: Reference) -> str:
-    e = config.eval
+def _key(checkpoint: str, e: Eval, reference: Reference) -> str:
     of = of_the_reference(e, reference)
     if of.get("bpd_clip") is False:  # what it was before there was the key, and unsaid
         del of["bpd_clip"]
     if reference.comparable or not OF_STATISTICS & set(e.metrics):  # else it is in the name of a distance
         of.pop("reference_resize", None)
-    what = sampling_settings(checkpoint, config, reference) | {
+    what = sampling_settings(checkpoint, e, reference) | {
         "n": e.num_samples,
         "metrics": sorted(e.metrics),
         "bootstrap": e.bootstrap,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config
+from dtrain.config import Config, Data
 from dtrain.data.fields.samples import read_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import cache_of
@@ -70,21 +70,21 @@ def nearest(
     measure = extractor(
         features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
     )
-    opened = open_generator(run, config, weights_name(config), device)
+    opened = open_generator(run, config, weights_name(config.eval), device)
     generator, step = opened.generator, opened.step
-    samples = torch.empty(0, config.data.channels, config.data.image_size, config.data.image_size, dtype=torch.uint8)
+    samples = torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
     with progress("sampling") as on_block:
         for start in range(0, count, config.eval.batch_size):
             ids = torch.arange(start, min(start + config.eval.batch_size, count))
             labels = ids % max(1, min(config.model.num_classes, 10))  # as in the grid
             samples = torch.cat([samples, generator.draw((GRID_IDS + ids).tolist(), labels, config.eval)])
             on_block(len(samples), count)
-    held_out = _held_out(config, count)
+    held_out = _held_out(data, count)
     wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])
     check_finite(which_not_finite(wanted), len(wanted), "samples and held-out images", measure.name)
     with progress("searching the training images") as on_block:
-        distances, numbers = _search(wanted, measure, config, manifest, on_block)
-    pictures = torch.stack([_picture(n, config, manifest) for n in numbers[:count].flatten().tolist()])
+        distances, numbers = _search(wanted, measure, data, manifest, on_block)
+    pictures = torch.stack([_picture(n, data, manifest) for n in numbers[:count].flatten().tolist()])
     return Found(
         step,
         measure.name,
@@ -123,8 +123,7 @@ def html(run: Run, found: Found, several: bool) -> str:
     return f'{name}<p class="note">{escaped("".join(facts))}.</p><div class="neighbours">{rows}</div>'
 
 
-def _held_out(config: Config, count: int) -> Tensor:
-    data = config.data
+def _held_out(data: Data, count: int) -> Tensor:
     if not data.holdout:
         return torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
     manifest = manifests.load_holdout(data)
@@ -133,28 +132,27 @@ def _held_out(config: Config, count: int) -> Tensor:
     return read_split(manifest, manifest.place, data.image_size, data.channels, 0, many, cache, data.upright)[0]
 
 
-def _sources(config: Config, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
+def _sources(data: Data, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
     """Each training manifest with the place of its shards and the number of its first image among all."""
     first = 0
-    for one, source in zip((manifest, *manifest.mixed), (config.data, *config.data.mix), strict=True):
+    for one, source in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True):
         yield one, source.shards, first
         first += one.samples
 
 
 def _search(
-    wanted: Tensor, measure: Extractor, config: Config, manifest: Manifest, on_block: OnBlock
+    wanted: Tensor, measure: Extractor, data: Data, manifest: Manifest, on_block: OnBlock
 ) -> tuple[Tensor, Tensor]:
     """(distances, numbers), both (N, k) by rising distance, on the CPU.
 
     Numbers are 2·image, plus 1 where the mirrored one is nearer.
     """
-    data = config.data
     nearest, numbers = wanted.new_empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.int64)
-    total = sum(one.samples for one, _, _ in _sources(config, manifest))
-    for one, place, first in _sources(config, manifest):
+    total = sum(one.samples for one, _, _ in _sources(data, manifest))
+    for one, place, first in _sources(data, manifest):
         for start in range(0, one.samples, BLOCK):
             stop = min(start + BLOCK, one.samples)
-            images, rows = _read(one, place, config, start, stop)
+            images, rows = _read(one, place, data, start, stop)
             if not len(images):
                 continue
             # By differences: by products, an exact copy would not be at distance 0.
@@ -171,9 +169,8 @@ def _search(
     return nearest.cpu(), numbers
 
 
-def _read(manifest: Manifest, place: str, config: Config, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _read(manifest: Manifest, place: str, data: Data, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """(images, their numbers) from start to stop; without damaged ones where the run goes on without them."""
-    data = config.data
     read = partial(read_split, manifest, place, data.image_size, data.channels, upright=data.upright)
     try:
         return read(start, stop)[0], torch.arange(start, stop)
@@ -190,12 +187,12 @@ def _read(manifest: Manifest, place: str, config: Config, start: int, stop: int)
     return torch.cat(images) if images else torch.empty(0), torch.tensor(rows, dtype=torch.int64)
 
 
-def _picture(number: int, config: Config, manifest: Manifest) -> Tensor:
+def _picture(number: int, data: Data, manifest: Manifest) -> Tensor:
     """uint8 (C, H, W) of a training image, mirrored where its number is odd."""
     image, mirrored = divmod(number, 2)
-    source = next(s for s in reversed(list(_sources(config, manifest))) if s[2] <= image)
+    source = next(s for s in reversed(list(_sources(data, manifest))) if s[2] <= image)
     at = image - source[2]
-    size, channels, upright = config.data.image_size, config.data.channels, config.data.upright
+    size, channels, upright = data.image_size, data.channels, data.upright
     picture = read_split(source[0], source[1], size, channels, at, at + 1, upright=upright)[0][0]
     return picture.flip(-1) if mirrored else picture
 

@@ -107,7 +107,7 @@ class Evaluation:
 
     def _failed(self, position: Position, error: SharedError | SharedFailure) -> None:
         """Write down and say that there are no numbers of this step, and why."""
-        context = {"message": str(error), "ema": weights_name(self._config), "n": self._config.eval.num_samples}
+        context = {"message": str(error), "ema": weights_name(self._config.eval), "n": self._config.eval.num_samples}
         if error.__cause__ is not None:
             lines = traceback_of(error.__cause__)
             context["traceback"] = lines[-LONGEST_TRACEBACK:]
@@ -123,7 +123,7 @@ class Evaluation:
         if self._reference is None:
             self._read(on_progress)
         started = time.perf_counter()
-        device, config, weights = distributed.device(), self._config, weights_name(self._config)
+        device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(lambda: allocate(config).to(device))
         model = players.gather("fp32" if weights == "raw" else weights, module)
         generator = Generator.of(model, self._objective.process, config, device)
@@ -136,8 +136,8 @@ class Evaluation:
         self, generator: Generator, position: Position, started: float, metrics, levels, context: dict
     ) -> None:
         """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
-        config, weights = self._config, weights_name(self._config)
-        if differs := differences(self._run, config, config, context):
+        config, weights = self._config, weights_name(self._config.eval)
+        if differs := differences(self._run, config.eval, config.eval, context):
             context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:

@@ -43,7 +43,7 @@ def _evaluate(config, pause=0.0, keep=False):
 
     Generator.draw = slowly
     reference = Reference.open(config, device)
-    scratch = scratch_of(run, config, opened.checkpoint, reference)
+    scratch = scratch_of(run, config.eval, opened.checkpoint, reference)
     metrics, _ = evaluate(opened.generator, config, reference, scratch=scratch)
     torch.distributed.barrier()
     images = {}
@@ -125,9 +125,9 @@ def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path
     config = tiny(digits, tmp_path)
     reference = Reference.open(config, torch.device("cpu"))
     ids = list(range(1000))
-    assert labels_of(ids, config, reference).tolist() == [int(reference.labels[i % 360]) for i in ids]
-    uniform = tiny(digits, tmp_path, "eval.labels=uniform")
-    assert labels_of(ids, uniform, reference).bincount().tolist() == [100] * 10
+    assert labels_of(ids, config.eval, 10, reference).tolist() == [int(reference.labels[i % 360]) for i in ids]
+    uniform = tiny(digits, tmp_path, "eval.labels=uniform").eval
+    assert labels_of(ids, uniform, 10, reference).bincount().tolist() == [100] * 10
 
 
 def _opened(configs):
@@ -147,7 +147,7 @@ def _without_room(config):
     """What each rank is told where the disk of one of them takes no samples."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
     opened, reference = open_generator(run, config, "ema_0", device), Reference.open(config, device)
-    scratch = scratch_of(run, config, opened.checkpoint, reference)
+    scratch = scratch_of(run, config.eval, opened.checkpoint, reference)
     if torch.distributed.get_rank() == 1:
         scratch.path = run.config_file / "below a file"
     try:

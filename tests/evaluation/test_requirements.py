@@ -11,10 +11,12 @@ from tests.digits import tiny
 @pytest.mark.parametrize("name", ["pixels", "effnet_lite0"])
 def test_features_are_as_long_as_was_said(digits, tmp_path, name):
     config = tiny(digits, tmp_path, f"eval.features={name}")
-    known, real = known_features(config), extractor(name, config.data.image_size, config.data.channels)
+    e, data = config.eval, config.data
+    known, real = known_features(e, data), extractor(name, data.image_size, data.channels)
     assert (known.name, known.dimensions, known.classes) == (real.name, real.dimensions, real.classes)
 
 
 def test_inception_is_as_long_as_was_said(digits, tmp_path):
-    known = known_features(tiny(digits, tmp_path, "eval.features=inception"))
+    config = tiny(digits, tmp_path, "eval.features=inception")
+    known = known_features(config.eval, config.data)
     assert (known.name, known.dimensions, known.classes) == (Inception.name, Inception.dimensions, Inception.classes)

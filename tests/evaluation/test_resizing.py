@@ -137,7 +137,7 @@ def test_with_tensorflows_resizing_features_are_clean_fids_legacy_ones_of_saved_
 def test_every_metric_of_the_older_resizing_carries_it_in_its_name(digits, tmp_path, inception):
     metrics = "eval.metrics=[fd,fd_infinity,kid,precision,recall,is]"
     config = tiny(digits, tmp_path, *inception, metrics, "eval.resize=tensorflow", "eval.bootstrap=9")
-    known = known_features(config)
+    known = known_features(config.eval, config.data)
     found = metric_names(config.eval, known.name, comparable=True)
     assert found[:3] == ["fid_tf", "fid_tf_low", "fid_tf_high"]
     assert found[3:5] == ["fd_infinity_inception_tf", "fd_infinity_inception_tf_error"]
@@ -199,7 +199,7 @@ def test_a_distance_to_another_tools_statistics_is_a_fid_only_where_their_resizi
 ):
     np.savez(tmp_path / name, mu=np.zeros(3), sigma=np.eye(3), **more)
     config = with_reference(digits, tmp_path, inception, tmp_path / name, asked)
-    features = known_features(config).name
+    features = known_features(config.eval, config.data).name
     assert resize_of_reference(config.eval, features, config.eval.reference) == resize
     assert metric_name("fd", features, comparable=is_comparable(features, resize)) == metric
     said = about_names(config)  # what a start and --check print
@@ -329,9 +329,9 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     config = with_reference(digits, tmp_path, inception, path, None, "train.steps=1")
     run_ranks(train, 1, config)
     run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference.open(config, CPU)
-    checkpoint = open_generator(run, config, weights_name(config), CPU).checkpoint
+    checkpoint = open_generator(run, config, weights_name(config.eval), CPU).checkpoint
     # As keys were made then:
-    named = sampling_settings(checkpoint, at, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}
+    named = sampling_settings(checkpoint, at.eval, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}
     named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}
     key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     line = {"event": "sweep", "key": key, "setting": {"eta": 0.0}, "step": 1, "images": 24, "attempt": 0, "time": 0.0}
@@ -342,4 +342,6 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     unknown = with_reference(digits, tmp_path, inception, theirs("unknown.npz"), None)
     other = Reference.open(unknown, CPU)
     assert other.hash == reference.hash
-    assert _key(checkpoint, configured(unknown, {"eta": 0.0}), other) != key  # what it draws is called fd_inception
+    assert (
+        _key(checkpoint, configured(unknown, {"eta": 0.0}).eval, other) != key
+    )  # what it draws is called fd_inception

@@ -205,7 +205,7 @@ def test_a_reference_is_another_one_where_pictures_are_turned_and_the_same_where
         assert np.array_equal(again.statistics.mean, expected.statistics.mean)
         assert torch.equal(again.validation[0], expected.validation[0])
         config = tiny(tmp_path, tmp_path, f"data.holdout={photographs.path}", "data.channels=3", f"data.exif={exif}")
-        assert torch.equal(normalize(_held_out(config, 8)), expected.validation[0])
+        assert torch.equal(normalize(_held_out(config.data, 8)), expected.validation[0])
     plain = data_set(tmp_path / "plain", [{"jpg": photograph(n, 1)} for n in range(8)])
     assert compared(plain, tmp_path, "data.exif=ignore").kept is not None
     assert compared(plain, tmp_path, "data.exif=apply").kept is None

@@ -76,8 +76,9 @@ def test_code_that_reaches_files_is_not_run_and_check_says_so(tmp_path, harm):
     ) as refused:
         UserNetwork(str(path))
     assert "\n" not in str(refused.value)
+    config = load(CONFIG, [f"eval.features={path}"])
     with pytest.raises(UserError, match="is not run"):
-        known_features(load(CONFIG, [f"eval.features={path}"]))
+        known_features(config.eval, config.data)
     assert not victim.exists()
 
 
