@@ -10,7 +10,7 @@ SHOWN = 8  # images of the picture
 
 def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
     """Lines that need torch and diffusers, and not dtrain."""
-    how, classes = config.eval, config.model.num_classes
+    how, classes, side = config.eval, config.model.num_classes, _shown_side(config.data.image_size)
     own = ', custom_pipeline=".", trust_remote_code=True)  # runs ./pipeline.py' if exported.own_pipeline else ")"
     what = ["labels"] if classes else [f"batch_size={SHOWN}"]
     what += [f"guidance_scale={how.guidance}"] if classes else []
@@ -25,14 +25,10 @@ def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], cla
         code += [f"labels = list(pipe.labels)[:{SHOWN}]  # classes by name or number"]
     code += ["generator = torch.Generator().manual_seed(0)"]
     code += [f"images = pipe({', '.join(what)}, generator=generator).images"]
-    code += [
-        f'make_image_grid(images, rows=1, cols=len(images), resize={_shown_side(config.data)}).save("picture.png")'
-    ]
+    code += [f'make_image_grid(images, rows=1, cols=len(images), resize={side}).save("picture.png")']
     card = "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n---\n"
-    parts = [
-        card + _head(config.data, config.model, source, class_names),
-        _block("In this folder, with diffusers:", code),
-    ]
+    head = _head(config.data, config.model, source, class_names)
+    parts = [card + head, _block("In this folder, with diffusers:", code)]
     if exported.left_out:
         parts.append(f"The run's own samples were drawn otherwise in {', '.join(exported.left_out)}.")
     return "\n".join(parts) + "\n"
@@ -40,9 +36,8 @@ def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], cla
 
 def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
     """Lines that need dtrain."""
-    how, classes = config.eval, config.model.num_classes
+    how, classes, side = config.eval, config.model.num_classes, _shown_side(config.data.image_size)
     what = f"labels=range({min(SHOWN, classes)}), guidance={how.guidance}" if classes else str(SHOWN)
-    side = _shown_side(config.data)
     code = ["import numpy as np", "from PIL import Image", "", "import dtrain", ""]
     code += ['model = dtrain.load(".")  # model.model is the plain torch module']
     code += [f"images = model.sample({what}, steps={how.steps}, seed=0)  # uint8 (n, H, W, C)"]
@@ -52,8 +47,8 @@ def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str
     return "\n".join([head, _block("In this folder, with dtrain:", code)]) + "\n"
 
 
-def _shown_side(data: Data) -> int:
-    return max(64, data.image_size)
+def _shown_side(image_size: int) -> int:
+    return max(64, image_size)
 
 
 def _block(introduction: str, code: list[str]) -> str:

@@ -83,7 +83,7 @@ def _training(words: list[str], request):
     about = check_start(config, request.ranks)
     if request.after is None:
         check_free(RunDirectory(config.run.path))
-    return slurm.training(Path(words[0]), words[1:], config), about
+    return slurm.training(Path(words[0]), words[1:], config.run.path, config.data.workers), about
 
 
 def _evaluation(run: str, words: list[str], after: str | None):

@@ -42,7 +42,7 @@ def activations(config: Config, micro_batch: int, checkpointing: bool, device: s
     device: whose rules of autocast hold, cuda or cpu. A weight's gradient counts only until it is handed on.
     """
     forward = _trained(config, micro_batch, checkpointing)
-    with LiveBytes() as live, _accelerator(config, device):
+    with LiveBytes() as live, _accelerator(config.deepspeed.precision, device):
         loss = forward().float().square().mean()
         saved = live.now
         _backward(loss)
@@ -53,7 +53,8 @@ def flops_per_image(config: Config, checkpointing: bool) -> int:
     """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, repeated ones too."""
     forward = _trained(config, 1, checkpointing)
     # Apart from `activations`: the counter holds on to what is computed again.
-    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, _accelerator(config, "cuda"):
+    accelerator = _accelerator(config.deepspeed.precision, "cuda")
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, accelerator:
         _backward(forward().float().square().mean())
     return counter.get_total_flops()
 
@@ -123,8 +124,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _accelerator(config: Config, device: str) -> "_Accelerator":
-    return _Accelerator(config.deepspeed.precision == "bf16_autocast", device)
+def _accelerator(precision: str, device: str) -> "_Accelerator":
+    """precision: deepspeed.precision. device: cuda or cpu."""
+    return _Accelerator(precision == "bf16_autocast", device)
 
 
 class _Accelerator(TorchFunctionMode):

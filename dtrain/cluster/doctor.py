@@ -1,6 +1,7 @@
 """Is this machine, and are these files, fit for a run? Each check says what it found and what to do."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from dtrain import distributed
 from dtrain.cluster import machine, surroundings
@@ -13,23 +14,26 @@ def examine(config: Config | None, full: bool, on_check: Callable[[float, int], 
 
     Under a launcher every rank calls it; the checks that need no other rank are rank 0's alone and come last.
     """
-    together = {"collective": machine.collective, "file system": lambda: surroundings.file_system(config)}
+    together = {
+        "collective": machine.collective,
+        "file system": lambda: surroundings.file_system(config.run.path if config else Path.cwd()),
+    }
     if config is not None:
         together["shared memory"] = lambda: machine.shared_memory(config)
     alone = {
         "versions": machine.versions,
         "DeepSpeed's defaults": machine.defaults,
         "accelerator": lambda: machine.accelerator(config.deepspeed.precision if config else None),
-        "Inception": lambda: surroundings.inception(config),
+        "Inception": lambda: surroundings.inception(config.eval if config else None),
     }
     if config is not None:
         alone |= {
             "disk space": lambda: surroundings.disk_space(config),
-            "MLflow": lambda: surroundings.mlflow(config),
-            "walltime": lambda: surroundings.walltime(config),
+            "MLflow": lambda: surroundings.mlflow(config.run, config.tracking),
+            "walltime": lambda: surroundings.walltime(config.run, config.train),
             "samples": lambda: surroundings.samples(config, full),
             "shards": lambda: surroundings.shards(
-                config, full, lambda part: on_check(round(done + part, 2), len(todo))
+                config.data, full, lambda part: on_check(round(done + part, 2), len(todo))
             ),
         }
     todo, findings = together | (alone if distributed.rank() == 0 else {}), []

@@ -7,7 +7,7 @@ bucket in which gradients are reduced.
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
-from dtrain.config import Config
+from dtrain.config import DeepSpeed
 
 BUCKET = 500_000_000  # elements, DeepSpeed's largest bucket; a smaller model has a smaller one
 PERSISTENT = 100_000  # elements; stage 3 leaves smaller parameters whole on every rank
@@ -69,33 +69,32 @@ class State:
         return sum(held.values()) - 2 * held["host"]
 
 
-def state(config: Config, sizes: Sizes, ranks: int, stage: int) -> State:
-    """What the rank that holds most has, by the config's precision, offload and averages, at `stage`.
+def state(deepspeed: DeepSpeed, averages: int, sizes: Sizes, ranks: int, stage: int) -> State:
+    """What the rank that holds most has at `stage`, by the section's precision and offload; averages: how many.
 
     Stages 1 and 2 keep the gradients of a parameter that a share's end cuts through whole, on both sides.
     """
-    w, share = weight_bytes(config), sizes.share(ranks, stage)
-    offload, averages = config.deepspeed.offload, 4 * len(config.ema)
+    w, share = weight_bytes(deepspeed), sizes.share(ranks, stage)
     weights = w * (sizes.trainable + sizes.frozen)
     if stage == 0:
-        return State(weights, 0, w * share, 8 * share, averages * share, 0, 0)
+        return State(weights, 0, w * share, 8 * share, 4 * averages * share, 0, 0)
     gradients, buckets = w * sizes.touched(ranks), 0
     if stage == 3:
         weights = w * (share + -(-sizes.frozen // ranks) + (sizes.persistent if ranks > 1 else 0))
-        gradients, buckets = w * share, bucket_bytes(config, sizes)
-    held = [weights, 4 * share, gradients, 8 * share, averages * share, buckets]
-    return State(*held, host={"none": 0, "optimizer": sum(held[1:5]), "all": sum(held[:5])}[offload])
+        gradients, buckets = w * share, bucket_bytes(deepspeed, sizes)
+    held = [weights, 4 * share, gradients, 8 * share, 4 * averages * share, buckets]
+    return State(*held, host={"none": 0, "optimizer": sum(held[1:5]), "all": sum(held[:5])}[deepspeed.offload])
 
 
-def in_backward(config: Config, sizes: Sizes, ranks: int, stage: int) -> int:
+def in_backward(deepspeed: DeepSpeed, sizes: Sizes, ranks: int, stage: int) -> int:
     """Bytes that come and go during the backward pass at most, beside activations and `state`.
 
     Stage 1 holds every gradient whole until the last is there, stage 3 nearly so; stages 0 to 2 flatten gradients into
     a bucket, stage 2 once more to reduce them; stage 3 gathers weights and keeps them until the pass has gone by. An
     upper bound, from traces of DeepSpeed 0.19.8 with one bucket and with several.
     """
-    whole, bucket = weight_bytes(config) * sizes.trainable, bucket_bytes(config, sizes)
-    gathered = weight_bytes(config) * min(sizes.trainable, MOST_GATHERED) if ranks > 1 else 0
+    whole, bucket = weight_bytes(deepspeed) * sizes.trainable, bucket_bytes(deepspeed, sizes)
+    gathered = weight_bytes(deepspeed) * min(sizes.trainable, MOST_GATHERED) if ranks > 1 else 0
     return {
         0: bucket,
         1: whole + bucket,
@@ -104,22 +103,22 @@ def in_backward(config: Config, sizes: Sizes, ranks: int, stage: int) -> int:
     }[stage]
 
 
-def in_step(config: Config, sizes: Sizes, ranks: int, stage: int) -> int:
+def in_step(deepspeed: DeepSpeed, sizes: Sizes, ranks: int, stage: int) -> int:
     """Bytes that come and go while the optimizer steps: fp32 gradients of the masters, and what AdamW computes."""
-    if config.deepspeed.offload != "none":
+    if deepspeed.offload != "none":
         return 0
     return round(4 * sizes.trainable * (1 if stage == 0 else 3 / ranks))
 
 
-def weight_bytes(config: Config) -> int:
-    return 2 if config.deepspeed.precision == "bf16" else 4
+def weight_bytes(deepspeed: DeepSpeed) -> int:
+    return 2 if deepspeed.precision == "bf16" else 4
 
 
-def bucket_bytes(config: Config, sizes: Sizes) -> int:
-    bucket = config.deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size")
-    return weight_bytes(config) * (bucket or min(sizes.trainable, BUCKET))
+def bucket_bytes(deepspeed: DeepSpeed, sizes: Sizes) -> int:
+    bucket = deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size")
+    return weight_bytes(deepspeed) * (bucket or min(sizes.trainable, BUCKET))
 
 
-def checkpoint_bytes(config: Config, sizes: Sizes) -> int:
-    """Bytes of one checkpoint: fp32 weights, two moments, the averages; frozen weights once."""
-    return 4 * (sizes.trainable * (3 + len(config.ema)) + sizes.frozen)
+def checkpoint_bytes(sizes: Sizes, averages: int) -> int:
+    """Bytes of one checkpoint: fp32 weights, two moments, so many averages; frozen weights once."""
+    return 4 * (sizes.trainable * (3 + averages) + sizes.frozen)

@@ -7,7 +7,7 @@ import torch
 from dtrain.cluster import memory
 from dtrain.cluster.cost import activations, flops_per_image, sampling_bytes
 from dtrain.cluster.memory import Sizes, State
-from dtrain.config import Config
+from dtrain.config import Config, DeepSpeed
 from dtrain.data import shared_memory
 from dtrain.models.build import allocate
 from dtrain.training.division import rows_per_rank
@@ -66,12 +66,13 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
+    deepspeed, averages = config.deepspeed, len(config.ema)
     held = {c: ActivationBytes(config, rows, c) for c in (False, True)}
 
     def needed(stage: int, micro_batch: int, checkpointing: bool) -> int:
-        backward = held[checkpointing](micro_batch) + memory.in_backward(config, sizes, gpus, stage)
-        transient = max(backward, memory.in_step(config, sizes, gpus, stage))
-        return memory.state(config, sizes, gpus, stage).device + transient
+        backward = held[checkpointing](micro_batch) + memory.in_backward(deepspeed, sizes, gpus, stage)
+        transient = max(backward, memory.in_step(deepspeed, sizes, gpus, stage))
+        return memory.state(deepspeed, averages, sizes, gpus, stage).device + transient
 
     def largest(stage: int, checkpointing: bool) -> int | None:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0 and needed(stage, m, checkpointing) <= usable]
@@ -80,21 +81,21 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     stages = [
         Stage(
             stage,
-            memory.state(config, sizes, gpus, stage),
+            memory.state(deepspeed, averages, sizes, gpus, stage),
             largest(stage, False),
             largest(stage, True),
             needed(stage, micro_batch, checkpointing),
         )
-        for stage in possible_stages(config)
+        for stage in possible_stages(deepspeed)
     ]
-    own = next(s for s in stages if s.stage == config.deepspeed.zero_stage)
+    own = next(s for s in stages if s.stage == deepspeed.zero_stage)
     gathered = 4 * (sizes.trainable + sizes.frozen)
     sampled = config.eval.batch_size * (2 if config.eval.guidance != 1 else 1)
     evaluation = own.state.device - own.state.gradients + gathered + sampling_bytes(config, sampled)
     flops = flops_per_image(config, checkpointing=False)
     repeated = flops_per_image(config, checkpointing=True) - flops
     images = config.train.steps * config.data.batch_size
-    speed = gpus * mfu * 1e12 * (tflops or PEAK_TFLOPS[config.deepspeed.precision])
+    speed = gpus * mfu * 1e12 * (tflops or PEAK_TFLOPS[deepspeed.precision])
     return Plan(
         parameters=sizes.trainable,
         frozen=sizes.frozen,
@@ -111,7 +112,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         stages=stages,
         gathered=gathered,
         evaluation=evaluation,
-        checkpoint=memory.checkpoint_bytes(config, sizes),
+        checkpoint=memory.checkpoint_bytes(sizes, averages),
         kept=config.train.keep_last + 1,
         shared_memory=shared_memory.of_ranks(gpus_per_node, config.data.workers, shared_memory.of_batch(config, gpus)),
         shared_memory_here=shared_memory.free(),
@@ -139,13 +140,11 @@ def recommended(stages: list[Stage], gpus: int) -> list[str]:
     return []
 
 
-def possible_stages(config: Config) -> list[int]:
-    """Those that the config's precision and offload allow."""
-    if config.deepspeed.offload == "all":
+def possible_stages(deepspeed: DeepSpeed) -> list[int]:
+    """Those that the section's precision and offload allow."""
+    if deepspeed.offload == "all":
         return [3]
-    return (
-        [1, 2, 3] if config.deepspeed.precision == "bf16" or config.deepspeed.offload == "optimizer" else [0, 1, 2, 3]
-    )
+    return [1, 2, 3] if deepspeed.precision == "bf16" or deepspeed.offload == "optimizer" else [0, 1, 2, 3]
 
 
 class ActivationBytes:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain import plugins
-from dtrain.config import Config
 from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
@@ -72,10 +71,11 @@ class Job:
         return self.run / "logs" / f"{self.kind}-{number}.log"
 
 
-def training(config_file: Path, overrides: list[str], config: Config) -> Job:
+def training(config_file: Path, overrides: list[str], run: Path, workers: int) -> Job:
+    """run: where it will lie. workers: data.workers."""
     # A path that is absolute is no option and no URL, whatever the file is called.
     command = [str(ROOT / "launch/train.py"), *plugins.arguments(), str(config_file.absolute()), *overrides]
-    return Job("train", config.run.path.absolute(), command, config.data.workers)
+    return Job("train", run.absolute(), command, workers)
 
 
 def evaluation(run: Path, arguments: list[str]) -> Job:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from dtrain import distributed
 from dtrain.checkpoint.directory import complete
 from dtrain.cluster.finding import Finding, bad, ok, warning
-from dtrain.config import Config
+from dtrain.config import Config, Data, Eval, Run, Tracking, Train
 from dtrain.credentials import without_credentials
 from dtrain.data.fields.check import check_fields, check_split, check_training
 from dtrain.data.shards import manifest as manifests
@@ -32,9 +32,9 @@ GRACE_SECONDS = 300.0  # the most that a job script asks SLURM for between its s
 GIB = 2**30
 
 
-def file_system(config: Config | None) -> Finding:
-    """Write, fsync and rename where runs lie; under a launcher, whether every rank sees it. A collective."""
-    folder = _existing(config.run.path if config else Path.cwd())
+def file_system(place: Path) -> Finding:
+    """Write, fsync and rename where a run will lie; under a launcher, whether every rank sees it. A collective."""
+    folder = _existing(place)
     name = "file system"
     probe = folder / f".doctor-{os.environ.get('MASTER_PORT', os.getpid())}"
     shown, seconds, problem = probe.with_suffix(".done"), 0.0, None
@@ -87,18 +87,16 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def shards(config: Config, full: bool, progress: Callable[[float], None]) -> Finding:
+def shards(data: Data, full: bool, progress: Callable[[float], None]) -> Finding:
     """Every shard against its manifest: its size, or with `full` every byte; progress(share of the bytes read)."""
     from dtrain.data.shards.verify import verify
 
     name, problems, samples, count, elsewhere = "shards", [], 0, 0, 0
     try:
-        manifest = manifests.load_all(config.data)
-        sets = [
-            (m, s.shards) for m, s in zip((manifest, *manifest.mixed), (config.data, *config.data.mix), strict=True)
-        ]
-        if config.data.holdout:
-            held_out = manifests.load_holdout(config.data)
+        manifest = manifests.load_all(data)
+        sets = [(m, s.shards) for m, s in zip((manifest, *manifest.mixed), (data, *data.mix), strict=True)]
+        if data.holdout:
+            held_out = manifests.load_holdout(data)
             sets.append((held_out, held_out.place))
         size, read = sum(shard.bytes for one, _ in sets for shard in one.shards), 0
 
@@ -152,7 +150,7 @@ def disk_space(config: Config) -> Finding:
     from dtrain.models.build import allocate
 
     with torch.device("meta"):
-        size = checkpoint_bytes(config, Sizes.of(allocate(config)))
+        size = checkpoint_bytes(Sizes.of(allocate(config)), len(config.ema))
     folder = _existing(config.run.path)
     there = len(complete(RunDirectory(config.run.path).checkpoints))
     wanted = max(1, config.train.keep_last + 1 - there)
@@ -167,12 +165,12 @@ def disk_space(config: Config) -> Finding:
     return ok("disk space", found)
 
 
-def mlflow(config: Config) -> Finding:
+def mlflow(run: Run, tracking: Tracking) -> Finding:
     """Whether the tracking store answers, within seconds; training itself never waits for it."""
     name, later = "MLflow", "training goes on without it, and `dtrain sync RUN` sends the journal later"
-    if not config.tracking.enabled:
+    if not tracking.enabled:
         return ok(name, "tracking.enabled is false; the journal is written all the same")
-    uri = tracking_uri(RunDirectory(config.run.path), config.tracking)
+    uri = tracking_uri(RunDirectory(run.path), tracking)
     if uri.startswith(("http://", "https://")):
         asked, uri = _health(uri), without_credentials(uri)
         try:
@@ -208,11 +206,11 @@ def _health(uri: str) -> urllib.request.Request:
     return request
 
 
-def inception(config: Config | None) -> Finding:
-    """The weights that `fid` needs, and their hash."""
-    name, wanted = "Inception", config.eval.features if config and config.eval.every else None
+def inception(e: Eval | None) -> Finding:
+    """The weights that `fid` needs, and their hash; e: of the config, where there is one."""
+    name, wanted = "Inception", e.features if e and e.every else None
     try:
-        found = weights.find(weights.INCEPTION, config.eval.weights if config else None)
+        found = weights.find(weights.INCEPTION, e.weights if e else None)
     except UserError as e:
         return bad(name, str(e), "delete it, or copy it again")
     if found:
@@ -224,17 +222,17 @@ def inception(config: Config | None) -> Finding:
     if wanted == "auto":
         advice = f"copy it to {weights.cache_folder()}, from {weights.INCEPTION.url}"
         return warning(name, f"{missing}: other features are taken, and no fid", advice)
-    return ok(name, f"{missing}, and this config does not ask for it" if config else missing)
+    return ok(name, f"{missing}, and this config does not ask for it" if e else missing)
 
 
-def walltime(config: Config) -> Finding:
+def walltime(run: Run, train: Train) -> Finding:
     """The time left, by train.deadline or SLURM, against the run's own steps, saves and evaluations."""
     name, now = "walltime", time.time()
     try:
-        end = deadline(config.train.deadline, now)
+        end = deadline(train.deadline, now)
     except UserError as e:
         return bad(name, str(e), "mend train.deadline")
-    lines = read_journal(RunDirectory(config.run.path).journal_file)
+    lines = read_journal(RunDirectory(run.path).journal_file)
     step, save, evaluation = (
         max((line["metrics"].get(key, 0.0) for line in lines if line["event"] == event), default=None)
         for event, key in (("train", "step_seconds"), ("checkpoint", "seconds"), ("eval", "seconds"))

@@ -48,7 +48,8 @@ class Proposal:
         if self.machine.gpus not in (0, seen_gpus()):
             return f"Not timed: it is for {self.machine.shown}, which are not here. `dtrain plan {file}` counts."
         try:
-            return measure(self.config, self.machine.gpus or 1, progress).minutes(self.config)
+            timing = measure(self.config, self.machine.gpus or 1, progress)
+            return timing.minutes(self.config.train.steps, self.config.eval.every)
         except TimeoutError:
             return f"Not timed: no step was done here in {PATIENCE:.0f} s."
 

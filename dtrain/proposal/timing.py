@@ -41,10 +41,11 @@ class Timing:
     reference: float
     load: float  # programs that wanted to compute already, a core
 
-    def minutes(self, config: Config) -> str:
-        """The line that says how long the whole run takes, and how that is known."""
-        total = config.train.steps
-        many = total // config.eval.every if config.eval.every else 0
+    def minutes(self, total: int, every: int) -> str:
+        """The line that says how long `total` steps take, with an evaluation after `every` (0: none), and how that is
+        known.
+        """
+        many = total // every if every else 0
         whole = total * self.step + many * self.evaluation + self.reference
         line = f"{_long(whole)} here: {total:,} steps of {self.step:.2g} s, timed over {self.steps}"
         if many:

@@ -43,5 +43,5 @@ def rendered(folder, name, request):
     run = config.run.model_copy(update={"dir": str(folder / f"runs {name}")})  # the config would expand ${variables}
     config = config.model_copy(update={"run": run})
     overrides = [f"tracking.experiment={name}", f"run.dir={folder / f'runs {name}'}"]
-    job = slurm.training(folder / f"{name}.yaml", overrides, config)
+    job = slurm.training(folder / f"{name}.yaml", overrides, config.run.path, config.data.workers)
     return slurm.render(job, request), job, overrides

@@ -98,13 +98,13 @@ def test_what_is_bad_is_said_with_exit_code_1_and_the_other_checks_go_on(work):
 
 def test_a_flipped_byte_is_found_by_the_full_check_alone(work):
     config = tiny(work / "digits", work / "runs")
-    assert surroundings.shards(config, full=True, progress=lambda n: None).status == "ok"
+    assert surroundings.shards(config.data, full=True, progress=lambda n: None).status == "ok"
     shard = sorted((work / "digits/train").glob("*.tar"))[2]
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)
-    assert surroundings.shards(config, full=False, progress=lambda n: None).status == "ok"
-    found = surroundings.shards(config, full=True, progress=lambda n: None)
+    assert surroundings.shards(config.data, full=False, progress=lambda n: None).status == "ok"
+    found = surroundings.shards(config.data, full=True, progress=lambda n: None)
     assert found.status == "bad"
     assert shard.name in found.found
 
@@ -152,7 +152,7 @@ def test_ranks_that_cannot_meet_are_bad(monkeypatch):
 
 def test_a_place_that_cannot_be_written_and_a_disk_too_small_are_bad(work):
     where = f"run.dir={work}/runs"
-    found = surroundings.file_system(tiny(work / "digits", Path("/proc/nowhere")))
+    found = surroundings.file_system(Path("/proc/nowhere/digits"))
     assert found.status == "bad"
     assert "/proc" in found.found
     assert surroundings.disk_space(tiny(work / "digits", work / "runs", where)).status == "ok"
@@ -180,7 +180,8 @@ def test_mlflow_is_asked_and_given_up_soon(work):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def found(*overrides):
-        return surroundings.mlflow(tiny(work / "digits", work / "runs", "tracking.enabled=true", *overrides))
+        config = tiny(work / "digits", work / "runs", "tracking.enabled=true", *overrides)
+        return surroundings.mlflow(config.run, config.tracking)
 
     address = f"http://127.0.0.1:{server.server_port}"
     assert found(f"tracking.uri={address}").status == "ok"
@@ -204,11 +205,11 @@ def test_mlflow_is_asked_and_given_up_soon(work):
 def test_a_weight_file_with_another_hash_is_bad(work):
     path = work / "inception-2015-12-05.pt"
     asks = ["eval.every=100", "eval.features=inception"]
-    missing = surroundings.inception(tiny(work / "digits", work / "runs", *asks))
+    missing = surroundings.inception(tiny(work / "digits", work / "runs", *asks).eval)
     assert missing.status == "warning"
     assert "downloads it" in missing.found
     path.write_bytes(b"half a file")
-    found = surroundings.inception(tiny(work / "digits", work / "runs", *asks, f"eval.weights={path}"))
+    found = surroundings.inception(tiny(work / "digits", work / "runs", *asks, f"eval.weights={path}").eval)
     assert found.status == "bad"
     assert "sha256" in found.found
 
@@ -217,7 +218,7 @@ def test_the_time_left_is_compared_with_what_the_run_took(work, monkeypatch):
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     config = tiny(work / "digits", work / "runs")
-    assert surroundings.walltime(config).status == "ok"
+    assert surroundings.walltime(config.run, config.train).status == "ok"
     run = RunDirectory(config.run.path)
     run.make_folders()
     journal = Journal(run.journal_file)
@@ -225,11 +226,11 @@ def test_the_time_left_is_compared_with_what_the_run_took(work, monkeypatch):
     journal.append("train", 1, 24, {"loss": 1.0, "step_seconds": 2.0})
     journal.append("checkpoint", 1, 24, {"seconds": 20.0})
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
-    found = surroundings.walltime(config)
+    found = surroundings.walltime(config.run, config.train)
     assert found.status == "ok"
     assert "a step 2.00 s, a save 20.00 s" in found.found
     journal.append("eval", 1, 24, {"fd_pixels": 1.0, "seconds": 400.0})
     journal.close()
-    assert surroundings.walltime(config).status == "warning"
+    assert surroundings.walltime(config.run, config.train).status == "warning"
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 50))  # 10 s, two saves and three steps take 56
-    assert surroundings.walltime(config).status == "bad"
+    assert surroundings.walltime(config.run, config.train).status == "bad"

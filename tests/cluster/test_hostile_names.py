@@ -46,13 +46,13 @@ def test_a_hostile_name_arrives_verbatim_and_runs_nothing(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", UNCARRIED)
 def test_what_a_script_cannot_carry_is_refused(tmp_path, request_, name):
     config = tiny(DIGITS, tmp_path)
-    job = slurm.training(tmp_path / "x.yaml", [f"tracking.experiment={name}"], config)
+    job = slurm.training(tmp_path / "x.yaml", [f"tracking.experiment={name}"], config.run.path, config.data.workers)
     with pytest.raises(UserError, match="characters that a batch script cannot carry"):
         slurm.render(job, request_)
 
 
 def test_a_backslash_in_the_place_of_the_log_is_refused_because_slurm_drops_it(tmp_path, request_):
-    job = slurm.training(tmp_path / "x.yaml", [], tiny(DIGITS, tmp_path / "a\\b"))
+    job = slurm.training(tmp_path / "x.yaml", [], tiny(DIGITS, tmp_path / "a\\b").run.path, workers=0)
     with pytest.raises(UserError, match="a backslash, which SLURM gives a meaning of its own"):
         slurm.render(job, request_)
 

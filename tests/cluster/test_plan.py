@@ -175,10 +175,10 @@ def test_the_fullest_rank_holds_what_the_plan_says_within_5_percent(digits, tmp_
     config = tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}", f"deepspeed.precision={precision}", *shape)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
-    planned = state(config, sizes, ranks, stage)
+    planned = state(config.deepspeed, 2, sizes, ranks, stage)
     measured, saved = zip(*run_ranks(held, ranks, config, timeout=600), strict=True)
     assert planned.device == pytest.approx(max(measured), rel=0.05)
-    assert set(saved) == {checkpoint_bytes(config, sizes)}
+    assert set(saved) == {checkpoint_bytes(sizes, 2)}
 
 
 def test_what_a_rank_touches_is_what_brute_force_finds():

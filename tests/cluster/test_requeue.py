@@ -22,7 +22,8 @@ def outcome(name: str, message: str = "") -> str:
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return slurm.training(tmp_path / "tiny.yaml", [], tiny(Path("digits"), tmp_path / "runs"))
+    config = tiny(Path("digits"), tmp_path / "runs")
+    return slurm.training(tmp_path / "tiny.yaml", [], config.run.path, config.data.workers)
 
 
 @pytest.fixture

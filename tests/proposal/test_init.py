@@ -235,21 +235,12 @@ def test_values_read_back_as_they_were_chosen():
 
 
 def test_the_line_about_time_adds_up():
-    config = validate(
-        {
-            "data": {"shards": "x", "holdout": "y", "image_size": 8, "batch_size": 8},
-            "model": {"name": "dit", "size": "S/2"},
-            "train": {"steps": 1000},
-            "eval": {"every": 250},
-        },
-        "a test",
-    )
-    line = Timing(step=0.9, steps=25, evaluation=60.0, reference=60.0, load=0.2).minutes(config)
+    line = Timing(step=0.9, steps=25, evaluation=60.0, reference=60.0, load=0.2).minutes(1000, 250)
     assert line == (
         "About 20 minutes here: 1,000 steps of 0.9 s, timed over 25; 4 evaluations of 60 s, from a few samples; "
         "the held-out pictures once, 60 s."
     )
-    assert "busy with other work (3.0 programs a core)" in Timing(0.9, 25, 60.0, 60.0, 3.0).minutes(config)
+    assert "busy with other work (3.0 programs a core)" in Timing(0.9, 25, 60.0, 60.0, 3.0).minutes(1000, 250)
 
 
 def test_the_command_writes_nothing_but_yaml_and_times_the_training_itself(digits, work):

@@ -27,7 +27,8 @@ def test_a_hang_over_the_end_of_the_time_and_a_stop_before_it_both_end_in_the_qu
         stubs = Stubs(tmp_path / "tools", patch)
         for name in ("srun", "scontrol", "squeue", "sinfo"):
             (stubs.bin / name).unlink()  # SLURM's own
-        training = jobs.training(tmp_path / "tiny.yaml", [], tiny(Path("digits"), tmp_path / "runs"))
+        run = tiny(Path("digits"), tmp_path / "runs").run.path
+        training = jobs.training(tmp_path / "tiny.yaml", [], run, workers=0)
         script = jobs.render(training, jobs.Request(2, 1, "00:01:00"))
     for name, value in (("RECORD", stubs.record), ("RUN", training.run), ("TRAINING", TRAINING)):
         monkeypatch.setenv(name, str(value))
