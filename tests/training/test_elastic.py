@@ -144,11 +144,12 @@ def begun_from(config, places):
     """The largest difference of this rank's first weights from rank 0's, where ranks look at different places."""
     from dtrain import distributed
     from dtrain.training.player import Player
+    from dtrain.training.players import Players
     from dtrain.training.start import _begin_from
 
     engine = Player.of(config, 12)
     mine = config.run.model_copy(update={"init_from": places[distributed.rank()]})
-    _begin_from(engine, config.model_copy(update={"run": mine}))
+    _begin_from(Players([engine]), config.model_copy(update={"run": mine}))
     weights = np.concatenate([p.detach().numpy().flatten() for _, p in engine.state.trainable])
     return np.abs(weights - distributed.gather_objects(weights)[0]).max()
 

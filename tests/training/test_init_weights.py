@@ -20,10 +20,11 @@ from tests.training.runs import train
 def first_weights(config) -> dict[str, np.ndarray]:
     """What the engine of a new run holds before its first step."""
     from dtrain.training.player import Player
+    from dtrain.training.players import Players
     from dtrain.training.start import _begin_from
 
     engine = Player.of(config, 24)
-    _begin_from(engine, config)
+    _begin_from(Players([engine]), config)
     return {name: p.detach().numpy().copy() for name, p in engine.state.trainable}
 
 
