@@ -79,7 +79,8 @@ def training(config_file: Path, overrides: list[str], run: Path, workers: int) -
 
 
 def evaluation(run: Path, arguments: list[str]) -> Job:
-    return Job("evaluate", run.absolute(), [str(ROOT / "eval/evaluate.py"), str(run.absolute()), *_passed(arguments)])
+    command = [str(ROOT / "eval/evaluate.py"), *plugins.arguments(), str(run.absolute()), *_passed(arguments)]
+    return Job("evaluate", run.absolute(), command)
 
 
 def sweep(run: Path, arguments: list[str], parts: list[list[str]]) -> Job:

@@ -168,6 +168,9 @@ def test_an_evaluation_and_a_sweep_of_a_run(work, digits):
     run_ranks(train, 1, tiny(digits, Path("runs"), "train.steps=4", "train.checkpoint_every=2"))
     script = submit("--evaluate", "tiny", *limit, "--", "--n", "100", "--metrics", "fd,kid").stdout
     assert f"eval/evaluate.py {Path.cwd()}/runs/tiny -n 100 --metrics fd,kid)" in script
+    Path("parts.py").touch()
+    script = submit("--evaluate", "tiny", *limit, "--plugin", "parts.py").stdout
+    assert f"eval/evaluate.py --plugin={Path.cwd()}/parts.py {Path.cwd()}/runs/tiny" in script
     assert "No such option: --m" in submit("--evaluate", "tiny", *limit, "--", "--m", "1", expect=2).stderr
 
     words = ["--checkpoints", "all", "--eta", "0,0.5", "--steps", "5,10", "--n", "100"]
