@@ -101,8 +101,9 @@ def test_whoever_waits_says_for_whom(config, tmp_path):
     while line not in (Path(logs[0]).read_text() if Path(logs[0]).exists() else ""):
         assert time.monotonic() < end
         time.sleep(0.2)
-    for process in started:
+    for process in started:  # all before any is waited for: the last would tell of the first's end
         process.kill()
+    for process in started:
         process.join()
     assert Path(logs[0]).read_text().splitlines() == [line]
     assert Path(logs[3]).read_text() == ""

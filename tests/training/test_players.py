@@ -26,7 +26,7 @@ from tests.training.toys import (
 )
 
 SHAPES = list(itertools.product(KINDS, (0, 1, 2, 3), (1, 2)))
-OFTEN = [("adversarial", stage, 2) for stage in (0, 1, 2, 3)] + [("joint", 0, 1), ("joint", 2, 2), ("joint", 3, 2)]
+OFTEN = [("adversarial", stage, 2) for stage in (0, 2, 3)] + [("joint", 0, 1), ("joint", 3, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ WAYS = list(itertools.product(KINDS, *[list(itertools.product((0, 1, 2, 3), (1, 
 
 @pytest.mark.parametrize(
     ("kind", "written", "read"),
-    mostly_longer(WAYS, [("adversarial", (2, 2), (3, 1)), ("adversarial", (3, 2), (0, 2)), ("joint", (3, 1), (2, 2))]),
+    mostly_longer(WAYS, [("adversarial", (2, 2), (3, 1)), ("joint", (3, 1), (2, 2))]),
 )
 def test_a_checkpoint_of_one_shape_goes_on_in_another(digits, tmp_path, expected, kind, written, read):
     toys, half, folder = KINDS[kind], STEPS // 2, tmp_path / "checkpoints"

@@ -137,10 +137,19 @@ def sync(to: Destination, status: str | None = None) -> int:
     """
     run, pending = Run(to), Pending(to)
     pending.poll()
-    try:
+
+    def ship() -> None:
         run.connect(pending.started)
         pending.drain(run)
         run.finish(status, pending.ended, pending.landmarks)
+
+    try:
+        try:
+            ship()
+        except Exception as e:
+            if "IntegrityError" not in str(e):
+                raise
+            ship()  # another task of the sweep wrote the same tag in the same moment, and now it is there
     except Exception as e:
         left = len(pending.lines)
         do = "" if isinstance(e, UserError) else "; start the server or correct tracking.uri, then run sync again"
