@@ -7,18 +7,48 @@ from pydantic import Field, field_serializer, model_validator
 from dtrain.config.sections import NonNegative, Positive, Section, flat
 from dtrain.credentials import masked
 
+# Schedule of the learning rate → the keys that it needs, and those that it takes.
+SCHEDULES = {
+    "constant": ((), ()),
+    "cosine": (("decay_end",), ("decay_start", "decay_end")),
+    "linear": (("decay_end",), ("decay_start", "decay_end")),
+    "inverse_sqrt": (("decay_start",), ("decay_start",)),
+    "trapezoid": (("decay_end", "decay_share"), ("decay_end", "decay_share")),
+}
+
 
 class Optim(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """learning rate, constant after the warm-up"""
+    """learning rate after the warm-up, where `schedule` begins"""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "trapezoid"] = "constant"
+    """what the rate does with images seen: cosine and linear fall to 0, trapezoid at its end only"""
+    decay_start: NonNegative | None = None
+    """images seen where cosine and linear begin to fall (null: 0), or inverse_sqrt (its t_ref)"""
+    decay_end: Positive | None = None
+    """images seen where cosine, linear and trapezoid reach 0"""
+    decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """trapezoid: the last share of `decay_end`, in which the rate falls"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, decoupled from the gradient"""
     warmup_steps: NonNegative = 0
-    """linear from 0; constant afterwards"""
+    """linear from 0, times what `schedule` says"""
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0
     """global L2 norm; 0: none"""
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self):
+        needed, taken = SCHEDULES[self.schedule]
+        for key in ("decay_start", "decay_end", "decay_share"):
+            given = getattr(self, key)
+            if key in needed and not given:
+                raise ValueError(f"schedule {self.schedule} needs {key}{'' if given is None else f', not {given}'}")
+            if given is not None and key not in taken:
+                raise ValueError(f"{key} {given} has no effect on schedule {self.schedule}; leave it out")
+        if self.decay_end is not None and (self.decay_start or 0) >= self.decay_end:
+            raise ValueError(f"decay_start {self.decay_start} is not before decay_end {self.decay_end}")
+        return self
 
 
 class EMAProfile(Section):
@@ -33,7 +63,7 @@ OWN_OPTIONS = {
     "gradient_accumulation_steps": "train.micro_batch",
     "gradient_clipping": "optim.gradient_clip",
     "optimizer": "optim",
-    "scheduler": "optim.warmup_steps",
+    "scheduler": "optim.schedule",
     "bf16": "deepspeed.precision",
     "fp16": "deepspeed.precision",
     "torch_autocast": "deepspeed.precision",

@@ -54,6 +54,12 @@ def warnings(config: Config) -> list[str]:
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
                 f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
             )
+    end, images = config.optim.decay_end, steps * config.data.batch_size
+    if end is not None and images > end:
+        lines.append(
+            f"optim.decay_end {end:,}: the learning rate is 0 from there on, and the run sees {images:,} images "
+            "(train.steps × data.batch_size)"
+        )
     return [*lines, *about_names(config)] if config.eval.every else lines
 
 

@@ -67,6 +67,7 @@ class Steps:
         self._health = DataHealth(
             config.data, config.run.seed, self.manifest, self.position, self.tracker, self._progress.say
         )
+        self._began = self.position  # before the step whose reduction was begun last
         self._reduced = self.position  # after the last step that all ranks had a batch for, as far as they know
         self._evaluation = None
         self._owes_evaluation = False  # of where the run is: it was cut off, or gave way to a stop
@@ -123,7 +124,7 @@ class Steps:
         """A batch and what is due after it: word from all ranks, a checkpoint, an evaluation, a way back."""
         config, bad_steps = self.config, self.bad_steps
         faults.at("step", self.position.step + 1)
-        started = time.perf_counter()
+        started, began = time.perf_counter(), self.position
         seen, norms, taken = self._update()
         if not self._listens:
             self._listens = True
@@ -141,6 +142,7 @@ class Steps:
         evaluation_due = taken and self._evaluation_due()
         self.goodput.step(taken, self.feed.seconds, config.data.batch_size)
         step_seconds = time.perf_counter() - started
+        self._began = began
         self._reduction.start(
             self.position,
             seen.sum,
@@ -178,7 +180,7 @@ class Steps:
         norms, taken = self._one.take(
             batch,
             position,
-            learning_rate=lambda turn: learning_rate(self.objective.turns[turn].optim or optim, position.step + 1),
+            learning_rate=lambda turn: learning_rate(self.objective.turns[turn].optim or optim, position),
             limit=bad_steps.limit,
             judge=lambda turn, norm, limit: bad_steps.judge(norm, limit, images, turn),
             on_losses=seen.add,
@@ -210,7 +212,7 @@ class Steps:
         self._meter.on_reduced(sums)
         config, step = self.config, sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
-            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config.optim, step)}
+            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config.optim, self._began)}
             metrics |= sums.named
             metrics |= self._meter.metrics() | self._health.metrics(sums.position.images)
             self.tracker.write("train", sums.position, metrics)
