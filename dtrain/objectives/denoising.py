@@ -41,26 +41,23 @@ class Denoising(Objective):
     def losses(
         self, turn: str, networks: Mapping[str, Network], batch: Batch, condition: Condition, at: Position
     ) -> Losses:
-        rows = self.row_losses(networks["backbone"], batch["x_0"], batch["noise"], batch["time"], condition)
-        return Losses(rows, self.place(batch["time"]))
-
-    def row_losses(self, model: Network, x0: Tensor, noise: Tensor, u: Tensor, condition: Condition) -> Tensor:
-        """The loss of each row; their mean over the global batch is what training descends.
+        """What training descends. batch: x_0 and noise, float32 (N, C, H, W), and time, float64 (N,) in [0, 1).
 
         simple: the squared error of the prediction, its mean over C, H, W (Ho et al. 2020, equation 14), times the
         min-SNR weight where there is one. vlb: T·L_t in bits/dim, an unbiased estimate of the bound without its
         constant L_T. hybrid: simple + 0.001·vlb in which the mean is detached, so that the bound trains the variance
         alone.
 
-        model(x (N, C, H, W), process.model_time (N,), **condition) → (N, C or 2C, H, W); x0 and noise float32
-        (N, C, H, W), u float64 (N,) in [0, 1). Returns x0's dtype (N,), whatever the model computes in.
+        The backbone: (x (N, C, H, W), process.model_time (N,), **condition) → (N, C or 2C, H, W). The rows have x_0's
+        dtype, whatever it computes in.
         """
-        place = self.place(u)
-        losses, weights = self.losses_at(model, x0, noise, place, condition), self.times.weights(place)
-        return losses if weights is None else losses * weights.to(losses.dtype)
+        place = self.place(batch["time"])
+        rows = self.losses_at(networks["backbone"], batch["x_0"], batch["noise"], place, condition)
+        weights = self.times.weights(place)
+        return Losses(rows if weights is None else rows * weights.to(rows.dtype), place)
 
     def losses_at(self, model: Network, x0: Tensor, noise: Tensor, place: Tensor, condition: Condition) -> Tensor:
-        """`row_losses` at given places (N,) float64 in [0, 1) of the process, unweighted by how they were chosen."""
+        """The rows of `losses` at given places (N,) float64 in [0, 1), unweighted by how they were chosen."""
         process = self.process
         t = process.time(place)
         x_t = process.noised(x0, noise, t)

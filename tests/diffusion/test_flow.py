@@ -10,6 +10,7 @@ from dtrain.diffusion.times import LogitNormal
 from dtrain.objectives import build as objectives
 from dtrain.objectives.denoising import Denoising
 from tests.diffusion.gaussian_data import MEAN, STD, exact, normals
+from tests.objectives.rows import row_losses
 
 flow = RectifiedFlow()
 
@@ -31,7 +32,7 @@ def test_the_velocity_of_the_path_has_no_loss_and_the_model_is_told_a_thousand_t
         seen.update(t=t, y=y)
         return noise - x0 + y.view(-1, 1, 1, 1)
 
-    losses = Denoising(flow).row_losses(model, x0, noise, u, {"y": labels})
+    losses = row_losses(Denoising(flow), model, x0, noise, u, {"y": labels})
     torch.testing.assert_close(losses, labels.float() ** 2, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen["t"], (1000 * u).float())
     assert losses.dtype == torch.float32

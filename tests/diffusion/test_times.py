@@ -9,6 +9,7 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform, by_noise_level, middles
 from dtrain.objectives.denoising import Denoising
+from tests.objectives.rows import row_losses
 
 grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 last = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
@@ -106,8 +107,8 @@ def test_an_objective_observes_the_unweighted_losses():
     x0, u = torch.zeros(64, 1, 2, 2), torch.rand(64, generator=torch.Generator().manual_seed(0)).double()
     noise = torch.ones_like(x0)
     weights = times.weights(objective.place(u))
-    losses = objective.row_losses(
-        lambda x, t, y: torch.zeros_like(x), x0, noise, u, {"y": torch.zeros(64, dtype=torch.long)}
+    losses = row_losses(
+        objective, lambda x, t, y: torch.zeros_like(x), x0, noise, u, {"y": torch.zeros(64, dtype=torch.long)}
     )
     torch.testing.assert_close(losses, weights.float())
     t = objective.process.time(objective.place(u))

@@ -13,6 +13,7 @@ from dtrain.diffusion.times import SecondMoment, Uniform
 from dtrain.objectives.build import denoising
 from dtrain.objectives.denoising import Denoising
 from tests.diffusion.numbers import PROCESS, normal, perfect_output
+from tests.objectives.rows import row_losses
 
 objective = Denoising(PROCESS)
 
@@ -24,7 +25,7 @@ def test_each_rows_loss_is_its_own_mean_squared_error():
     def model(x, t, y):
         return x * y.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000
 
-    losses = objective.row_losses(model, x0, noise, u, {"y": labels})
+    losses = row_losses(objective, model, x0, noise, u, {"y": labels})
     assert losses.dtype == torch.float32
     assert losses.shape == (4,)
     for row, t in enumerate([0, 314, 600, 999]):
@@ -37,8 +38,8 @@ def test_losses_of_a_bfloat16_model_are_summed_in_float32():
     x0, noise = torch.zeros(2, 1, 64, 64), torch.zeros(2, 1, 64, 64)
     u, labels = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
     value = torch.tensor(0.1).bfloat16()
-    losses = objective.row_losses(
-        lambda x, t, y: torch.full_like(x, float(value)).bfloat16(), x0, noise, u, {"y": labels}
+    losses = row_losses(
+        objective, lambda x, t, y: torch.full_like(x, float(value)).bfloat16(), x0, noise, u, {"y": labels}
     )
     np.testing.assert_allclose(losses, float(value) ** 2, rtol=1e-6)
 
@@ -49,7 +50,7 @@ def test_the_simple_loss_is_the_weighted_error_of_the_prediction(prediction, gam
     p = GaussianDiffusion(linear(1000), prediction)
     x0, noise, labels = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1), torch.zeros(4, dtype=torch.long)
     u, output = torch.tensor([0.0, 0.2, 0.6, 0.9999], dtype=torch.float64), normal(4, 2, 3, 3, seed=2)
-    losses = Denoising(p, min_snr_gamma=gamma).row_losses(lambda x, t, y: output, x0, noise, u, {"y": labels})
+    losses = row_losses(Denoising(p, min_snr_gamma=gamma), lambda x, t, y: output, x0, noise, u, {"y": labels})
     for row, t in enumerate([0, 200, 600, 999]):
         error = float((perfect_output(x0[row], noise[row], t, prediction) - output[row]).square().mean())
         snr = float(p.schedule.snr[t])
@@ -69,7 +70,7 @@ def test_min_snr_weighs_every_prediction_as_the_same_error_of_x0():
             return target(p.prediction, x0_hat, (x - alpha * x0_hat) / sigma, alpha, sigma)
 
         losses.append(
-            Denoising(p, min_snr_gamma=5.0).row_losses(model, x0, noise, u, {"y": torch.zeros(3, dtype=torch.long)})
+            row_losses(Denoising(p, min_snr_gamma=5.0), model, x0, noise, u, {"y": torch.zeros(3, dtype=torch.long)})
         )
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
     torch.testing.assert_close(losses[2], losses[0], rtol=1e-8, atol=0)
@@ -85,7 +86,7 @@ def test_the_vlb_loss_is_the_bound_without_its_prior_on_average_over_times(T):
 
     u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
     everywhere = [a.expand(T, -1, -1, -1) for a in (x0, noise)]
-    losses = Denoising(p, "vlb").row_losses(model, *everywhere, u, {"y": torch.zeros(T, dtype=torch.long)})
+    losses = row_losses(Denoising(p, "vlb"), model, *everywhere, u, {"y": torch.zeros(T, dtype=torch.long)})
     curve = likelihood.curve(model, p, x0, lambda t: noise)
     assert float(losses.mean()) == pytest.approx(float(curve.sum()), rel=1e-10)
 
@@ -97,11 +98,9 @@ def test_importance_keeps_the_vlb_loss_on_average():
     x0, noise = 0.3 * normal(1, 1, 2, 2).double(), normal(1, 1, 2, 2, seed=1).double()
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     everywhere = [a.expand(len(u), -1, -1, -1) for a in (x0, noise)]
-    means = [
-        float(Denoising(GaussianDiffusion(linear(50)), "vlb", times=each)
-              .row_losses(lambda x, t, y: 0.5 * x, *everywhere, u, {"y": torch.zeros(len(u), dtype=torch.long)}).mean())
-        for each in (Uniform(), times)
-    ]  # fmt: skip
+    condition = {"y": torch.zeros(len(u), dtype=torch.long)}
+    objectives = [Denoising(GaussianDiffusion(linear(50)), "vlb", times=each) for each in (Uniform(), times)]
+    means = [float(row_losses(one, lambda x, t, y: 0.5 * x, *everywhere, u, condition).mean()) for one in objectives]
     assert means[1] == pytest.approx(means[0], rel=2e-3)
 
 
@@ -115,7 +114,7 @@ def test_the_hybrid_loss_trains_the_mean_by_the_simple_loss_alone_and_the_varian
     gradients, values = {}, {}
     for name, p in {"hybrid": hybrid, "simple": simple, "vlb": vlb}.items():
         output = (0.1 * normal(6, 2, 3, 3, seed=2)).requires_grad_()
-        values[name] = p.row_losses(lambda x, t, y, output=output: output, x0, noise, u, {"y": labels})
+        values[name] = row_losses(p, lambda x, t, y, output=output: output, x0, noise, u, {"y": labels})
         (gradients[name],) = torch.autograd.grad(values[name].sum(), output)
     torch.testing.assert_close(values["hybrid"], values["simple"] + 0.001 * values["vlb"], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients["hybrid"][:, :1], gradients["simple"][:, :1])
@@ -135,7 +134,7 @@ def test_the_bounds_gradient_is_finite_at_every_timestep_and_that_of_a_term_by_i
 
     def gradient(rows):
         output = normal(len(u), 2, 4, 4, seed=2)[rows].requires_grad_()
-        losses = p.row_losses(lambda x, t, y: output, x0[rows], noise[rows], u[rows], {"y": labels[rows]})
+        losses = row_losses(p, lambda x, t, y: output, x0[rows], noise[rows], u[rows], {"y": labels[rows]})
         return torch.autograd.grad(losses.sum(), output)[0]
 
     together = gradient(torch.arange(len(u)))
@@ -151,9 +150,9 @@ def test_losses_at_a_place_know_nothing_of_how_it_was_chosen():
         times.observe(torch.arange(1000), torch.linspace(9, 1, 1000))
     place = torch.tensor([0.1, 0.5], dtype=torch.float64)
     arguments = (lambda x, t: 0.5 * x, normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1), place, {})
-    plain = objective.row_losses(*arguments)
+    plain = row_losses(objective, *arguments)
     assert torch.equal(Denoising(PROCESS, times=times).losses_at(*arguments), plain)
-    assert not torch.equal(Denoising(PROCESS, times=times).row_losses(*arguments), plain)
+    assert not torch.equal(row_losses(Denoising(PROCESS, times=times), *arguments), plain)
 
 
 def test_tables_first_used_in_inference_mode_still_train():
@@ -165,8 +164,8 @@ def test_tables_first_used_in_inference_mode_still_train():
         return scale * torch.cat([x, x], dim=1)
 
     with torch.inference_mode():
-        first = p.row_losses(model, x0, noise, u, {"y": labels})
-    again = p.row_losses(model, x0, noise, u, {"y": labels})
+        first = row_losses(p, model, x0, noise, u, {"y": labels})
+    again = row_losses(p, model, x0, noise, u, {"y": labels})
     again.sum().backward()
     assert torch.equal(again.detach(), first)
     assert float(scale.grad.abs()) > 0
