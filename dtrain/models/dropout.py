@@ -6,20 +6,10 @@ torch's generators differ between devices and depend on what was drawn before. H
 64-bit key, and an integer hash of (key, layer, element) decides; only 32-bit multiplications and shifts are needed.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.randomness import Draws, Purpose
-
 BITS = 31  # of the hash that are compared with the probability
-
-
-def dropout_keys(seed: int, k: Tensor) -> Tensor:
-    """int64 (N,): the key of each image k (N,) of the run."""
-    draws = Draws(seed)
-    words = [int(draws.words(Purpose.DROPOUT, index)[0]) for index in k.tolist()]
-    return torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)).to(k.device)
 
 
 def dropout(x: Tensor, probability: float, keys: Tensor, layer: int) -> Tensor:

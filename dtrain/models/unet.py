@@ -186,7 +186,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
-        keys int64 (N,) (`dropout.dropout_keys`) say what to drop while training, where dropout is set; evaluation
+        keys int64 (N,), a word of each image, say what to drop while training, where dropout is set; evaluation
         drops nothing. condition: of further conditions, by the names of `conditions`. x may come in any float dtype;
         the answer is in the weights' dtype (autocast's, under autocast).
         Raises ValueError for training with dropout but without keys.

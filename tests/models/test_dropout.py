@@ -2,10 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.models.dropout import dropout, dropout_keys
-from dtrain.randomness import Draws, Purpose
+from dtrain.config import UNet
+from dtrain.models.dropout import dropout
+from dtrain.randomness import Draws, Purpose, drawn
 
 K = torch.arange(1000, 1064)
+
+
+def dropout_keys(seed, k):
+    """As they come in a batch: what a UNet declares, drawn for these images."""
+    draw = UNet(name="unet", width=32, dropout=0.1).draws()["keys"]
+    return torch.from_numpy(drawn(draw, Draws(seed), k.tolist(), k.numpy(), 0, len(k)))
 
 
 def by_hand(key, layer, element, probability):
