@@ -153,15 +153,11 @@ def _sorted_by_class(training: Manifest, holdout: Manifest, place: str) -> bool:
 
 def some_labels(manifest: Manifest, directory: str, count: int) -> list[int]:
     """The labels of `count` samples spread evenly over a local data set, or of all. Raises UserError."""
-    from dtrain.data.fields.samples import ANY_LABEL, NO_VIEW, read_field
+    from dtrain.data.fields.samples import label_of
     from dtrain.data.shards.reader import ShardReader
 
     reader = ShardReader(manifest, directory)
-
-    def label(sample: int) -> int:
-        return int(read_field(reader, sample, reader.read(sample, (LABEL_FIELD,)), ANY_LABEL, NO_VIEW))
-
-    return [label(sample) for sample in evenly(manifest, count)]
+    return [label_of(reader, sample) for sample in evenly(manifest, count)]
 
 
 def _pack(source: str, name: str, say: Say, progress: Callable[[int, int], None]) -> DataSet:

@@ -79,6 +79,11 @@ def read_split(
     return images, labels
 
 
+def label_of(reader: ShardReader, sample: int) -> int:
+    """A sample's class number; no other file of it is read. Raises BadSample."""
+    return int(read_field(reader, sample, reader.read(sample, (LABEL_FIELD,)), ANY_LABEL, NO_VIEW))
+
+
 def read_labels(manifest: Manifest, directory: str | Path, cache: BlockCache | None = None) -> torch.Tensor:
     """The labels of a whole split in the manifest's order, int64 (N,), 0 without; no image is read."""
     if LABEL_FIELD not in manifest.fields:
@@ -88,6 +93,5 @@ def read_labels(manifest: Manifest, directory: str | Path, cache: BlockCache | N
     for start in range(0, manifest.samples, _LABELS):
         samples = range(start, min(start + _LABELS, manifest.samples))
         reader.prefetch(samples, (LABEL_FIELD,))
-        for sample in samples:
-            labels.append(int(read_field(reader, sample, reader.read(sample, (LABEL_FIELD,)), ANY_LABEL, NO_VIEW)))
+        labels += [label_of(reader, sample) for sample in samples]
     return torch.tensor(labels)
