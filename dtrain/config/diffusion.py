@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.config.sections import Probability, Section
+from dtrain.config.sections import IdentitySection, Probability
 
 
-class _Process(Section):
+class _Process(IdentitySection):
     """What all diffusion processes have in common."""
 
     label_dropout: Probability = 0.1
@@ -18,9 +18,6 @@ class _Process(Section):
     """of times logit_normal: the normal's mean; above 0 there is more noise"""
     logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
     """of times logit_normal: the normal's standard deviation"""
-
-    def identity_keys(self) -> list[str]:
-        return list(type(self).model_fields)
 
 
 class Gaussian(_Process):

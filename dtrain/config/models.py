@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.config.sections import NonNegative, Positive, Section
+from dtrain.config.sections import IdentitySection, NonNegative, Positive
 from dtrain.draws import Draw, Purpose
 
 # The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
@@ -20,7 +20,7 @@ DIT_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-class DiT(Section):
+class DiT(IdentitySection):
     name: Literal["dit"]
     """a transformer over image patches (Peebles & Xie 2023)"""
     size: str | None = Field(None, pattern=r"^(S|B|L|XL)/[248]$")
@@ -60,9 +60,6 @@ class DiT(Section):
         own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
         return table | {key: size for key, size in own.items() if size is not None}
 
-    def identity_keys(self) -> list[str]:
-        return list(type(self).model_fields)
-
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
@@ -74,7 +71,7 @@ class DiT(Section):
         return {}
 
 
-class UNet(Section):
+class UNet(IdentitySection):
     name: Literal["unet"]
     """convolutions at several resolutions (Ho et al. 2020), with attention at some"""
     width: Positive
@@ -104,9 +101,6 @@ class UNet(Section):
                     f"head_width {self.head_width} must divide the {self.width * m} channels of every level"
                 )
         return self
-
-    def identity_keys(self) -> list[str]:
-        return list(type(self).model_fields)
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""

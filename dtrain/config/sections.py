@@ -56,14 +56,18 @@ class Section(BaseModel):
         return tree
 
 
-class PartSection(Section):
+class IdentitySection(Section):
+    """A section all of whose keys a run keeps."""
+
+    def identity_keys(self) -> list[str]:
+        return list(type(self).model_fields)
+
+
+class PartSection(IdentitySection):
     """The section of a first stage, a condition or an objective, which says what it needs of every row of a batch.
 
     A plug-in's has `build(config)` too, which gives the part itself.
     """
-
-    def identity_keys(self) -> list[str]:
-        return list(type(self).model_fields)
 
     def fields(self, config: Any) -> list[Any]:
         """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""
