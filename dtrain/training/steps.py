@@ -172,7 +172,7 @@ class Steps:
 
     def _update(self) -> tuple[StepLosses, dict[str, float], bool]:
         """(this rank's losses, each turn's norm, whether the step was taken) of the next batch; moves `position`."""
-        optim, bad_steps, position = self.config.optim, self.bad_steps, self.position
+        bad_steps, position = self.bad_steps, self.position
         images = bad_steps.batch(position.images)
         batch = self.feed.next(images[0][0])
         self._health.journal(self.feed.report, position)
@@ -180,7 +180,7 @@ class Steps:
         norms, taken = self._one.take(
             batch,
             position,
-            learning_rate=lambda turn: learning_rate(self.objective.turns[turn].optim or optim, position),
+            learning_rate=lambda turn: self._learning_rate(turn, position),
             limit=bad_steps.limit,
             judge=lambda turn, norm, limit: bad_steps.judge(norm, limit, images, turn),
             on_losses=seen.add,
@@ -193,6 +193,9 @@ class Steps:
             most, least = self.objective.process.snr_ends  # not said before: a mistake is one line
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
         return seen, norms, taken
+
+    def _learning_rate(self, turn: str, at: Position) -> float:
+        return learning_rate(self.objective.turns[turn].optim or self.config.optim, at)
 
     def _on_reduced(self) -> bool:
         """Act on the reduction begun last; every rank has the same sums. Whether a checkpoint would find no room."""
@@ -212,7 +215,11 @@ class Steps:
         self._meter.on_reduced(sums)
         config, step = self.config, sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
-            metrics = {"loss": sums.loss, "grad_norm": sums.grad_norm, "lr": learning_rate(config.optim, self._began)}
+            metrics = {
+                "loss": sums.loss,
+                "grad_norm": sums.grad_norm,
+                "lr": self._learning_rate(next(iter(self.objective.turns)), self._began),
+            }
             metrics |= sums.named
             metrics |= self._meter.metrics() | self._health.metrics(sums.position.images)
             self.tracker.write("train", sums.position, metrics)
