@@ -206,11 +206,11 @@ def _health(uri: str) -> urllib.request.Request:
     return request
 
 
-def inception(e: Eval | None) -> Finding:
-    """The weights that `fid` needs, and their hash; e: of the config, where there is one."""
-    name, wanted = "Inception", e.features if e and e.every else None
+def inception(evaluation: Eval | None) -> Finding:
+    """The weights that `fid` needs, and their hash; evaluation: of the config, where there is one."""
+    name, wanted = "Inception", evaluation.features if evaluation and evaluation.every else None
     try:
-        found = weights.find(weights.INCEPTION, e.weights if e else None)
+        found = weights.find(weights.INCEPTION, evaluation.weights if evaluation else None)
     except UserError as e:
         return bad(name, str(e), "delete it, or copy it again")
     if found:
@@ -222,7 +222,7 @@ def inception(e: Eval | None) -> Finding:
     if wanted == "auto":
         advice = f"copy it to {weights.cache_folder()}, from {weights.INCEPTION.url}"
         return warning(name, f"{missing}: other features are taken, and no fid", advice)
-    return ok(name, f"{missing}, and this config does not ask for it" if e else missing)
+    return ok(name, f"{missing}, and this config does not ask for it" if evaluation else missing)
 
 
 def walltime(run: Run, train: Train) -> Finding:

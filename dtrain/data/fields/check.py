@@ -19,6 +19,7 @@ COUNTED = 1_000_000  # samples whose labels are all read where some of those loo
 
 def check_fields(config: Config, manifest: Manifest) -> None:
     """Raises UserError where a data set, or one that is mixed into it, lacks a field that the run reads."""
+    wanted = declared(config).fields
     for one in (manifest, *manifest.mixed):
         if not set(IMAGE_FIELDS) & set(one.fields):
             fields, hint = ", ".join(one.fields), _hint(one.fields, IMAGE_FIELDS)
@@ -28,7 +29,7 @@ def check_fields(config: Config, manifest: Manifest) -> None:
                 f"model.num_classes is {config.model.num_classes}, but {one.path} has no `cls` field with labels; "
                 f"set it to 0 to train without{_hint(one.fields, (LABEL_FIELD,))}"
             )
-        for field in declared(config).fields:
+        for field in wanted:
             if not set(field.extensions) & set(one.fields):
                 key = f"data.arrays.{field.name}" if field.name in config.data.arrays else field.name
                 hint = _hint(one.fields, field.extensions)
