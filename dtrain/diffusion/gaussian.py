@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
 from dtrain.diffusion.schedule import Schedule, subsequence
+from dtrain.diffusion.tables import on_device
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ class GaussianDiffusion:
 
     @staticmethod
     def table(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """Entries t (N,) of a float64 table (T,), rounded once, to like's dtype: (N, 1, …)."""
-        return values.to(t.device)[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+        """Entries t (N,) of a float64 table (T,) of this process, rounded once, to like's dtype: (N, 1, …)."""
+        return on_device(values, t.device)[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def interpolated(channels: Tensor, log_small: Tensor | float, log_large: Tensor | float) -> Tensor:

@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dtrain.diffusion import likelihood
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.prediction import squared_error_weight
+from dtrain.diffusion.tables import on_device
 from dtrain.diffusion.times import UNIFORM, LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.objective import Losses, Network, Objective
 from dtrain.position import Position
@@ -80,8 +82,12 @@ class Denoising(Objective):
         losses = error.square().flatten(1).mean(1)
         if self.min_snr_gamma is None:
             return losses
-        weight = squared_error_weight(process.prediction, process.schedule.snr, self.min_snr_gamma)
-        return losses * weight.to(t.device)[t].to(losses.dtype)
+        return losses * on_device(self._min_snr_weights, t.device)[t].to(losses.dtype)
+
+    @cached_property
+    def _min_snr_weights(self) -> Tensor:
+        """The min-SNR weight of each timestep, float64 (T,)."""
+        return squared_error_weight(self.process.prediction, self.process.schedule.snr, self.min_snr_gamma)
 
     def unweighted(self, losses: Tensor, place: Tensor) -> Tensor:
         """Losses (N,) as they would be had their places (N,) been chosen uniformly: those that levels compare."""
