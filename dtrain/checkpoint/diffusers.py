@@ -60,7 +60,7 @@ def to_diffusers(
     folder, config, weights = _dit(model) if isinstance(model, DiT) else _unet(model)
     flow = isinstance(process, RectifiedFlow)
     steps = how.steps if flow else _dividing(process.schedule.timesteps, how.steps)
-    scheduler = _flow_scheduler() if flow else _scheduler(process, how)
+    scheduler = _flow_scheduler(process) if flow else _scheduler(process, how)
     index: dict[str, Any] = {
         "_class_name": "DDIMPipeline",
         "_diffusers_version": DIFFUSERS,
@@ -118,7 +118,12 @@ def _scheduler(process: GaussianDiffusion, how: Eval) -> dict[str, Any]:
     }
 
 
-def _flow_scheduler() -> dict[str, Any]:
+def _flow_scheduler(process: RectifiedFlow) -> dict[str, Any]:
+    if process.time_scale != MODEL_TIME:
+        raise UserError(
+            f"diffusers tells a flow's model {MODEL_TIME} t, and this one was trained with diffusion.time_scale "
+            f"{process.time_scale}; export --format safetensors or published"
+        )
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS,

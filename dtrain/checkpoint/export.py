@@ -13,6 +13,7 @@ from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config, Data, EMAProfile
 from dtrain.errors import UserError
 from dtrain.files import replacing
+from dtrain.models.weight_file import PROGRAM, WRITTEN_BY
 from dtrain.run import RunDirectory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,6 +75,8 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     """Write a checkpoint's weights and how to draw with them to the folder `out`; lines that say what.
 
     safetensors: model.safetensors with the model's own parameter names, and config.json, for `dtrain.load`.
+    published: model.safetensors alone, for the papers' programs: of a flow with diffusion.time_scale 1 it counts time
+    as SiT's files do.
     diffusers: a pipeline's folder for `DiffusionPipeline.from_pretrained`, with a pipeline.py where diffusers has none.
     Both with a README.md that draws a picture. Raises UserError, also where `out` holds files already.
     """
@@ -109,7 +112,21 @@ def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, ou
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(readme.of_safetensors(config, source, names), encoding="utf-8")
     _save_json(source | sections | {"class_names": names}, out / "config.json")
-    _save_weights({n: p.detach() for n, p in module.named_parameters()}, source, out / "model.safetensors")
+    own = source | {WRITTEN_BY: PROGRAM}
+    _save_weights({n: p.detach() for n, p in module.named_parameters()}, own, out / "model.safetensors")
+    return []
+
+
+def _write_published(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+    from dtrain.models.time_turned import time_turned
+
+    state = {name: p.detach() for name, p in module.named_parameters()}
+    if config.diffusion.data_at_one:
+        state = time_turned(state, module)
+    names = class_names_of(config.data, config.model.num_classes)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(readme.of_published(config, source, names), encoding="utf-8")
+    _save_weights(state, source, out / "model.safetensors")
     return []
 
 
@@ -134,7 +151,7 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
     return exported.left_out
 
 
-WRITERS = {"safetensors": _write_safetensors, "diffusers": _write_diffusers}
+WRITERS = {"safetensors": _write_safetensors, "published": _write_published, "diffusers": _write_diffusers}
 
 
 def _save_weights(weights: dict[str, torch.Tensor], source: dict, path: Path) -> None:

@@ -47,6 +47,17 @@ def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str
     return "\n".join([head, _block("In this folder, with dtrain:", code)]) + "\n"
 
 
+def of_published(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
+    """Lines that need torch and safetensors, and the class that the reader has of the published program."""
+    turned = (
+        "Data are at t = 1, and the answer is the velocity towards data.\n\n" if config.diffusion.data_at_one else ""
+    )
+    code = ["from safetensors.torch import load_file", "", 'state = load_file("model.safetensors")']
+    code += ["print(*((name, tuple(value.shape)) for name, value in state.items()), sep=chr(10))"]
+    head = _head(config.data, config.model, source, class_names)
+    return "\n".join([head, turned + _block("Names and shapes are those of the published programs:", code)]) + "\n"
+
+
 def _shown_side(image_size: int) -> int:
     return max(64, image_size)
 

@@ -57,7 +57,10 @@ def export_checkpoint(
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     format: Annotated[
-        str, typer.Option(help="safetensors, for `dtrain.load`, or diffusers: a whole pipeline")
+        str,
+        typer.Option(
+            help="safetensors, for `dtrain.load`; published, for the papers' programs; or diffusers: a whole pipeline"
+        ),
     ] = "safetensors",
 ) -> None:
     """Write a checkpoint's weights for other programs, with a README.md that draws a picture with them."""

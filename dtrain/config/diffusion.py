@@ -19,6 +19,11 @@ class _Process(IdentitySection):
     logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
     """of times logit_normal: the normal's standard deviation"""
 
+    @property
+    def data_at_one(self) -> bool:
+        """Whether weight files of others count the time from noise, 0, to data, 1."""
+        return False
+
 
 class Gaussian(_Process):
     process: Literal["gaussian"] = "gaussian"
@@ -89,3 +94,9 @@ class Flow(_Process):
     """images and noise on a straight line (rectified flow)"""
     times: Literal["uniform", "logit_normal"] = "uniform"
     """which times are trained; logit_normal: more of those in the middle"""
+    time_scale: Literal[1, 1000] = 1000
+    """what the model is told of t is this times t; 1 as in SiT, whose weight files run.init_from then turns round"""
+
+    @property
+    def data_at_one(self) -> bool:
+        return self.time_scale == 1

@@ -19,7 +19,7 @@ class Earlier(NamedTuple):
     where: tuple[str, str] | None = None
 
 
-_DIT, _GAUSSIAN = ("name", "dit"), ("process", "gaussian")
+_DIT, _GAUSSIAN, _FLOW = ("name", "dit"), ("process", "gaussian"), ("process", "flow")
 
 EARLIER: dict[str, Earlier] = {
     "run.init_from": Earlier(None),
@@ -41,6 +41,7 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.loss": Earlier("simple", _GAUSSIAN),
     "diffusion.weighting": Earlier("none", _GAUSSIAN),
     "diffusion.times": Earlier("uniform"),
+    "diffusion.time_scale": Earlier(1000, _FLOW),
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
     "conditions": Earlier({}),

@@ -7,20 +7,28 @@ from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
 
-MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000, so the model is told 1000·t
+MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000
 
 
 @dataclass(frozen=True, eq=False)
 class RectifiedFlow:
     """x_t = (1 − t) x_0 + t ε for t in [0, 1], and a network that predicts dx/dt = ε − x_0.
 
+    time_scale: the model is told time_scale · t.
+
     The trainer and the samplers use it as they use `GaussianDiffusion`; only the meaning of t differs.
     """
+
+    time_scale: int = MODEL_TIME
 
     prediction = "velocity"
     snr_ends = None  # from infinity to 0, always
     clean = 0.0  # the time that samplers walk to
-    last_time = MODEL_TIME  # the scale of what the model is told: guidance intervals are shares of it
+
+    @property
+    def last_time(self) -> int:
+        """What the model is told of pure noise: guidance intervals are shares of it."""
+        return self.time_scale
 
     def time(self, place: Tensor) -> Tensor:
         """The place itself, float64 (N,)."""
@@ -31,10 +39,10 @@ class RectifiedFlow:
         return 1 - t, t
 
     def model_time(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """The model's time input for the rows of x (N, …): 1000·t, float32 (N,), from t (N,) or one float for all."""
+        """The model's time for the rows of x (N, …): time_scale · t, float32 (N,), from t (N,) or one float for all."""
         if isinstance(t, Tensor):
-            return (MODEL_TIME * t).float()
-        return torch.full((len(x),), MODEL_TIME * t, dtype=torch.float32, device=x.device)
+            return (self.time_scale * t).float()
+        return torch.full((len(x),), self.time_scale * t, dtype=torch.float32, device=x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
         """1, 1 − 1/S, …, 1/S: equal steps down to clean data, the only spacing of a flow."""

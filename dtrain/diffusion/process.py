@@ -9,7 +9,7 @@ from dtrain.diffusion.schedule import named
 def build(config: Gaussian | Flow) -> GaussianDiffusion | RectifiedFlow:
     """The process of the `diffusion` section. Raises UserError for a schedule that cannot be."""
     if config.process == "flow":
-        return RectifiedFlow()
+        return RectifiedFlow(config.time_scale)
     return GaussianDiffusion(
         named(config.schedule, config.timesteps, config.zero_terminal_snr),
         config.prediction,

@@ -63,9 +63,14 @@ def timestep_embedding(t: Tensor, size: int, dtype: torch.dtype, shift: int = 0)
     Computed in at least float32 and only then rounded to `dtype`: as bfloat16, t = 999 is 1000.
     """
     exact = torch.promote_types(torch.float32, dtype)
-    i = torch.arange(size // 2, dtype=exact, device=t.device)  # (size/2,)
-    phase = t.to(exact)[:, None] * torch.exp(-math.log(10000) / (size // 2 - shift) * i)  # (N, size/2)
+    phase = t.to(exact)[:, None] * time_frequencies(size, exact, shift, t.device)  # (N, size/2)
     return torch.cat([phase.cos(), phase.sin()], dim=1).to(dtype)  # (N, size)
+
+
+def time_frequencies(size: int, dtype: torch.dtype, shift: int = 0, device: torch.device | None = None) -> Tensor:
+    """ω_i of `timestep_embedding`, (size/2,)."""
+    i = torch.arange(size // 2, dtype=dtype, device=device)
+    return torch.exp(-math.log(10000) / (size // 2 - shift) * i)
 
 
 class TimestepEmbedder(nn.Module):

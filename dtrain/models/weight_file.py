@@ -25,6 +25,7 @@ _SETS: dict[Which, tuple[str, ...]] = {
 _WRAPPERS = ("module.", "model.")  # before every name: of DistributedDataParallel, of Lightning
 _COMPILED = "_orig_mod."  # of torch.compile, also within a name
 _COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
+WRITTEN_BY, PROGRAM = "written_by", "dtrain"  # in the metadata of a file that `dtrain checkpoints export` wrote
 _PICKLE = 1 << 26  # bytes of the part of an archive that names its tensors
 _SHOWN = 4
 
@@ -45,6 +46,19 @@ def read_weights(path: str | Path, which: Which | None = None) -> dict[str, Tens
             f"holds {_listed(found)}; save its weights alone"
         )
     return _unwrapped(path, chosen)
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether `dtrain checkpoints export` wrote a file of weights. Raises UserError for one that is damaged."""
+    if Path(path).suffix != ".safetensors":
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(WRITTEN_BY) == PROGRAM
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is damaged or no checkpoint: {e}".splitlines()[0]) from None
 
 
 def _chosen(path: Path, found: dict[str, Any], which: Which | None) -> dict[str, Any]:

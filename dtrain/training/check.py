@@ -162,7 +162,7 @@ def check_published(config: Config) -> None:
 
     with torch.device("meta"):
         model = allocate(config)
-    published(model, source, config.run.init_weights)
+    published(model, source, config.run.init_weights, config.diffusion.data_at_one)
 
 
 def checkpoint_at(place: str) -> Path:

@@ -140,7 +140,8 @@ def _begin_from(players: Players, config: Config) -> None:
     """The weights of another run, or of a file, into the players of a new run."""
     source, which = config.run.init_from, config.run.init_weights
     if is_weight_file(source):
-        players.set_weights(distributed.agree(load_published, build(config), source, which))
+        turned = config.diffusion.data_at_one
+        players.set_weights(distributed.agree(load_published, build(config), source, which, turned))
     else:
         newest = distributed.on_rank_0(checkpoint_at, source)
         key = "ema_0" if which == "ema" else "fp32"

@@ -22,6 +22,7 @@ from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import sample
 from dtrain.errors import UserError
 from dtrain.models.build import allocate
+from dtrain.models.published import load_published
 from dtrain.run import RunDirectory
 from tests.checkpoint.diffusers_models import CLASSES, randomised
 from tests.checkpoint.exported import run_readme, run_readme_in_a_fork, trained
@@ -189,8 +190,26 @@ def test_an_export_overwrites_nothing_and_says_what_it_cannot_do(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
     with pytest.raises(UserError, match="there is no EMA 1: run tiny has 1, counted from 0"):
         export(directory, tmp_path / "out", None, 1, "fp32", "diffusers")
-    with pytest.raises(UserError, match="--format onnx is not one of safetensors, diffusers"):
+    with pytest.raises(UserError, match="--format onnx is not one of safetensors, published, diffusers"):
         export(directory, tmp_path / "out", None, 0, "fp32", "onnx")
+
+
+def test_a_flow_that_counts_time_as_sit_does_is_published_turned_round_and_comes_back(digits, tmp_path):
+    more = ["diffusion.process=flow", "diffusion.time_scale=1", "model.frequency_shift=0"]
+    config = tiny(digits, tmp_path, *more)
+    model = randomised(allocate(config))
+    WRITERS["published"](model, config, SOURCE, tmp_path / "published")
+    WRITERS["safetensors"](model, config, SOURCE, tmp_path / "own")
+    published = tmp_path / "published" / "model.safetensors"
+    assert load_file(published).keys() == dict(model.named_parameters()).keys()
+    assert torch.equal(load_file(published)["final_layer.linear.bias"], -model.final_layer.linear.bias)
+    for file, tolerance in ((published, 1e-6), (tmp_path / "own" / "model.safetensors", 0)):
+        again = load_published(allocate(config), file, data_at_one=config.diffusion.data_at_one)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(again.get_parameter(name), parameter, rtol=tolerance, atol=tolerance)
+    model.t_embedder.shift = 1
+    with pytest.raises(UserError, match="diffusers tells a flow's model 1000 t"):
+        WRITERS["diffusers"](model, config, SOURCE, tmp_path / "diffusers")
 
 
 def test_a_run_with_published_frequencies_is_refused_before_a_folder_is_made(digits, tmp_path):
