@@ -202,6 +202,8 @@ DIT = [
 
 def _unet(model: UNet) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     attentive = [model.image_size >> i in model.attention for i in range(len(model.multipliers))]
+    own = model.resblock_updown
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if own else ("DownBlock2D", "UpBlock2D")
     config = {
         "_class_name": "UNet2DModel",
         "_diffusers_version": DIFFUSERS,
@@ -210,12 +212,14 @@ def _unet(model: UNet) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         "out_channels": model.out_channels,
         "block_out_channels": [model.width * m for m in model.multipliers],
         "layers_per_block": model.res_blocks,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attentive],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attentive)],
+        "down_block_types": ["AttnDownBlock2D" if a else down for a in attentive],
+        "up_block_types": ["AttnUpBlock2D" if a else up for a in reversed(attentive)],
+        "downsample_type": "resnet" if model.resblock_updown else "conv",
+        "upsample_type": "resnet" if model.resblock_updown else "conv",
         "attention_head_dim": model.head_width,
         "norm_num_groups": model.groups,
         "attn_norm_num_groups": model.groups,
-        "norm_eps": 1e-6,
+        "norm_eps": model.eps,
         "dropout": model.dropout,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
         "num_class_embeds": model.num_classes + 1 if model.num_classes else None,
@@ -238,7 +242,8 @@ UNET = [
     (r"^middle1", "mid_block.resnets.0"),
     (r"^middle2", "mid_block.resnets.1"),
     (r"^middle_attention", "mid_block.attentions.0"),
-    (r"^down\.(\d+)\.resample", r"down_blocks.\1.downsamplers.0.conv"),
+    (r"^down\.(\d+)\.resample\.(weight|bias)", r"down_blocks.\1.downsamplers.0.conv.\2"),
+    (r"^down\.(\d+)\.resample", r"down_blocks.\1.downsamplers.0"),
     (r"^up\.(\d+)\.resample", r"up_blocks.\1.upsamplers.0"),
     (r"^(down|up)\.(\d+)\.blocks", r"\1_blocks.\2.resnets"),
     (r"^(down|up)\.(\d+)\.attentions", r"\1_blocks.\2.attentions"),

@@ -19,7 +19,8 @@ class Earlier(NamedTuple):
     where: tuple[str, str] | None = None
 
 
-_DIT, _GAUSSIAN, _FLOW = ("name", "dit"), ("process", "gaussian"), ("process", "flow")
+_DIT, _UNET = ("name", "dit"), ("name", "unet")
+_GAUSSIAN, _FLOW = ("process", "gaussian"), ("process", "flow")
 
 EARLIER: dict[str, Earlier] = {
     "run.init_from": Earlier(None),
@@ -35,6 +36,8 @@ EARLIER: dict[str, Earlier] = {
     "data.holdout_shards": Earlier(None),
     "model.qk_norm": Earlier(False, _DIT),
     "model.frequency_shift": Earlier(0, _DIT),
+    "model.resblock_updown": Earlier(False, _UNET),
+    "model.group_norm_eps": Earlier(1e-6, _UNET),
     "diffusion.stratified": Earlier(False),
     "diffusion.zero_terminal_snr": Earlier(False, _GAUSSIAN),
     "diffusion.variance": Earlier("fixed_small", _GAUSSIAN),

@@ -86,6 +86,10 @@ class UNet(IdentitySection):
     """channels of one attention head; null: a single head"""
     scale_shift: bool = False
     """the time scales and shifts after the norm (ADM); false: it is added before it (DDPM)"""
+    resblock_updown: bool = False
+    """residual blocks halve and double the side (ADM); false: a convolution does (DDPM)"""
+    group_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """of the group norms; 1e-5 in ADM"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of a block's activations that are dropped in training"""
     num_classes: NonNegative = 0
@@ -104,7 +108,10 @@ class UNet(IdentitySection):
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
-        keys = {f"model.{k}": getattr(self, k) for k in ("width", "multipliers", "res_blocks", "scale_shift")}
+        keys = {
+            f"model.{k}": getattr(self, k)
+            for k in ("width", "multipliers", "res_blocks", "scale_shift", "resblock_updown")
+        }
         levels = range(len(self.multipliers))
         return keys | {"model.attention": [i for i in levels if image_size >> i in self.attention]}
 

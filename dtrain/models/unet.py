@@ -4,6 +4,7 @@ Shapes: N rows, C channels of a level, E width of the condition, H × W its imag
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +23,53 @@ from dtrain.models.layers import (
     xavier_uniform,
 )
 
+EPS = 1e-6  # of group norms, unless a model says otherwise
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+def group_norm(channels: int, groups: int, eps: float = EPS) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)  # (N, C, H/2, W/2)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2H, 2W)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around the condition, added to the input."""
+    """Two convolutions around the condition, added to the input.
+
+    resample: halves or doubles the side, of the input and before the first convolution (ADM's way between levels).
+    """
 
     def __init__(
-        self, channels: int, out: int, embedding: int, groups: int, scale_shift: bool, dropout: float, layer: int
+        self,
+        channels: int,
+        out: int,
+        embedding: int,
+        groups: int,
+        scale_shift: bool,
+        dropout: float,
+        layer: int,
+        eps: float = EPS,
+        resample: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        self.scale_shift, self.dropout, self.layer = scale_shift, dropout, layer
-        self.norm1 = group_norm(channels, groups)
+        self.scale_shift, self.dropout, self.layer, self.resample = scale_shift, dropout, layer, resample
+        self.norm1 = group_norm(channels, groups, eps)
         self.conv1 = Conv2d(channels, out, 3, padding=1)
         self.condition = Linear(embedding, 2 * out if scale_shift else out)
-        self.norm2 = group_norm(out, groups)
+        self.norm2 = group_norm(out, groups, eps)
         self.conv2 = Conv2d(out, out, 3, padding=1)
         self.skip = Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor, keys: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (N, C, H, W)
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)  # (N, C, H, W)
         c = self.condition(F.silu(c))[:, :, None, None]  # (N, C or 2C, 1, 1)
         if self.scale_shift:
             scale, shift = c.chunk(2, dim=1)
@@ -59,9 +85,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all places of the image, added to the input."""
 
-    def __init__(self, channels: int, heads: int, groups: int):
+    def __init__(self, channels: int, heads: int, groups: int, eps: float = EPS):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(channels, groups, eps)
         self.attn = Attention(channels, heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +103,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (N, C, 2H, 2W)
+        return self.conv(_doubled(x))  # (N, C, 2H, 2W)
 
 
 class Level(nn.Module):
@@ -105,7 +131,8 @@ class UNet(nn.Module):
     The constructor only allocates; `layers.initialize` gives the weights (`models.build.build` does both). With
     num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
-    the variance.
+    the variance. resblock_updown: residual blocks change the side between levels, as ADM's do, instead of single
+    convolutions. group_norm_eps: 1e-5 in ADM.
     """
 
     def __init__(
@@ -121,6 +148,8 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         dropout: float = 0.0,
         learn_sigma: bool = False,
+        resblock_updown: bool = False,
+        group_norm_eps: float = EPS,
     ):
         super().__init__()
         assert image_size % 2 ** (len(multipliers) - 1) == width % 4 == 0
@@ -132,20 +161,27 @@ class UNet(nn.Module):
         self.attention, self.head_width, self.scale_shift, self.dropout = (
             list(attention), head_width, scale_shift, dropout
         )  # fmt: skip
-        self.groups = math.gcd(32, width)
+        self.groups, self.eps, self.resblock_updown = math.gcd(32, width), group_norm_eps, resblock_updown
         self.activation_checkpointing = False  # recompute each block's activations in backward
         embedding = 4 * width
         layer = 0
 
-        def block(inputs: int, out: int) -> ResidualBlock:
+        def block(inputs: int, out: int, resample=None) -> ResidualBlock:
             nonlocal layer
             layer += 1
-            return ResidualBlock(inputs, out, embedding, self.groups, scale_shift, dropout, layer)
+            how = self.groups, scale_shift, dropout, layer, group_norm_eps, resample
+            return ResidualBlock(inputs, out, embedding, *how)
+
+        def halving(out: int) -> nn.Module:
+            return block(out, out, _halved) if resblock_updown else Conv2d(out, out, 3, stride=2, padding=1)
+
+        def doubling(out: int) -> nn.Module:
+            return block(out, out, _doubled) if resblock_updown else Upsample(out)
 
         def attend(out: int, side: int) -> nn.Module:
             if side not in attention:
                 return nn.Identity()
-            return AttentionBlock(out, out // (head_width or out), self.groups)
+            return AttentionBlock(out, out // (head_width or out), self.groups, group_norm_eps)
 
         self.t_embedder = TimestepEmbedder(embedding, frequencies=width)
         if num_classes:
@@ -160,12 +196,12 @@ class UNet(nn.Module):
             out, side, last = width * multiplier, image_size >> i, i + 1 == len(multipliers)
             blocks = [block(here if j == 0 else out, out) for j in range(res_blocks)]
             attentions = [attend(out, side) for _ in blocks]
-            self.down.append(Level(blocks, attentions, None if last else Conv2d(out, out, 3, stride=2, padding=1)))
+            self.down.append(Level(blocks, attentions, None if last else halving(out)))
             skips += [out] * (res_blocks if last else res_blocks + 1)
             here = out
 
         self.middle1 = block(here, here)
-        self.middle_attention = AttentionBlock(here, here // (head_width or here), self.groups)
+        self.middle_attention = AttentionBlock(here, here // (head_width or here), self.groups, group_norm_eps)
         self.middle2 = block(here, here)
 
         self.up = nn.ModuleList()
@@ -176,9 +212,9 @@ class UNet(nn.Module):
                 blocks.append(block(here + skips.pop(), out))
                 attentions.append(attend(out, side))
                 here = out
-            self.up.append(Level(blocks, attentions, Upsample(out) if i else None))
+            self.up.append(Level(blocks, attentions, doubling(out) if i else None))
 
-        self.norm_out = group_norm(width, self.groups)
+        self.norm_out = group_norm(width, self.groups, group_norm_eps)
         self.conv_out = Conv2d(width, self.out_channels, 3, padding=1)
 
     def forward(
@@ -201,6 +237,10 @@ class UNet(nn.Module):
         if condition or self.conditions:
             c = c + self.conditions(condition)  # (N, E)
         run = _recomputed if self.activation_checkpointing and self.training else _called
+
+        def resampled(between: nn.Module, h: Tensor) -> Tensor:
+            return run(between, h, c, keys) if self.resblock_updown else between(h)
+
         h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
         skips = [h]
         for level in self.down:
@@ -208,14 +248,14 @@ class UNet(nn.Module):
                 h = attention(run(block, h, c, keys))
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = resampled(level.resample, h)
                 skips.append(h)
         h = run(self.middle2, self.middle_attention(run(self.middle1, h, c, keys)), c, keys)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
                 h = attention(run(block, torch.cat([h, skips.pop()], dim=1), c, keys))
             if level.resample is not None:
-                h = level.resample(h)
+                h = resampled(level.resample, h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)
 
     @staticmethod

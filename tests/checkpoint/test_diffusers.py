@@ -55,6 +55,7 @@ MODELS = {
     "unet-unconditional": (unet, {"num_classes": 0, "channels": 1, "attention": [8, 2], "multipliers": [1, 1, 3]}),
     "unet-learned": (unet, {"learn_sigma": True}),
     "unet-scale-shift": (unet, {"scale_shift": True, "head_width": 8, "res_blocks": 1, "dropout": 0.1}),
+    "unet-adm": (unet, {"scale_shift": True, "head_width": 8, "resblock_updown": True, "group_norm_eps": 1e-5}),
 }
 
 

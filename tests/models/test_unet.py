@@ -112,6 +112,23 @@ def test_ddpms_model_for_cifar10_has_its_parameters():
     assert count == counted_by_hand()
 
 
+@pytest.mark.parametrize(
+    ("side", "millions", "sizes"),
+    [
+        (64, 295.9, {"width": 192, "multipliers": [1, 2, 3, 4], "res_blocks": 3}),
+        (128, 421.5, {"width": 256, "multipliers": [1, 1, 2, 3, 4], "res_blocks": 2}),
+        (256, 553.8, {"width": 256, "multipliers": [1, 1, 2, 2, 4, 4], "res_blocks": 2}),
+    ],
+)
+def test_adms_models_for_imagenet_have_their_parameters(side, millions, sizes):
+    """Dhariwal & Nichol 2021: classes, learned variance, heads of 64 channels; a null label of ours apart."""
+    adm = {"attention": [32, 16, 8], "head_width": 64, "scale_shift": True, "learn_sigma": True}
+    with torch.device("meta"):
+        model = UNet(side, 3, num_classes=1000, resblock_updown=True, group_norm_eps=1e-5, **adm, **sizes)
+    count = sum(p.numel() for p in model.parameters()) - 4 * sizes["width"]
+    assert round(count / 1e6, 1) == millions
+
+
 def counted_by_hand():
     """Every layer of Ho et al.'s appendix B, multiplied out."""
 
