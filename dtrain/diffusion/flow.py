@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
+from dtrain.diffusion.tables import time_of_all
 
 MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000
 
@@ -42,7 +43,7 @@ class RectifiedFlow:
         """The model's time for the rows of x (N, …): time_scale · t, float32 (N,), from t (N,) or one float for all."""
         if isinstance(t, Tensor):
             return (self.time_scale * t).float()
-        return torch.full((len(x),), self.time_scale * t, dtype=torch.float32, device=x.device)
+        return time_of_all(self.time_scale * t, len(x), torch.float32, x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
         """1, 1 − 1/S, …, 1/S: equal steps down to clean data, the only spacing of a flow."""

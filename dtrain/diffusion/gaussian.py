@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
 from dtrain.diffusion.schedule import Schedule, subsequence
-from dtrain.diffusion.tables import on_device
+from dtrain.diffusion.tables import on_device, time_of_all
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GaussianDiffusion:
 
     def model_time(self, t: Tensor | int, x: Tensor) -> Tensor:
         """The model's time input for the rows of x (N, …): int64 (N,), from t (N,) or one int for all."""
-        return t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+        return t if isinstance(t, Tensor) else time_of_all(t, len(x), torch.int64, x.device)
 
     @property
     def last_time(self) -> int:

@@ -1,6 +1,6 @@
-"""A process' tables where a batch is: each is copied to a device once, and not once a call.
+"""What the host and a device both know, so that neither has to wait for the other.
 
-A copy from the host's memory makes the host wait until the device has done all that it was given before.
+A copy from the host's memory, or a value read from the device, waits until the device has done all that it was given.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _copies = WeakTensorKeyDictionary()  # table → device → its copy there
+_values = WeakTensorKeyDictionary()  # tensor → the number that fills it
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
@@ -19,3 +20,15 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # training takes the one that an evaluation has made
             copies[device] = table.to(device)
     return copies[device]
+
+
+def time_of_all(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows,) of one time for all of them."""
+    times = torch.full((rows,), t, dtype=dtype, device=device)
+    _values[times] = torch.tensor(t, dtype=dtype, device="cpu").item()
+    return times
+
+
+def known(times: Tensor) -> float | None:
+    """The one time that all rows of this tensor have, rounded as it is there; None unless `time_of_all` has made it."""
+    return _values.get(times)

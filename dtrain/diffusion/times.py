@@ -4,7 +4,6 @@ A place of 0 is clean data and 1 is noise; the discrete process takes timestep �
 Every map composes with stratified u. `weights` corrects for the map where the loss must keep its expectation.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,18 +66,17 @@ class SecondMoment:
         self.counts = torch.zeros(self.timesteps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
-        """p_t, float64 (T,)."""
-        uniform = torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64)
-        if not bool((self.counts == self.KEPT).all()):
-            return uniform
+        """p_t, float64 (T,), where the losses were observed."""
+        uniform = torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64, device=self.history.device)
         root = self.history.double().square().mean(1).sqrt()
-        if not bool(root.sum() > 0):
-            return uniform
-        return (1 - self.UNIFORM_SHARE) * root / root.sum() + self.UNIFORM_SHARE * uniform
+        by_loss = (1 - self.UNIFORM_SHARE) * root / root.sum() + self.UNIFORM_SHARE * uniform
+        is_known = (self.counts == self.KEPT).all() & (root.sum() > 0)  # stays on the device: reading it would wait
+        return torch.where(is_known, by_loss, uniform)
 
     def place(self, u: Tensor) -> Tensor:
         """The quantile of the density that is constant within each timestep."""
-        p = self.probabilities().to(u.device)
+        self._move_to(u.device)
+        p = self.probabilities()
         edges = p.cumsum(0)
         t = torch.searchsorted(edges, u.double() * edges[-1], right=True).clamp(max=self.timesteps - 1)
         within = ((u * edges[-1] - (edges[t] - p[t])) / p[t]).clamp(1e-9, 1 - 1e-9)  # so that ⌊place·T⌋ is t again
@@ -86,21 +84,35 @@ class SecondMoment:
 
     def weights(self, place: Tensor) -> Tensor | None:
         """1/(T p_t), float64 (N,): with it the mean loss has the expectation it has under uniform times."""
-        p = self.probabilities().to(place.device)
+        self._move_to(place.device)
+        p = self.probabilities()
         return 1 / (self.timesteps * p[(place * self.timesteps).long()])
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Remember unweighted losses (n,) at timesteps t (n,), rows of the global batch in the order of k."""
-        for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if not math.isfinite(loss):
-                continue
-            row, count = self.history[timestep], int(self.counts[timestep])
-            if count == self.KEPT:
-                row[:-1] = row[1:].clone()
-                row[-1] = loss
-            else:
-                row[count] = loss
-                self.counts[timestep] = count + 1
+        """See unweighted losses (n,) at timesteps t (n,), rows of the global batch in the order of k.
+
+        Those that are not finite are passed over. All at once, and nothing is read from a device: each row's place
+        follows from how many of its timestep came before it.
+        """
+        self._move_to(losses.device)
+        kept, nowhere = self.KEPT, self.timesteps
+        t, order = torch.where(losses.isfinite(), t, nowhere).sort(stable=True)  # (n,) each: timesteps together
+        new = torch.zeros(nowhere + 1, dtype=torch.int64, device=t.device).index_add_(0, t, torch.ones_like(t))
+        number = torch.arange(len(t), device=t.device) - (new.cumsum(0) - new)[t]  # of a row among its timestep's
+        surplus = (self.counts + new[:nowhere] - kept).clamp(min=0)  # (T,), the oldest, which make room
+        left = torch.arange(kept, device=t.device) + surplus[:, None]  # (T, 10): what comes to each place
+        old = torch.where(left < self.counts[:, None], self.history.gather(1, left.clamp(max=kept - 1)), 0.0)
+
+        of = t.clamp(max=nowhere - 1)
+        place = self.counts[of] + number - surplus[of]  # below 0: as many newer ones of the timestep follow
+        target = torch.where((place < 0) | (t == nowhere), nowhere * kept, of * kept + place)
+        values = torch.cat([old.flatten(), old.new_zeros(1)]).scatter(0, target, losses[order].to(old.dtype))
+        self.history.copy_(values[:-1].view_as(old))
+        self.counts.copy_((self.counts + new[:nowhere]).clamp(max=kept))
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.history.device != device:
+            self.history, self.counts = self.history.to(device), self.counts.to(device)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""

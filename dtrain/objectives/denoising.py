@@ -111,10 +111,10 @@ class Denoising(Objective):
             self.times.observe(self.process.time(place), self.unweighted(losses.detach(), place))
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the networks: float32, the same on every rank."""
+        """What a checkpoint must hold beside the networks: float32 on the CPU, the same on every rank."""
         if not self.observes:
             return {}
-        return {f"times:{name}": value.float() for name, value in self.times.state().items()}
+        return {f"times:{name}": value.cpu().float() for name, value in self.times.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave. Raises ValueError for other shapes."""

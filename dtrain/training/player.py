@@ -27,6 +27,7 @@ from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
+from dtrain.training.zero_norm import read_once
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
@@ -117,6 +118,8 @@ class Player:
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=alone or Networks(self.networks), optimizer=self.optimizer, config=options
         )
+        if stage:
+            read_once(self.zero, stage)
         averages = ema.ema_keys(self.profiles)
         self.state = ZeroState(
             *(stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages),

@@ -4,6 +4,7 @@ Everything the ranks must agree on travels in it, so a step has no other collect
 one. Behind the sums every rank has places of its own, so that the sum also tells who was slow.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,13 +57,45 @@ class StepSums:
     named: dict[str, float]  # what an objective reports beside: means over the global batch
 
 
+class _Reading:
+    """The sums on their way to the host. From a GPU they are copied beside the next step, on a stream of their own, so
+    that reading them waits for nothing that was queued after them.
+    """
+
+    def __init__(self, vector: torch.Tensor, work: dist.Work | None):
+        self._vector, self._work, self._copied = vector, work, None
+        if not vector.is_cuda:
+            return
+        stream = _copying_stream(vector.device)
+        stream.wait_stream(torch.cuda.current_stream(vector.device))
+        with torch.cuda.stream(stream):
+            if work is not None:
+                work.wait()  # NCCL's: this stream waits, not the host
+            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._vector.copy_(vector, non_blocking=True)
+            self._copied = stream.record_event()
+        vector.record_stream(stream)
+
+    def values(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        return self._vector.tolist()
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
 class StepReduction:
     """named: names of further sums; every step gives some of them."""
 
     def __init__(self, rank: int, world_size: int, batch_size: int, named: Sequence[str] = ()):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._named = list(named)
-        self._pending = None  # (position, taken, vector, work)
+        self._pending: tuple[Position, bool, _Reading] | None = None
 
     def start(
         self,
@@ -89,7 +122,9 @@ class StepReduction:
         """
         assert self._pending is None, "read the previous step first"
         flags = len(SUMS) + len(OWN) * self.world_size
-        vector = torch.zeros(flags + LEVELS + 2 * len(self._named), dtype=torch.float64)
+        size = flags + LEVELS + 2 * len(self._named)
+        # Only pinned memory is copied to a GPU without a wait for it.
+        vector = torch.zeros(size, dtype=torch.float64, pin_memory=loss_sum.is_cuda)
         own = [stop, written, failed, no_room, error]
         own += [len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
         vector[2 : len(SUMS)] = torch.tensor(own, dtype=torch.float64)
@@ -102,17 +137,15 @@ class StepReduction:
             place = flags + LEVELS + 2 * self._named.index(name)
             vector[place], vector[place + 1] = total, count
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
-        self._pending = (position, taken, vector, work)
+        self._pending = (position, taken, _Reading(vector, work))
 
     def finish(self) -> StepSums | None:
         """The sums of the step begun last; None when there is none."""
         if self._pending is None:
             return None
-        position, taken, vector, work = self._pending
+        position, taken, reading = self._pending
         self._pending = None
-        if work is not None:
-            work.wait()
-        values = vector.tolist()
+        values = reading.values()
         loss, norm, stop, written, failed, no_room, error, *read = values[: len(SUMS)]
         replaced, bytes_read, hits, misses = (round(value) for value in read)
         behind = len(SUMS) + len(OWN) * self.world_size

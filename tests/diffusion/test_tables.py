@@ -46,11 +46,16 @@ def test_a_table_on_its_own_device_is_itself_and_a_copy_outlives_inference_mode(
 
 def test_the_watch_sees_what_would_wait():
     x = torch.tensor([1.0, 0.0])
-    with HostWaits() as waits:
-        x.to(DEVICE)
+    with HostWaits(on_cpu=True) as waits:
         float(x[0])
         x[x > 0]
         x.nonzero()
-    assert waits.found == ["aten._to_copy", "aten._local_scalar_dense", "aten.index", "aten.nonzero"]
+        float(x.sum().to("cpu", copy=True) + 1)
+    assert waits.found == ["aten._local_scalar_dense", "aten.index", "aten.nonzero", "aten._to_copy"]
+    with HostWaits() as waits:
+        float(x[0])
+        x.to(DEVICE, non_blocking=True)
+        x.to(DEVICE)
+    assert waits.found == ["aten._to_copy"]
     with pytest.raises(RuntimeError, match="meta"), HostWaits():
         float(x.to(DEVICE)[0])

@@ -9,6 +9,7 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform, by_noise_level, middles
 from dtrain.objectives.denoising import Denoising
+from tests.host_waits import HostWaits
 from tests.objectives.rows import row_losses
 
 grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -99,6 +100,47 @@ def test_importance_resumes_exactly_from_its_state_and_passes_over_losses_that_a
     assert torch.equal(times.place(grid), twin.place(grid))
     with pytest.raises(ValueError, match="shape"):
         SecondMoment(4).load_state(times.state())
+
+
+def one_after_the_other(times, t, losses):
+    """What `observe` does, row by row."""
+    for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            continue
+        count = int(times.counts[timestep])
+        if count == times.KEPT:
+            times.history[timestep, :-1] = times.history[timestep, 1:].clone()
+            times.history[timestep, -1] = loss
+        else:
+            times.history[timestep, count] = loss
+            times.counts[timestep] = count + 1
+
+
+@pytest.mark.parametrize("timesteps", [1, 7, 500])
+def test_observing_a_batch_at_once_is_observing_its_rows_one_after_the_other(timesteps):
+    generator = torch.Generator().manual_seed(timesteps)
+    times, twin = SecondMoment(timesteps), SecondMoment(timesteps)
+    for n in (0, 1, 3, 64, 5, 300, 64, 1, 2000, 64):
+        t = torch.randint(0, timesteps, (n,), generator=generator)
+        losses = torch.rand(n, generator=generator, dtype=torch.float64) ** 8
+        losses[torch.rand(n, generator=generator) < 0.1] = math.nan
+        losses[torch.rand(n, generator=generator) < 0.05] = math.inf
+        times.observe(t, losses)
+        one_after_the_other(twin, t, losses)
+        assert torch.equal(times.history, twin.history)
+        assert torch.equal(times.counts, twin.counts)
+        assert torch.equal(times.place(grid[::100]), twin.place(grid[::100]))
+    assert times.counts.max() == times.KEPT
+
+
+def test_observing_and_visiting_on_a_device_never_make_the_host_wait():
+    times, device = SecondMoment(20), torch.device("meta")
+    t, losses = torch.zeros(6, dtype=torch.int64, device=device), torch.zeros(6, device=device)
+    times.observe(t, losses)  # brings what is kept to the device
+    with HostWaits() as waits:
+        times.observe(t, losses)
+        times.weights(times.place(losses.double()))
+    assert waits.found == []
 
 
 def test_an_objective_observes_the_unweighted_losses():
