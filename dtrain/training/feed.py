@@ -8,6 +8,7 @@ whole, and save what they have before they end.
 
 import time
 from contextlib import suppress
+from typing import NamedTuple
 
 from dtrain import distributed
 from dtrain.batch import Batch
@@ -21,17 +22,28 @@ from dtrain.data.stream import Report, stand_in
 from dtrain.errors import SharedError, SharedFailure, UserError
 from dtrain.files import opener
 from dtrain.run import RunDirectory
+from dtrain.training.upload import Sent, Upload
+
+
+class _Made(NamedTuple):
+    batch: Batch | Sent | None  # None after an error
+    report: Report = Report()
+    error: UserError | LoaderFailure | None = None
 
 
 class Feed:
     """Batches on this rank's device, one after the other from `next`, once `begin` has said where.
 
-    report: how the batch given last was read. seconds: how long it was waited for. error: why this rank has none.
+    report: how the batch given last was read. seconds: how long this rank waited for it, `ahead` included. error: why
+    this rank has none.
     """
 
     def __init__(self, config: Config, manifest: Manifest):
         self._config, self._manifest = config, manifest
         self._batches: Batches | None = None
+        self._upload = None if distributed.device().type == "cpu" else Upload(distributed.device())
+        self._made: _Made | None = None  # ahead
+        self._seconds_ahead = 0.0
         self.report = Report()
         self.seconds = 0.0
         self.error: UserError | LoaderFailure | None = None
@@ -42,25 +54,36 @@ class Feed:
         ranks = distributed.rank(), distributed.world_size()
         self._batches = train_batches(self._config, self._manifest, *ranks, images, skipped)
 
+    def ahead(self) -> None:
+        """Send the next batch to a GPU, while that computes what was queued. A CPU has nothing to gain by it."""
+        if self._upload is not None and self._made is None:
+            started = time.perf_counter()
+            self._made = self._make()
+            self._seconds_ahead = time.perf_counter() - started
+
     def next(self, first: int) -> Batch:
         """The next batch, which begins at image `first`, or after an error one that stands in for it."""
         started = time.perf_counter()
-        batch, self.report = self._read(first), self._batches.report if self.error is None else Report()
-        if (device := distributed.device()).type != "cpu":
-            batch = {name: column.to(device, non_blocking=True) for name, column in batch.items()}
-        self.seconds = time.perf_counter() - started
+        (batch, self.report, self.error), self._made = self._made or self._make(), None
+        if batch is None:
+            rows = self._config.data.batch_size // distributed.world_size()
+            stood_in = stand_in(declared(self._config), first, rows)
+            batch = {name: column.to(distributed.device()) for name, column in stood_in.items()}
+        elif self._upload is not None:
+            batch = self._upload.end(batch)
+        self.seconds, self._seconds_ahead = self._seconds_ahead + time.perf_counter() - started, 0.0
         return batch
 
-    def _read(self, first: int) -> Batch:
-        if self.error is None:
-            try:
-                return next(self._batches)
-            except UserError as e:
-                self.error = e
-            except LoaderFailure as e:
-                self.error = self._kept(e)
-        rows = self._config.data.batch_size // distributed.world_size()
-        return stand_in(declared(self._config), first, rows)
+    def _make(self) -> _Made:
+        if self.error is not None:
+            return _Made(None, error=self.error)
+        try:
+            batch = next(self._batches)
+        except UserError as e:
+            return _Made(None, error=e)
+        except LoaderFailure as e:
+            return _Made(None, error=self._kept(e))
+        return _Made(batch if self._upload is None else self._upload.begin(batch), self._batches.report)
 
     def _kept(self, error: LoaderFailure) -> LoaderFailure:
         """The error with the file that its details were written to."""
@@ -82,5 +105,6 @@ class Feed:
         raise kind(message)
 
     def close(self) -> None:
+        self._made = None
         if self._batches is not None:
             self._batches.close()

@@ -38,13 +38,15 @@ class Step:
         judge: Callable[[str, float, float], bool],
         limit: Callable[[str], float],
         on_losses: Callable[[str, Batch, Losses], None],
+        meanwhile: Callable[[], None] = lambda: None,
         spoilt: bool = False,
     ) -> tuple[dict[str, float], bool]:
         """(the gradient's norm in each turn that there was, whether the step was taken) of this rank's rows.
 
         A step is taken if every turn was. Where one is refused, those before it stay moved and those after it do not
         happen. learning_rate, limit: of a turn, by its name; limit: the largest norm that it may have. judge: whether a
-        turn of this norm, under this limit, was taken. on_losses: sees the losses of each micro-batch. spoilt: all
+        turn of this norm, under this limit, was taken. on_losses: sees the losses of each micro-batch. meanwhile:
+        called once a turn, when its gradients are queued on the device and nobody has waited for them. spoilt: all
         losses are to be no numbers, for tests of just that.
         """
         norms = {}
@@ -59,6 +61,7 @@ class Step:
                         losses = losses._replace(rows=losses.rows * float("nan"))
                     player.backward(losses.rows.mean())
                     on_losses(player.name, part, losses)
+            meanwhile()
             faults.at("step:update")
             most = limit(player.name)
             norms[player.name] = player.step(learning_rate(player.name), most)

@@ -184,6 +184,7 @@ class Steps:
             limit=bad_steps.limit,
             judge=lambda turn, norm, limit: bad_steps.judge(norm, limit, images, turn),
             on_losses=seen.add,
+            meanwhile=self.feed.ahead,
             spoilt=any(faults.poisons(first, last) for first, last in images),
         )
         if taken:
