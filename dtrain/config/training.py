@@ -110,8 +110,8 @@ class Train(Section):
     """rows of one rank per forward; null: all of the rank's rows at once"""
     activation_checkpointing: bool = False
     """recompute each block in backward: less memory, a third more time"""
-    compile: bool = False
-    """torch.compile: a slow first step, faster ones after"""
+    compile: bool | Literal["blocks"] = False
+    """torch.compile: a slow first step, faster ones after; blocks: each block by itself, which compiles sooner"""
     log_every: Positive = 10
     """steps between two lines of the journal"""
     checkpoint_every: Positive = 1000

@@ -20,6 +20,7 @@ from dtrain.config import Config
 from dtrain.config.training import Optim
 from dtrain.errors import UserError
 from dtrain.models.build import allocate
+from dtrain.models.compiled import compile_blocks
 from dtrain.models.layers import initialize
 from dtrain.objectives.objective import Held
 from dtrain.randomness import key_of
@@ -131,7 +132,9 @@ class Player:
             self._write_initial_weights()
         self._refusal = Refusal(self.optimizer, self._norm)
         ema.attach(self.optimizer, self.profiles, unless=self._refusal.refuses)
-        if config.train.compile:
+        if config.train.compile == "blocks":
+            compile_blocks(self.networks.values())
+        elif config.train.compile:
             self.engine.compile()
         self._autocast = config.deepspeed.precision == "bf16_autocast"
         self._idle = set(moved)  # networks that no loss of this step has gone through

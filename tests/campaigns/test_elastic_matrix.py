@@ -43,6 +43,7 @@ def test_the_same_run_at_any_world_size_and_micro_batch(digits, tmp_path, refere
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled(digits, tmp_path, reference, stage, checkpointing):
-    more = ["train.compile=true", f"train.activation_checkpointing={str(checkpointing).lower()}", "train.steps=20"]
+@pytest.mark.parametrize("what", ["true", "blocks"])
+def test_compiled(digits, tmp_path, reference, stage, checkpointing, what):
+    more = [f"train.compile={what}", f"train.activation_checkpointing={str(checkpointing).lower()}", "train.steps=20"]
     assert trained(tiny(digits, tmp_path, *shape(stage), *more), 2) == pytest.approx(reference[:20], abs=1e-5)
