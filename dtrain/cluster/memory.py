@@ -9,7 +9,6 @@ from itertools import accumulate
 
 from dtrain.config import DeepSpeed
 
-BUCKET = 500_000_000  # elements, DeepSpeed's largest bucket; a smaller model has a smaller one
 PERSISTENT = 100_000  # elements; stage 3 leaves smaller parameters whole on every rank
 MOST_GATHERED = 1_000_000_000  # elements that stage 3 gathers before it lets go of some
 
@@ -81,7 +80,7 @@ def state(deepspeed: DeepSpeed, averages: int, sizes: Sizes, ranks: int, stage: 
     gradients, buckets = w * sizes.touched(ranks), 0
     if stage == 3:
         weights = w * (share + -(-sizes.frozen // ranks) + (sizes.persistent if ranks > 1 else 0))
-        gradients, buckets = w * share, bucket_bytes(deepspeed, sizes)
+        gradients, buckets = w * share, bucket_bytes(deepspeed, sizes, stage)
     held = [weights, 4 * share, gradients, 8 * share, 4 * averages * share, buckets]
     return State(*held, host={"none": 0, "optimizer": sum(held[1:5]), "all": sum(held[:5])}[deepspeed.offload])
 
@@ -93,12 +92,13 @@ def in_backward(deepspeed: DeepSpeed, sizes: Sizes, ranks: int, stage: int) -> i
     a bucket, stage 2 once more to reduce them; stage 3 gathers weights and keeps them until the pass has gone by. An
     upper bound, from traces of DeepSpeed 0.19.8 with one bucket and with several.
     """
-    whole, bucket = weight_bytes(deepspeed) * sizes.trainable, bucket_bytes(deepspeed, sizes)
+    whole, bucket = weight_bytes(deepspeed) * sizes.trainable, bucket_bytes(deepspeed, sizes, stage)
+    filled = 2 if ranks > 1 else 1  # of several ranks one bucket is filled while the other is reduced
     gathered = weight_bytes(deepspeed) * min(sizes.trainable, MOST_GATHERED) if ranks > 1 else 0
     return {
         0: bucket,
-        1: whole + bucket,
-        2: 2 * bucket,
+        1: whole + filled * bucket,
+        2: (filled + 1) * bucket,
         3: whole + gathered,
     }[stage]
 
@@ -114,9 +114,8 @@ def weight_bytes(deepspeed: DeepSpeed) -> int:
     return 2 if deepspeed.precision == "bf16" else 4
 
 
-def bucket_bytes(deepspeed: DeepSpeed, sizes: Sizes) -> int:
-    bucket = deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size")
-    return weight_bytes(deepspeed) * (bucket or min(sizes.trainable, BUCKET))
+def bucket_bytes(deepspeed: DeepSpeed, sizes: Sizes, stage: int) -> int:
+    return weight_bytes(deepspeed) * deepspeed.bucket(sizes.trainable, stage)
 
 
 def checkpoint_bytes(sizes: Sizes, averages: int) -> int:

@@ -74,6 +74,11 @@ OWN_OPTIONS = {
 }
 
 
+LARGEST_BUCKET = 500_000_000  # elements
+SMALLEST_BUCKET = 8_000_000  # 32 MB in fp32: below it a reduction costs what its call costs
+BUCKETS = 16  # of a model at stages 1 and 2: while one is reduced, the backward pass fills the next
+
+
 class DeepSpeed(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """what ranks share out: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 nothing"""
@@ -87,6 +92,12 @@ class DeepSpeed(Section):
     @field_serializer("extra", when_used="json")
     def _extra_as_kept(self, extra: dict[str, Any]) -> dict[str, Any]:
         return masked(extra)
+
+    def bucket(self, parameters: int, stage: int) -> int:
+        """Elements that are reduced at once, of a model of so many trainable ones: DeepSpeed allocates them whole."""
+        own = self.extra.get("zero_optimization", {}).get("reduce_bucket_size")
+        share = max(SMALLEST_BUCKET, -(-parameters // BUCKETS)) if stage in (1, 2) else LARGEST_BUCKET
+        return own or max(1, min(parameters, share, LARGEST_BUCKET))
 
     @model_validator(mode="after")
     def _combines(self):

@@ -13,7 +13,7 @@ def deepspeed_options(config: Config, world_size: int, micro_batch: int, paramet
     Every default that DeepSpeed has changed, or could change, under its users is written out.
     """
     ours = config.deepspeed
-    bucket = max(1, min(parameters, 500_000_000))  # elements; DeepSpeed allocates it whole
+    bucket = ours.bucket(parameters, ours.zero_stage)
     options = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -37,7 +37,8 @@ def deepspeed_options(config: Config, world_size: int, micro_batch: int, paramet
             "reduce_bucket_size": bucket,
             "allgather_partitions": True,
             "allgather_bucket_size": 500_000_000,
-            "overlap_comm": ours.zero_stage == 3 and torch.cuda.is_available(),
+            # Of one rank there is nothing to overlap, and DeepSpeed would wait for the device once a micro-batch more.
+            "overlap_comm": torch.cuda.is_available() and (ours.zero_stage == 3 or world_size > 1),
             "round_robin_gradients": False,
             "ignore_unused_parameters": True,
             "sub_group_size": 1_000_000_000,
