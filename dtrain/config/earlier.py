@@ -56,6 +56,7 @@ EARLIER: dict[str, Earlier] = {
     "deepspeed.offload": Earlier("none"),
     "train.activation_checkpointing": Earlier(False),
     "train.compile": Earlier(False),
+    "train.tf32": Earlier("convolutions"),
     "train.spike_factor": Earlier(0.0),  # no step was refused for its norm
     "train.start_limit": Earlier(1800.0),
     "eval.clip": Earlier(False),

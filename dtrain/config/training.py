@@ -123,6 +123,8 @@ class Train(Section):
     """recompute each block in backward: less memory, a third more time"""
     compile: bool | Literal["blocks"] = False
     """torch.compile: a slow first step, faster ones after; blocks: each block by itself, which compiles sooner"""
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    """fp32 products that a GPU computes with TF32's 10 bits: those of convolutions are PyTorch's own default"""
     log_every: Positive = 10
     """steps between two lines of the journal"""
     checkpoint_every: Positive = 1000

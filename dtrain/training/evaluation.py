@@ -22,6 +22,7 @@ from dtrain.tracking.tracker import Tracker
 from dtrain.training.players import Players
 from dtrain.training.record.output import traceback_of
 from dtrain.training.record.progress import TrainingProgress
+from dtrain.training.tf32 import untimed_algorithms
 
 GRID_ROWS = 8
 LONGEST_TRACEBACK = 4000  # characters of its end, for the journal
@@ -70,9 +71,10 @@ class Evaluation:
         """
         self.gave_numbers = False
         try:
-            self.gave_numbers = self._unless_stopped(
-                "evaluating", lambda on_progress: self._evaluate(players, position, on_progress)
-            )
+            with untimed_algorithms():
+                self.gave_numbers = self._unless_stopped(
+                    "evaluating", lambda on_progress: self._evaluate(players, position, on_progress)
+                )
             return self.gave_numbers
         except (SharedError, SharedFailure) as e:
             self._failed(position, e)

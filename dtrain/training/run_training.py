@@ -30,6 +30,7 @@ from dtrain.training.safety.stopping import StopRequest, deadline
 from dtrain.training.safety.watchdog import Watchdog
 from dtrain.training.start import prepare, resume
 from dtrain.training.steps import Steps
+from dtrain.training.tf32 import set_tf32
 
 
 def train(config: Config) -> Outcome:
@@ -45,6 +46,7 @@ def train(config: Config) -> Outcome:
     run = RunDirectory(config.run.path)
     config = resolved(run, config, manifest)
     distributed.initialize()
+    set_tf32(config.train.tf32)
     check_agreement(config, manifest)
     lacking = distributed.on_rank_0(check_inputs, config, manifest)
     distributed.agree(shared_memory.check, config, world_size, distributed.ranks_here())
