@@ -10,6 +10,7 @@ from dtrain.conditions.build import typical_inputs
 from dtrain.config import Config
 from dtrain.models.build import allocate
 from dtrain.training.record.levels import mean_by_level
+from dtrain.training.record.peaks import nominal_flops_per_second
 from dtrain.training.reduction import StepSums
 
 BACKWARD = 2  # a backward pass costs twice its forward pass
@@ -21,7 +22,11 @@ class Meter:
     def __init__(self, config: Config, world_size: int, device: torch.device):
         self.batch_size = config.data.batch_size
         self.flops_per_image = training_flops(config)
-        self.peak = world_size * gemm_flops_per_second(device, config.deepspeed.precision)
+        precision = config.deepspeed.precision
+        self.measured_peak = world_size * gemm_flops_per_second(device, precision)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        nominal = nominal_flops_per_second(name, precision, config.train.tf32)
+        self.nominal_peak = None if nominal is None else world_size * nominal
         self.device = device
         self.seconds_per_step = 0.0
         self.restart()
@@ -37,7 +42,8 @@ class Meter:
     def metrics(self) -> dict[str, float]:
         """Means over the steps reduced, the loss by noise level among them.
 
-        mfu: of the model's own FLOPs, whatever is recomputed.
+        mfu, mfu_nominal: the model's own FLOPs, whatever is recomputed, as a share of what a matrix product reaches on
+        this device and of what its maker says; the latter where that is known.
         bytes_read, bad_samples: sums since the last `restart`; cache_hit_rate: of the blocks of remote shards.
         data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
         """
@@ -46,6 +52,8 @@ class Meter:
         waits = [max(s.data_seconds) for s in self._reduced]
         blocks = sum(s.cache_hits + s.cache_misses for s in self._reduced)
         hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._reduced) / blocks} if blocks else {}
+        flops = images_per_second * self.flops_per_image
+        nominal = {"mfu_nominal": flops / self.nominal_peak} if self.nominal_peak else {}
         return hit_rate | {
             **mean_by_level(self._reduced),
             "bytes_read": sum(s.bytes_read for s in self._reduced),
@@ -54,8 +62,9 @@ class Meter:
             "step_seconds": self.seconds_per_step,
             "step_seconds_spread": sum(spread) / len(spread),
             "data_wait_seconds": sum(waits) / len(waits),
-            "tflops": images_per_second * self.flops_per_image / 1e12,
-            "mfu": images_per_second * self.flops_per_image / self.peak,
+            "tflops": flops / 1e12,
+            "mfu": flops / self.measured_peak,
+            **nominal,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
 

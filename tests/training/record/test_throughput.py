@@ -3,8 +3,10 @@ import torch
 
 from dtrain.position import Position
 from dtrain.tracking.journal import read
-from dtrain.training.record.throughput import gemm_flops_per_second, training_flops
-from dtrain.training.reduction import StepReduction
+from dtrain.tracking.mlflow.keys import metric_key
+from dtrain.training.record.peaks import nominal_flops_per_second
+from dtrain.training.record.throughput import Meter, gemm_flops_per_second, training_flops
+from dtrain.training.reduction import LEVELS, StepReduction, StepSums
 from tests.digits import tiny
 from tests.ranks import run_ranks
 from tests.training.runs import train
@@ -26,6 +28,45 @@ def test_the_flops_of_a_dit_are_those_counted_by_hand(digits, tmp_path):
 def test_full_speed_is_what_a_matrix_product_reaches():
     rate = gemm_flops_per_second(torch.device("cpu"), "fp32")
     assert 1e9 < rate < 1e14
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", (989.4e12, 494.7e12, 66.9e12)),
+        ("NVIDIA H100 PCIe", (756e12, 378e12, 51e12)),
+        ("NVIDIA A100-SXM4-40GB", (312e12, 156e12, 19.5e12)),
+        ("NVIDIA L40S", (362e12, 183e12, 91.6e12)),
+        ("NVIDIA L4", (121e12, 60e12, 30.3e12)),
+        ("NVIDIA GH200 480GB", (989.4e12, 494.7e12, 66.9e12)),
+        ("NVIDIA A10", (125e12, 62.5e12, 31.2e12)),
+        ("NVIDIA A10G", (70e12, 35e12, 31.5e12)),
+        ("NVIDIA RTX A4000", (None, None, None)),
+        ("Tesla T4", (None, None, None)),
+        ("", (None, None, None)),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_and_its_peak_by_the_arithmetic(name, expected):
+    asked = [("bf16", "none"), ("fp32", "all"), ("fp32", "convolutions")]
+    assert tuple(nominal_flops_per_second(name, *how) for how in asked) == pytest.approx(expected)
+    assert nominal_flops_per_second(name, "bf16_autocast", "none") == expected[0]
+
+
+def test_shares_of_both_peaks_are_named_and_the_makers_is_left_out_where_nobody_knows_it(digits, tmp_path):
+    config = tiny(digits, tmp_path)
+    sums = StepSums(
+        Position(1, 24), True, 0.5, 1.0, *[False] * 5, *[0] * 4, [1.0], [0.1], levels=[0.0] * LEVELS, named={}
+    )
+    meter = Meter(config, 2, torch.device("cpu"))
+    meter.on_reduced(sums)
+    assert "mfu_nominal" not in meter.metrics()
+    meter.nominal_peak = 2 * meter.measured_peak
+    found = meter.metrics()
+    assert found["mfu_nominal"] == pytest.approx(found["mfu"] / 2)
+    flops = 24 / meter.seconds_per_step * training_flops(config)
+    assert found["mfu"] == pytest.approx(flops / meter.measured_peak)
+    line = {"event": "train", "context": {}, "metrics": found}
+    assert metric_key(line, "mfu_nominal") == "train/speed/mfu_nominal"
 
 
 def test_the_journal_says_how_fast_and_how_evenly_the_ranks_went(digits, tmp_path):
