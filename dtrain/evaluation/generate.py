@@ -76,7 +76,10 @@ class Generator:
         draws = Draws(how.seed)
 
         def normals(purpose: Purpose, sub: int = 0) -> torch.Tensor:
-            return torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids])).to(self.device)
+            drawn = torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids]))
+            if self.device.type == "cpu":
+                return drawn
+            return drawn.pin_memory().to(self.device, non_blocking=True)  # while it computes the step before
 
         x_0 = sample(
             self.denoiser(self.condition(ids, labels), how, on_evaluation),

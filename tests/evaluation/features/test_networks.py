@@ -15,7 +15,7 @@ from dtrain.data.shards.indexing import index
 from dtrain.data.stream import read_split
 from dtrain.errors import UserError
 from dtrain.evaluation.features.build import Pixels, extractor, metric_name
-from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork
+from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork, bicubic
 from dtrain.evaluation.metrics.frechet import frechet_distance
 from dtrain.evaluation.metrics.statistics import statistics_of
 from tests.evaluation.features.networks import Layers, LikeInception, Means, saved
@@ -56,6 +56,31 @@ def test_inception_features_are_what_clean_fid_computes_from_saved_pngs(tmp_path
     assert torch.allclose(probabilities, (ours(images).double() @ weight.T).softmax(1))
     assert probabilities.sum(1).numpy() == pytest.approx(np.ones(5))
     assert (ours.name, ours.dimensions, ours.classes) == ("inception", 2048, 1008)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (1, 8, 8), (3, 300, 299), (3, 500, 375), (1, 512, 64)])
+@pytest.mark.parametrize("size", [224, 299])
+def test_what_a_gpu_resizes_is_clean_fids_within_the_rounding_of_float32(shape, size):
+    from cleanfid.resize import make_resizer
+
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, *shape), dtype=np.uint8))
+    images[0, :, : shape[1] // 2] = 255  # an edge, at which bicubic overshoots and is clipped
+    images[0, :, shape[1] // 2 :] = 0
+    theirs = make_resizer("PIL", False, "bicubic", (size, size))
+    pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.stack([theirs(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+    ours = bicubic(images, size)
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=3e-5)
+
+
+def test_features_of_what_a_gpu_resizes_are_those_of_the_cpus_resizing(images):
+    network = EfficientNetLite0()
+    with torch.inference_mode():
+        features = network.forward(bicubic(images, network.size))
+    np.testing.assert_allclose(features.numpy(), network(images).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_users_torchscript_file_is_an_extractor_by_its_path(tmp_path, images):
