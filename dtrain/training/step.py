@@ -6,12 +6,13 @@
 Every random number comes with the batch (design, decision 2), so a step is a function of (weights, images seen).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 
 from dtrain import faults
-from dtrain.batch import Batch, split
+from dtrain.batch import Batch, Condition, split
 from dtrain.conditions.build import Conditions
 from dtrain.draws import Draw
 from dtrain.first_stage.pixels import FirstStage
@@ -49,13 +50,11 @@ class Step:
         called once a turn, when its gradients are queued on the device and nobody has waited for them. spoilt: all
         losses are to be no numbers, for tests of just that.
         """
-        norms = {}
-        for player in self.players:
+        norms, players = {}, list(self.players)
+        for player, parts in zip(players, tee(self._parts(batch), len(players)), strict=True):  # each is made once
             with self.players.turn(player.name):
                 networks = self.players.networks_for(player.name)
-                for part in split(batch, player.micro_batch):
-                    condition = self.conditions.of_batch(part)
-                    given = part | {"x_0": self.first_stage.of_batch(part)}
+                for part, given, condition in parts:
                     losses = self.objective.losses(player.name, self._drawing(networks, part), given, condition, at)
                     if spoilt:
                         losses = losses._replace(rows=losses.rows * float("nan"))
@@ -69,6 +68,12 @@ class Step:
             if not judge(player.name, norms[player.name], most):
                 return norms, False
         return norms, True
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, Batch, Condition]]:
+        """Each micro-batch; the same with x_0; what its rows are told."""
+        for part in split(batch, self.players.micro_batch):
+            condition = self.conditions.of_batch(part)
+            yield part, part | {"x_0": self.first_stage.of_batch(part)}, condition
 
     def _drawing(self, networks: Mapping[str, Callable], part: Batch) -> Mapping[str, Callable]:
         """The networks, the backbone with the random numbers that it is to compute with."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.first_stage.pixels import Pixels
 from dtrain.models.layers import ConditionNetworks, Linear
 from dtrain.objectives.objective import Losses, Objective, Turn
 from tests.digits import tiny
@@ -26,6 +27,14 @@ class Judge(nn.Module):
 
     def forward(self, x):
         return self.layer(x.flatten(1))[:, 0]
+
+
+class CountedPixels(Pixels):
+    made = 0
+
+    def of_batch(self, batch):
+        self.made += 1
+        return super().of_batch(batch)
 
 
 class ThreeTurns(Objective):
@@ -54,16 +63,15 @@ def steps_of_three_turns(config, refused):
     from dtrain.conditions.build import build as build_conditions
     from dtrain.data.shards.manifest import load_all
     from dtrain.data.stream import StepDataset
-    from dtrain.first_stage.build import build as build_first_stage
     from dtrain.position import Position
     from dtrain.training.players import build as build_players
     from dtrain.training.record.levels import StepLosses, named_sums
     from dtrain.training.safety.bad_steps import BadSteps
     from dtrain.training.step import Step
 
-    objective = ThreeTurns()
+    objective, first_stage = ThreeTurns(), CountedPixels()
     players = build_players(config, objective, 6)
-    step = Step(build_first_stage(config), build_conditions(config), objective, players, config.model.draws())
+    step = Step(first_stage, build_conditions(config), objective, players, config.model.draws())
     rank, ranks = distributed.rank(), distributed.world_size()
     batches = StepDataset(config, load_all(config.data), rank, ranks, 0)
     bad, found = BadSteps(config.train, config.data.batch_size, None, None, list(objective.turns)), []
@@ -84,6 +92,7 @@ def steps_of_three_turns(config, refused):
         moved = {"backbone" if "/" not in name else name.partition("/")[0] for name in names}
         assert seen.named.keys() <= set(named_sums(objective))
         found.append((taken, sorted(moved), list(dict.fromkeys(objective.called)), sorted(norms)))
+    assert first_stage.made == len(refused) * BATCH // ranks // 6  # once a micro-batch, however many turns
     return found, bad.state(), bad.too_many, [player.optimizer_steps for player in players]
 
 
