@@ -15,6 +15,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "rooms.svg"
 GROUND = [
     *("errors", "terminal", "files", "credentials", "addresses", "randomness", "position", "lock", "faults"),
     *("distributed", "launcher", "rendezvous", "interrupt", "plugins", "draws", "batch"),
+    *("normals", "device_draws"),
 ]
 ROOMS = [
     GROUND,
