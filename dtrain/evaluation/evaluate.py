@@ -24,7 +24,7 @@ from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_f
 from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.metrics import build as metrics
 from dtrain.evaluation.metrics.kept import KeptFeatures
-from dtrain.evaluation.metrics.statistics import Moments
+from dtrain.evaluation.metrics.moments import MomentStream
 from dtrain.evaluation.names import OF_THE_MODEL
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
@@ -79,7 +79,7 @@ def evaluate(
     NotFinite, with their ids, where samples have features that are no finite numbers.
     """
     e, extractor = config.eval, reference.extractor
-    moments = Moments(extractor.dimensions).to(generator.device)
+    moments = MomentStream(extractor.dimensions, generator.device)
     kept = KeptFeatures(extractor.dimensions, generator.device) if needs_features(e) else None
     starts, mine = blocks_of_a_rank(e)
     a_block = network_evaluations(generator.process, e.sampler, e.steps, e.spacing)

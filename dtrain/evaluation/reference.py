@@ -31,7 +31,8 @@ from dtrain.errors import UserError
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
 from dtrain.evaluation.metrics.kept import KeptFeatures
-from dtrain.evaluation.metrics.statistics import Moments, Statistics, read, save
+from dtrain.evaluation.metrics.moments import MomentStream
+from dtrain.evaluation.metrics.statistics import Statistics, read, save
 from dtrain.evaluation.names import (
     OF_STATISTICS,
     about_reference,
@@ -274,7 +275,7 @@ def compute(
 
     Raises NotFinite where features are no finite numbers.
     """
-    moments = Moments(features.dimensions).to(device)
+    moments = MomentStream(features.dimensions, device)
     kept = KeptFeatures(features.dimensions, device)
     starts = list(range(0, manifest.samples, READ_BLOCK))
     mine = range(distributed.rank(), len(starts), distributed.world_size())

@@ -2,30 +2,45 @@
 
 import math
 
+# A distance is the end of much linear algebra on moments: the order of their sums may change, by no more than this.
+DISTANCE = 1e-12  # relative
+
 
 def differences(was: dict, now: dict) -> list[str]:
-    """One line a case that is not the same bit for bit: its first step, metric or hash that differs."""
+    """One line a case that is not the same bit for bit, distances to DISTANCE: its first step, metric or hash."""
     found = []
     for name, before in was.items():
         if (after := now.get(name)) is None:
             found.append(f"{name}: not there")
-        elif before != after:
-            found.append(f"{name}: {_first(before, after)}")
+        elif first := _first(before, after):
+            found.append(f"{name}: {first}")
     return found
 
 
-def _first(before: dict, after: dict) -> str:
+def same_value(name: str, a: float | None, b: float | None) -> bool:
+    """Of an evaluation's metric of this name."""
+    if name.startswith("fd_") and None not in (a, b):
+        return math.isclose(a, b, rel_tol=DISTANCE)
+    return a == b
+
+
+def _first(before: dict, after: dict) -> str | None:
     for key in ("losses", "grad_norms"):
         for step, (a, b) in enumerate(zip(before[key], after[key], strict=False), start=1):
             if a != b:
                 return f"{key} of step {step} was {a!r}, is {b!r}"
         if len(before[key]) != len(after[key]):
             return f"{len(before[key])} {key}, now {len(after[key])}"
-    for key in ("evaluation", "hashes"):
-        for name in before[key] | after[key]:
-            if before[key].get(name) != after[key].get(name):
-                return f"{key} {name} was {before[key].get(name)}, is {after[key].get(name)}"
-    return "differs in a key that this comparison does not know"
+    for name in before["evaluation"] | after["evaluation"]:
+        a, b = before["evaluation"].get(name), after["evaluation"].get(name)
+        if not same_value(name, a, b):
+            return f"evaluation {name} was {a}, is {b}"
+    for name in before["hashes"] | after["hashes"]:
+        if before["hashes"].get(name) != after["hashes"].get(name):
+            return f"hashes {name} was {before['hashes'].get(name)}, is {after['hashes'].get(name)}"
+    if before.keys() != after.keys():
+        return "differs in a key that this comparison does not know"
+    return None
 
 
 def furthest(was: dict, now: dict) -> float:

@@ -66,7 +66,8 @@ def test_another_loss_norm_metric_or_hash_is_a_difference(written):
     for change in (
         lambda figures: figures["losses"].__setitem__(3, figures["losses"][3] * (1 + 1e-7)),
         lambda figures: figures["grad_norms"].__setitem__(7, 0.0),
-        lambda figures: figures["evaluation"].update(fd_pixels=1.0),
+        lambda figures: figures["evaluation"].update(fd_pixels=figures["evaluation"]["fd_pixels"] * (1 + 1e-11)),
+        lambda figures: figures["evaluation"].pop("fd_pixels"),
         lambda figures: figures["hashes"].update(ema_1="0"),
         lambda figures: figures["losses"].pop(),
     ):

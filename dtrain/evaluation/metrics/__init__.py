@@ -1,1 +1,1 @@
-"""From features to numbers. Begin with `build.py`: the metrics by name; `statistics.py` holds the moments."""
+"""From features to numbers. Begin with `build.py`: the metrics by name; `moments.py` holds mean and covariance."""

@@ -6,7 +6,8 @@ import numpy as np
 import scipy.linalg
 from torch import Tensor
 
-from dtrain.evaluation.metrics.statistics import Statistics, statistics_of
+from dtrain.evaluation.metrics.moments import statistics_of
+from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.metrics.subsets import BOOTSTRAP, EXTRAPOLATION, Subsets
 
 EXTRAPOLATION_POINTS = 15

@@ -17,7 +17,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.features.build import Pixels, extractor, metric_name
 from dtrain.evaluation.features.networks import EfficientNetLite0, Inception, UserNetwork, bicubic
 from dtrain.evaluation.metrics.frechet import frechet_distance
-from dtrain.evaluation.metrics.statistics import statistics_of
+from dtrain.evaluation.metrics.moments import statistics_of
 from tests.evaluation.features.networks import Layers, LikeInception, Means, saved
 from tests.longer import longer
 

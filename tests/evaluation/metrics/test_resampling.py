@@ -9,8 +9,9 @@ from dtrain.evaluation.metrics import neighbours
 from dtrain.evaluation.metrics.frechet import bootstrap_interval, fd_infinity, frechet_distance
 from dtrain.evaluation.metrics.inception_score import inception_score
 from dtrain.evaluation.metrics.kernel import kernel_distance, squared_mmd
+from dtrain.evaluation.metrics.moments import statistics_of
 from dtrain.evaluation.metrics.neighbours import precision_and_recall, radii
-from dtrain.evaluation.metrics.statistics import Statistics, statistics_of
+from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.metrics.subsets import KERNEL_REFERENCE, KERNEL_SAMPLES, Subsets
 from tests.ranks import run_ranks
 
@@ -20,25 +21,40 @@ def normals(n: int, dimensions: int, seed: int, shift: float = 0.0, scale: float
     return torch.from_numpy(shift + scale * rng.normal(size=(n, dimensions))).float()
 
 
-def test_kernel_distance_equals_torch_fidelity_on_the_same_subsets():
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kernel_mmd, kid_features_to_metric
+@pytest.mark.parametrize(
+    ("n", "m", "subsets", "size"),
+    [
+        (400, 300, 20, 100),  # each pair of rows once
+        (400, 300, 4, 100),  # the pairs of each subset
+        (1100, 700, 30, 600),  # more rows than a tile has, of subsets
+        (600, 1300, 1, 520),  # and of one subset
+    ],
+)
+def test_kernel_distance_equals_torch_fidelity_on_the_same_subsets(n, m, subsets, size):
+    from torch_fidelity.metric_kid import kernel_mmd
 
-    x, y = normals(400, 24, 0), normals(300, 24, 1, shift=0.3)
-    ours = kernel_distance(x, y, seed=7, subsets=20, subset_size=100)
-    subsets = Subsets(7)
+    x, y = normals(n, 24, 0), normals(m, 24, 1, shift=0.3)
+    ours = kernel_distance(x, y, seed=7, subsets=subsets, subset_size=size)
+    drawn = Subsets(7)
     theirs = []
-    for i in range(20):
-        rows_x = subsets.choose(400, 100, i, KERNEL_SAMPLES)
-        rows_y = subsets.choose(300, 100, i, KERNEL_REFERENCE)
-        assert len(set(rows_x.tolist())) == len(set(rows_y.tolist())) == 100
+    for i in range(subsets):
+        rows_x = drawn.choose(n, size, i, KERNEL_SAMPLES)
+        rows_y = drawn.choose(m, size, i, KERNEL_REFERENCE)
+        assert len(set(rows_x.tolist())) == len(set(rows_y.tolist())) == size
         theirs.append(kernel_mmd(x[rows_x].double().numpy(), y[rows_y].double().numpy()))
-    assert ours.mean == pytest.approx(np.mean(theirs), rel=1e-9)
-    assert ours.std == pytest.approx(np.std(theirs), rel=1e-9)
-    # A subset of everything is the same one in any order, so here their own function has the same subset too.
+    assert ours.mean == pytest.approx(np.mean(theirs), rel=1e-11)
+    assert ours.std == pytest.approx(np.std(theirs), rel=1e-9, abs=1e-15)
+
+
+def test_kernel_distance_of_everything_equals_torch_fidelitys_own():
+    """A subset of everything is the same one in any order, so here their own function has the same subset too."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    x, y = normals(300, 24, 0), normals(300, 24, 1, shift=0.3)
     whole = kid_features_to_metric(
-        x[:300].double(), y.double(), kid_subsets=1, kid_subset_size=300, rng_seed=0, verbose=False
-    )
-    assert kernel_distance(x[:300], y, 7, subsets=1).mean == pytest.approx(whole[KEY_METRIC_KID_MEAN], rel=1e-9)
+        x.double(), y.double(), kid_subsets=1, kid_subset_size=300, rng_seed=0, verbose=False
+    )[KEY_METRIC_KID_MEAN]
+    assert kernel_distance(x, y, 7, subsets=1).mean == pytest.approx(whole, rel=1e-11)
 
 
 def test_the_kernel_estimate_is_unbiased_and_its_subsets_come_from_the_seed():

@@ -1,17 +1,10 @@
 import contextlib
-import dataclasses
-import io
-import warnings
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dtrain.errors import UserError
-from dtrain.evaluation.metrics.statistics import Moments, Statistics, load, merge, moments, read, save
-from tests.ranks import run_ranks
+from dtrain.evaluation.metrics.statistics import Statistics, load, read, save
 
 D = 5
 
@@ -19,147 +12,6 @@ D = 5
 def features(n: int, offset: float = 0.0, seed: int = 0, dimensions: int = D) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, dimensions)) @ rng.normal(size=(dimensions, dimensions)) + offset
-
-
-def assert_equals_numpy(found: Statistics, x: np.ndarray) -> None:
-    """Within 1e-12 of numpy.mean and numpy.cov, relative to the largest entry."""
-    mean, cov = x.mean(0), np.cov(x, rowvar=False)
-    assert found.count == len(x)
-    assert found.mean.dtype == found.cov.dtype == np.float64
-    assert abs(found.mean - mean).max() <= 1e-12 * abs(mean).max()
-    assert abs(found.cov - cov).max() <= 1e-12 * abs(cov).max()
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) >= 2),
-    st.sampled_from([0.0, 1.0, -1e4, 1e4]),
-)
-def test_moments_equal_numpy_for_every_split_into_batches(sizes, offset):
-    x = features(sum(sizes), offset)
-    metric = Moments(D)
-    for batch in np.split(x, np.cumsum(sizes)[:-1]):
-        metric.update(torch.from_numpy(batch))
-    assert_equals_numpy(metric.compute(), x)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.integers(0, 30), min_size=2, max_size=8).filter(lambda sizes: sum(sizes) >= 2),
-    st.randoms(use_true_random=False),
-)
-def test_moments_equal_numpy_for_every_order_of_merging(sizes, random):
-    x = features(sum(sizes), offset=1e4)
-    parts = [moments(torch.from_numpy(batch)) for batch in np.split(x, np.cumsum(sizes)[:-1])]
-    while len(parts) > 1:
-        a, b = (parts.pop(random.randrange(len(parts))) for _ in range(2))
-        parts.append(merge(a, b))
-    count, mean, scatter = parts[0]
-    assert_equals_numpy(Statistics(int(count), mean.numpy(), (scatter / (count - 1)).numpy()), x)
-
-
-def test_one_sample_at_a_time_far_from_zero_equals_numpy():
-    x = features(3000, offset=1e4)
-    metric = Moments(D)
-    for row in torch.from_numpy(x):
-        metric.update(row[None])
-    assert_equals_numpy(metric.compute(), x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_features_of_lower_precision_are_summed_in_float64(dtype):
-    x = torch.from_numpy(features(4000, offset=3.0)).to(dtype)
-    metric = Moments(D)
-    for batch in x.split(77):
-        metric.update(batch)
-    assert_equals_numpy(metric.compute(), x.double().numpy())
-
-
-@pytest.mark.parametrize(
-    "cast",
-    [
-        lambda m: m.half(),
-        lambda m: m.float(),
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.to("cpu", torch.float16),
-        lambda m: m.set_dtype(torch.float32),
-        lambda m: torch.nn.ModuleList([m]).half()[0],
-    ],
-)
-def test_no_cast_of_the_module_costs_precision(cast):
-    x = features(100)
-    metric = Moments(D)
-    metric.update(torch.from_numpy(x[:50]))
-    metric = cast(metric)
-    metric.update(torch.from_numpy(x[50:]))
-    assert_equals_numpy(metric.compute(), x)
-    metric.reset()
-    metric.update(torch.from_numpy(x))
-    assert_equals_numpy(metric.compute(), x)
-
-
-def test_the_torchmetrics_interface_holds():
-    """Calling the metric gives the batch's value and accumulates; states merge, reset and pickle."""
-    x = features(60, offset=100)
-    first, second = torch.from_numpy(x[:20]), torch.from_numpy(x[20:])
-    metric, other = Moments(D), Moments(D)
-    assert_equals_numpy(metric(first), x[:20])
-    assert_equals_numpy(metric(second), x[20:])
-    assert_equals_numpy(metric.compute(), x)
-    metric.reset()
-    metric.update(first)
-    other.update(second)
-    metric.compute()
-    metric.merge_state(other)
-    assert_equals_numpy(metric.compute(), x)
-    stored = io.BytesIO()
-    torch.save(metric, stored)
-    stored.seek(0)
-    assert_equals_numpy(torch.load(stored, weights_only=False).compute(), x)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        metric.compute().count = 3
-
-
-def test_fewer_than_two_samples_have_no_covariance():
-    metric = Moments(D)
-    for count in (0, 1):
-        with pytest.raises(UserError, match=f"at least 2 images, and there are {count}"):
-            metric.compute()
-        metric.update(torch.ones(1, D))
-
-
-def test_features_of_another_dimension_are_refused():
-    with pytest.raises(ValueError, match=r"\(N, 5\) expected, got \(3, 4\)"):
-        Moments(D).update(torch.ones(3, 4))
-
-
-def _share(shares, batch):
-    """This rank's update with its share and the joint result; and again after more samples on rank 0 alone."""
-    x = torch.from_numpy(features(sum(shares), offset=1e4))
-    rank = torch.distributed.get_rank()
-    warnings.simplefilter("error", UserWarning)
-    metric = Moments(D)
-    for part in x[sum(shares[:rank]) : sum(shares[: rank + 1])].split(batch):
-        if len(part):
-            metric.update(part)
-    first, own = metric.compute(), int(metric.count)
-    if rank == 0:
-        metric.update(torch.from_numpy(features(9, seed=1)))
-    return first, own, metric.compute()
-
-
-@pytest.mark.parametrize(
-    "shares", [(30,), (17, 13), (0, 30), (30, 0), (1, 1), (11, 2, 0, 40), (0, 0, 1, 1), (0, 0, 0, 300)], ids=str
-)
-def test_ranks_with_ragged_and_empty_shares_agree_with_numpy_on_all_samples(shares):
-    x = features(sum(shares), offset=1e4)
-    results = run_ranks(_share, len(shares), shares, 7)
-    for (first, own, second), share in zip(results, shares, strict=True):
-        assert_equals_numpy(first, x)
-        assert own == share  # what a rank goes on accumulating is its own
-        assert_equals_numpy(second, np.concatenate([x, features(9, seed=1)]))
-        assert np.array_equal(first.cov, results[0][0].cov)
-        assert np.array_equal(first.mean, results[0][0].mean)
 
 
 def test_statistics_come_back_from_their_file_under_the_names_other_tools_use(tmp_path):
