@@ -82,8 +82,9 @@ def evaluate(
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
-    from dtrain.evaluation.evaluate import differences, open_generator, scratch_of, weights_name
+    from dtrain.evaluation.evaluate import differences, scratch_of
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
+    from dtrain.evaluation.opened import open_generator, weights_name
     from dtrain.evaluation.reference import Reference
     from dtrain.tracking.tracker import record_evaluation
 

@@ -7,15 +7,12 @@ together, so ranks may be unequally fast.
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtrain import distributed, faults
-from dtrain.checkpoint.directory import manifest_hash
-from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval, Sampling
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
@@ -26,22 +23,17 @@ from dtrain.evaluation.metrics import build as metrics
 from dtrain.evaluation.metrics.kept import KeptFeatures
 from dtrain.evaluation.metrics.moments import MomentStream
 from dtrain.evaluation.names import OF_THE_MODEL
+from dtrain.evaluation.opened import weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
 from dtrain.first_stage.pixels import Pixels
-from dtrain.models.build import allocate
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import settings_of, training_evaluations
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = tuple(Sampling.model_fields)
-
-
-def weights_name(e: Eval) -> str:
-    """Which weights are evaluated, as it is written in the journal and MLflow."""
-    return "raw" if e.ema is None else f"ema_{e.ema}"
 
 
 def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
@@ -171,40 +163,6 @@ def _images(
             except OSError as e:
                 raise UserError(f"cannot keep samples in {scratch.path}: {e.strerror}; make room there") from None
     return found
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint's weights, ready to be evaluated, and which they are."""
-
-    generator: Generator
-    step: int
-    images: int
-    checkpoint: str  # its hash
-
-
-def newest_step(run: RunDirectory) -> int:
-    """The step of the newest complete checkpoint. Collective: ranks that each list the folder may differ."""
-    return distributed.on_rank_0(lambda: open_checkpoint(run).meta["step"])
-
-
-def open_generator(
-    run: RunDirectory, config: Config, weights: str, device: torch.device, step: int | None = None
-) -> Opened:
-    """The weights of a run's checkpoint of `step`, by default its newest. A collective; raises UserError."""
-    step = newest_step(run) if step is None else step
-
-    def opened() -> Opened:
-        checkpoint = open_checkpoint(run, step)
-        try:
-            name = manifest_hash(checkpoint.path)
-        except OSError as e:  # the training keeps only so many
-            raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
-        model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
-        generator = Generator.of(model, build_objective(config).process, config, device)
-        return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
-
-    return distributed.agree(opened)
 
 
 def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[str, Any]:

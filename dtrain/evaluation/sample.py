@@ -16,6 +16,7 @@ from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Generator, OnProgress, grid, quiet
+from dtrain.evaluation.opened import open_generator, weights_name
 from dtrain.files import as_file_name, replacing
 from dtrain.interrupt import ctrl_c
 from dtrain.run import RunDirectory
@@ -88,8 +89,6 @@ def draw_to_file(
     classes, `arr_1`, grey images as RGB, for that evaluator reads no others. folder: a PNG an image, named by id and
     class, and labels.csv. Raises UserError where `out` cannot be written.
     """
-    from dtrain.evaluation.evaluate import open_generator, weights_name  # its metrics take seconds to import
-
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     if format == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):

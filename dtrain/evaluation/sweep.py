@@ -22,15 +22,13 @@ from dtrain.evaluation.combinations import Setting, combinations, configured
 from dtrain.evaluation.evaluate import (
     evaluate,
     evaluations_of_a_rank,
-    newest_step,
     of_the_reference,
-    open_generator,
     sampling_settings,
     scratch_of,
-    weights_name,
 )
 from dtrain.evaluation.generate import OnProgress, quiet
 from dtrain.evaluation.names import OF_STATISTICS, metric_name
+from dtrain.evaluation.opened import newest_step, open_generator, weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
 from dtrain.tracking.best import better

@@ -20,9 +20,9 @@ from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import cache_of
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import BadSample
-from dtrain.evaluation.evaluate import open_generator, weights_name
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
+from dtrain.evaluation.opened import open_generator, weights_name
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri

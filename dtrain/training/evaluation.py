@@ -9,9 +9,10 @@ import torch
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
-from dtrain.evaluation.evaluate import differences, evaluate, weights_name
+from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress, grid
 from dtrain.evaluation.likelihood import losses_by_level
+from dtrain.evaluation.opened import weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
 from dtrain.models.build import allocate

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dtrain.errors import SharedError, UserError
-from dtrain.evaluation.evaluate import evaluate, labels_of, open_generator, scratch_of
+from dtrain.evaluation.evaluate import evaluate, labels_of, scratch_of
 from dtrain.evaluation.generate import Generator
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.scratch import Scratch
 from dtrain.run import RunDirectory

@@ -9,9 +9,10 @@ from torch.distributions import Normal, kl_divergence
 
 from dtrain.cli.arguments import with_eval
 from dtrain.diffusion.process import build as build_process
-from dtrain.evaluation.evaluate import differences, evaluate, open_generator
+from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.likelihood import bits_per_dim
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
 from dtrain.randomness import Draws, Purpose
 from dtrain.run import RunDirectory

@@ -13,12 +13,13 @@ from PIL import Image
 from dtrain.diffusion.process import build as build_process
 from dtrain.errors import UserError
 from dtrain.evaluation.combinations import configured
-from dtrain.evaluation.evaluate import evaluate, open_generator, sampling_settings, weights_name
+from dtrain.evaluation.evaluate import evaluate, sampling_settings
 from dtrain.evaluation.features import weights
 from dtrain.evaluation.features.networks import Inception
 from dtrain.evaluation.features.weights import WeightFile
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.names import is_comparable, metric_name, metric_names, resize_of_reference
+from dtrain.evaluation.opened import open_generator, weights_name
 from dtrain.evaluation.reference import Reference, make
 from dtrain.evaluation.requirements import about_names, check_evaluation, known_features
 from dtrain.evaluation.sweep import _key, sweep

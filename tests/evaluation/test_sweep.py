@@ -46,7 +46,8 @@ def _sweep(config, axes, pause=0.0):
 
 
 def _evaluate(config, step, weights):
-    from dtrain.evaluation.evaluate import evaluate, open_generator
+    from dtrain.evaluation.evaluate import evaluate
+    from dtrain.evaluation.opened import open_generator
     from dtrain.evaluation.reference import Reference
 
     generator = open_generator(RunDirectory(config.run.path), config, weights, "cpu", step).generator

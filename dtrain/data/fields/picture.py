@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode
 
 from dtrain.data.fields.headers import PNG, RIFF, header
+from dtrain.data.fields.image_operator import GRAY, RGB, decode_image
 from dtrain.errors import BadSample
 
 MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB: a header may promise more than memory holds
 
-_MODES = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+_MODES = {1: GRAY, 3: RGB}
 # EXIF orientation → whether rows and columns change places, and which dimensions of (C, H, W) are flipped then.
 _TURNS = {2: (False, (2,)), 3: (False, (1, 2)), 4: (False, (1,))}
 _TURNS |= {5: (True, ()), 6: (True, (2,)), 7: (True, (1, 2)), 8: (True, (1,))}
@@ -54,7 +54,7 @@ def _as_stored(data: bytes, channels: int) -> torch.Tensor:
     try:
         # A copy, because torch warns of buffers it may not write to.
         # The operator itself: torchvision's wrapper costs a quarter of a small picture's decoding.
-        image = torch.ops.image.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, False)
+        image = decode_image()(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, False)
     except RuntimeError as e:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(e).splitlines()[0]).rstrip(".")
         raise BadSample(f"cannot be decoded ({reason})") from None
