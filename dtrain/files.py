@@ -97,10 +97,15 @@ def read_json(path: str | Path, most: int = MOST_BYTES, follow: bool = True) -> 
 
 def parse_json(text: bytes | str) -> Any:
     """Plain data that nests to at most MOST_DEPTH. Raises ValueError for anything else."""
+    from pydantic_core import from_json  # in a third of the time; whoever reads no JSON does not wait for its import
+
     try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"it nests deeper than {MOST_DEPTH}") from None
+        found = from_json(text)
+    except ValueError:  # also of what the standard library takes: half a surrogate pair, a byte-order mark
+        try:
+            found = json.loads(text)
+        except RecursionError:
+            raise ValueError(f"it nests deeper than {MOST_DEPTH}") from None
     brackets = ("{", "[") if isinstance(text, str) else (b"{", b"[")
     if sum(map(text.count, brackets)) > MOST_DEPTH and _depth_over(found, MOST_DEPTH):
         raise ValueError(f"it nests deeper than {MOST_DEPTH}")

@@ -7,12 +7,12 @@ from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.run import RunDirectory
-from dtrain.tracking.best import best_step, evaluated
+from dtrain.tracking.best import best_step, training_evaluations
 
 
 def table(run: RunDirectory) -> str:
     """One line a checkpoint, oldest first; what is not complete is said so."""
-    metrics = evaluated(run.journal_file)
+    metrics = {line["step"]: line["metrics"] for line in training_evaluations(run.journal_file)}
     rows = [("step", "images", "size", "ranks", "state", "metric")]
     for path in complete(run.checkpoints):
         try:
@@ -70,9 +70,10 @@ def _prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best:
     lock.acquire()
     try:
         found = {step_of(path): path for path in complete(run.checkpoints)}
-        best = best_step(run.journal_file, keep_best, found) if keep_best else None
+        evaluations = training_evaluations(run.journal_file) if keep_best else []
+        best = best_step(evaluations, keep_best, found) if keep_best else None
         if keep_best and best is None:
-            known = {name: None for metrics in evaluated(run.journal_file).values() for name in metrics}
+            known = {name: None for line in evaluations for name in line["metrics"]}
             has = f"; they have {', '.join(known)}" if known else ""
             raise UserError(f"no checkpoint of {run.path} has the metric {keep_best!r}; nothing was deleted{has}")
         going = surplus(found, keep_last, keep_every, best)

@@ -10,10 +10,11 @@ from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.run import RunDirectory
 from dtrain.terminal import printable
-from dtrain.tracking.journal import Tail, valid
+from dtrain.tracking.journal import Tail, stride, valid
 
 HEADINGS = ("run", "state", "attempt", "step", "images/s", "loss", "evaluation", "left", "job", "requeues")
 NONE = "–"
+READ = 1 << 23  # bytes of curves that are read; of longer ones every so many-th line, and the last
 LONGEST = 1e10  # seconds that are a time a run could still take
 WAITING, STARTED = ("PENDING", "REQUEUED", "REQUEUE_HOLD"), ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
 ACTIVE = WAITING + STARTED
@@ -110,7 +111,7 @@ def row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
 
 
 def _row(run: RunDirectory, job: QueuedJob | None) -> tuple[str, ...]:
-    journal = Tail(run.journal_file)
+    journal = Tail(run.journal_file, every=stride(run.journal_file, READ))
     lines = valid(journal.read())
     trained = [line for line in lines if line["event"] == "train"]
     evaluated = [line for line in lines if line["event"] == "eval"]

@@ -134,21 +134,13 @@ def line_of(number: int) -> tuple[str, int]:
     return f"s{number % COLOURS}", number // COLOURS
 
 
-def averaged(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+def averaged(x: list[float], y: list[float], most: int = MOST_POINTS) -> list[Point]:
     """At most `most` points: means of equally many neighbours, with the lowest and the highest of them as interval."""
-    each = -(-len(points) // most)
+    each = -(-len(x) // most)
     if each <= 1:
-        return points
-    parts = [points[i : i + each] for i in range(0, len(points), each)]
-    return [
-        Point(
-            sum(p.x for p in part) / len(part),
-            sum(p.y for p in part) / len(part),
-            min(p.y for p in part),
-            max(p.y for p in part),
-        )
-        for part in parts
-    ]
+        return list(map(Point, x, y))
+    parts = [(x[i : i + each], y[i : i + each]) for i in range(0, len(x), each)]
+    return [Point(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)) for xs, ys in parts]
 
 
 def _drawn(series: Series, number: int, place: Callable[[float, float], tuple[float, float]]) -> str:
@@ -191,7 +183,7 @@ def _data(series: list[Series], x_range: tuple[float, float]) -> str:
         {
             "name": redacted(s.name),
             "colour": s.colour,
-            "points": [[p.x, p.y, p.low, p.high, redacted(p.label)] for p in s.points],
+            "points": [[p.x, p.y, p.low, p.high, p.label and redacted(p.label)] for p in s.points],
         }
         for s in series
     ]

@@ -12,7 +12,6 @@ from dtrain.report.markup import details, escaped, plural, table
 from dtrain.report.numbers import count, duration, short
 from dtrain.report.origin import facts as origin
 from dtrain.report.runs import Run
-from dtrain.report.timeline import attempts
 
 STATES = {
     "finished": "finished",
@@ -77,8 +76,7 @@ def _card(run: Run, number: int, several: bool) -> str:
     losses = [line["metrics"]["loss"] for line in run.of("train") if "loss" in line["metrics"]]
     facts += [("loss", short(losses[-1]))] if losses else []
     facts += [("images/s", f"{_speed(run)}<small>median</small>")] if losses else []
-    tries = attempts(run)
-    facts.append(("time", f"{duration(_seconds(run))}<small>in {plural(len(tries), 'attempt')}</small>"))
+    facts.append(("time", f"{duration(_seconds(run))}<small>in {plural(len(run.attempts), 'attempt')}</small>"))
     bad = sum(line["event"] == "bad_sample" for line in [*run.lines, *run.elsewhere])
     facts += [("bad samples", f"{bad:,}")] if bad else []
     faults = sum(line["event"] == "fault" for line in [*run.happened, *run.elsewhere])
@@ -133,4 +131,4 @@ def _speed(run: Run) -> str:
 
 
 def _seconds(run: Run) -> float:
-    return sum(part[-1]["time"] - part[0]["time"] for part in attempts(run))
+    return sum(part[-1]["time"] - part[0]["time"] for part in run.attempts)

@@ -14,8 +14,10 @@ from dtrain.files import beside
 from dtrain.lock import holder
 from dtrain.report.markup import plural
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import EVALUATIONS, OTHER_RANKS, SWEEP, Tail, combinations, valid
+from dtrain.tracking.journal import EVALUATIONS, OTHER_RANKS, SWEEP, Tail, combinations, stride, valid
 from dtrain.tracking.lines import Line
+
+CURVES = 1 << 24  # bytes of a journal's curves that are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Run:
 
     config: plain data with secrets masked. lines: those that count, of the journal and of evaluations beside it.
     happened: all of the journal, void ones too, which belong to the time line alone. elsewhere: what other ranks wrote.
+    every: of a long journal's "train" lines only each `every`-th is among them, and the last before any other line.
     left_out: file → how many of its lines are torn, or none of a journal's.
     """
 
@@ -35,6 +38,7 @@ class Run:
     elsewhere: list[Line]
     sweeps: list[Line]
     left_out: dict[str, int]
+    every: int = 1
 
     @classmethod
     def read(cls, place: str | Path) -> "Run":
@@ -44,13 +48,14 @@ class Run:
         config = masked(with_earlier_values(read_tree(directory.config_file)))
         left_out: dict[str, int] = {}
 
-        def lines_of(*paths: Path) -> list[Line]:
-            tails = [Tail(path) for path in paths]
+        def lines_of(*paths: Path, every: int = 1) -> list[Line]:
+            tails = [Tail(path, every=every) for path in paths]
             found = [line for tail in tails for line in tail.read()]
             left_out.update({tail.path.name: tail.left_out for tail in tails if tail.left_out})
             return found
 
-        happened = lines_of(directory.journal_file)
+        every = stride(directory.journal_file, CURVES)
+        happened = lines_of(directory.journal_file, every=every)
         if not happened:
             unusable = f", but {plural(*left_out.values(), 'unusable line')}" if left_out else " yet"
             raise UserError(f"{directory.path} has nothing in its journal.jsonl{unusable}; start the run first")
@@ -66,11 +71,27 @@ class Run:
             elsewhere,
             list(combinations(directory.path / SWEEP).values()),
             left_out,
+            every,
         )
 
     def of(self, event: str) -> list[Line]:
         """The lines of one event that count, in the order of the journal."""
-        return [line for line in self.lines if line["event"] == event]
+        return self._by_event.get(event, [])
+
+    @cached_property
+    def _by_event(self) -> dict[str, list[Line]]:
+        found: dict[str, list[Line]] = {}
+        for line in self.lines:
+            found.setdefault(line["event"], []).append(line)
+        return found
+
+    @cached_property
+    def attempts(self) -> list[list[Line]]:
+        """All lines of each attempt, void ones too, from the first to the last."""
+        found: dict[int, list[Line]] = {}
+        for line in self.happened:
+            found.setdefault(line["attempt"], []).append(line)
+        return [found[attempt] for attempt in sorted(found)]
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A config value by its dotted key."""

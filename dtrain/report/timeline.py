@@ -18,19 +18,11 @@ def html(runs: list[Run]) -> str:
     return "".join(_timeline(run, len(runs) > 1) for run in runs)
 
 
-def attempts(run: Run) -> list[list[Line]]:
-    """All lines of each attempt, void ones too, from the first to the last."""
-    found: dict[int, list[Line]] = {}
-    for line in run.happened:
-        found.setdefault(line["attempt"], []).append(line)
-    return [found[attempt] for attempt in sorted(found)]
-
-
 def lost_steps(run: Run) -> list[int]:
     """How many steps of each attempt a later one went through again, as far as they were journaled."""
     begins = [(line["attempt"], line["step"]) for line in run.happened if line["event"] == "attempt"]
     found = []
-    for lines in attempts(run):
+    for lines in run.attempts:
         reached = max(line["step"] for line in lines)
         resumed = min((step for number, step in begins if number > lines[0]["attempt"]), default=reached)
         found.append(max(0, reached - resumed))
@@ -66,7 +58,7 @@ def _timeline(run: Run, several: bool) -> str:
         f'<span class="x{" odd" if i % 2 else ""}" style="left:{at.left(begin + t):.2f}%">{duration(t)}</span>'
         for i, t in enumerate(time_ticks(0, span))
     )
-    parts = attempts(run)
+    parts = run.attempts
     away = sum(max(0.0, b[0]["time"] - a[-1]["time"]) for a, b in itertools.pairwise(parts))
     said = f"{clock(begin)} to {clock(at.end)}: {duration(span)}"
     said += f", of which {duration(away)} between attempts." if len(parts) > 1 else "."
@@ -80,14 +72,14 @@ def _lanes(run: Run, everything: list[Line], at: Clock) -> dict[str, list[str]]:
     """What to draw below each other. An evaluation by a job of its own, perhaps days later, is not among it."""
     lanes = {"attempts": _attempts(run, at), "evaluations": [], "checkpoints": [], "events": []}
     happened = {id(line) for line in run.happened}
-    for line in (line for line in run.of("eval") if id(line) in happened):
+    for line in _spread([line for line in run.of("eval") if id(line) in happened]):
         seconds = line["metrics"].get("seconds", 0.0)
         seconds = seconds if math.isfinite(seconds) else 0.0
         title = f"evaluation at step {line['step']:,}, {duration(seconds)}"
         lanes["evaluations"].append(at.bar("eval", line["time"] - seconds, line["time"], title))
-    for line in run.of("checkpoint"):
+    for line in _spread(run.of("checkpoint")):
         lanes["checkpoints"].append(at.bar("save", line["time"], line["time"], f"checkpoint of step {line['step']:,}"))
-    for line in (line for line in everything if line["event"] in NOTABLE):
+    for line in _spread([line for line in everything if line["event"] in NOTABLE]):
         kind = "fault" if line["event"] in ("fault", "eval_failed") else "notice"
         lanes["events"].append(at.bar(kind, line["time"], line["time"], f"step {line['step']:,}: {_said(line)}"))
     return lanes
@@ -96,7 +88,7 @@ def _lanes(run: Run, everything: list[Line], at: Clock) -> dict[str, list[str]]:
 def _attempts(run: Run, at: Clock) -> list[str]:
     marks = []
     valid = {id(line) for line in run.lines}
-    for lines, lost in zip(attempts(run), lost_steps(run), strict=True):
+    for lines, lost in zip(run.attempts, lost_steps(run), strict=True):
         number, first, last = lines[0]["attempt"], lines[0], lines[-1]
         ranks = next((line["context"].get("world_size") for line in lines if line["event"] == "attempt"), None)
         title = f"attempt {number}: steps {first['step']:,} to {max(line['step'] for line in lines):,}"
@@ -113,10 +105,15 @@ def _attempts(run: Run, at: Clock) -> list[str]:
     return marks
 
 
+def _spread(found: list) -> list:
+    """All, or every so many-th: more marks than a lane has pixels tell nothing."""
+    return found[:: -(-len(found) // MOST_ROWS) or 1]
+
+
 def _lane(name: str, marks: list[str]) -> str:
     """All marks, or every so many-th."""
     said = f"{plural(len(marks), 'mark')}: {name}"
-    shown = "".join(marks[:: -(-len(marks) // MOST_ROWS)])
+    shown = "".join(_spread(marks))
     return f'<div class="lane"><span>{name}</span><div class="track" role="img" aria-label="{said}">{shown}</div></div>'
 
 

@@ -57,15 +57,23 @@ def _over_images(runs: list[Run], metric: str, title: str, unit: str = "") -> Ch
     series, lost = [], 0
     averaging = False
     for number, run in enumerate(runs):
-        values = [(line["images"], line["metrics"][metric]) for line in run.of("train") if metric in line["metrics"]]
-        points = [Point(x, y) for x, y in values if math.isfinite(y)]
-        lost += len(values) - len(points)
-        fewer = averaged(points)
-        averaging |= len(fewer) < len(points)
+        lines = [line for line in run.of("train") if metric in line["metrics"]]
+        x, y = _finite(lines, metric)
+        lost += len(lines) - len(x)
+        fewer = averaged(x, y)
+        averaging |= len(fewer) < len(x)
         series.append(Series(_name(run, runs), fewer, *line_of(number)))
     notes = ["Lines are means of neighbouring values; bands reach from the lowest to the highest."] if averaging else []
+    if (every := max(run.every for run in runs)) > 1:
+        notes.append(f"Of a long journal one line in {every} is read.")
     notes += [f"{lost} values are not finite and have no place here."] if lost else []
     return Chart(title, series, y_name=unit, note=" ".join(notes))
+
+
+def _finite(lines: list[Line], metric: str) -> tuple[list[int], list[float]]:
+    """(images, values) of a metric where it is a finite number."""
+    found = [(line["images"], value) for line in lines if math.isfinite(value := line["metrics"].get(metric, math.nan))]
+    return ([x for x, _ in found], [y for _, y in found])
 
 
 def _levels(runs: list[Run]) -> list[Chart]:
@@ -73,10 +81,10 @@ def _levels(runs: list[Run]) -> list[Chart]:
     found = []
     for run in runs:
         lines, series = run.of("train"), []
-        names = sorted({n for line in lines for n in line["metrics"] if LEVEL.match(n)}, key=_level)
+        logged = {n for names in {tuple(line["metrics"]) for line in lines} for n in names}
+        names = sorted(filter(LEVEL.match, logged), key=_level)
         for name in names:
-            values = [(line["images"], line["metrics"][name]) for line in lines if name in line["metrics"]]
-            points = averaged([Point(x, y) for x, y in values if math.isfinite(y)], FEWER)
+            points = averaged(*_finite(lines, name), FEWER)
             plain = [Point(p.x, p.y) for p in points]  # eight bands would hide each other
             series.append(Series(_eighth(_level(name), len(names)), plain, f"l{_level(name) % 8}"))
         title = "loss by noise level" + (f" · {run.name}" if len(runs) > 1 else "")

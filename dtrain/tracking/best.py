@@ -1,13 +1,12 @@
 """Which evaluation is the best: by the key that the journal, MLflow and reports know a metric by."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.evaluation import HIGHER_IS_BETTER
-from dtrain.tracking.journal import read
+from dtrain.tracking.history import History
 
 # The size of a block changes no more than the rounding. What the resizing of a reference matters to, a distance, is in
 # its name, and evaluations of one reference were made before its context said it.
@@ -24,22 +23,13 @@ def better(metric: str):
     return max if higher_is_better(metric) else min
 
 
-def evaluated(journal_file: Path) -> dict[int, dict[str, float]]:
-    """Step → metrics of the training's own evaluation there; those of jobs may have other settings."""
-    return {line["step"]: line["metrics"] for line in training_evaluations(journal_file)}
-
-
-def failed_evaluations(journal_file: Path) -> Counter[int]:
-    """Step → how often the training's own evaluation has failed there."""
-    return Counter(line["step"] for line in read(journal_file) if line["event"] == "eval_failed")
-
-
-def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | None:
+def best_step(evaluations: Sequence[dict[str, Any]], metric: str, steps: Iterable[int]) -> int | None:
     """The one of the given steps with the best value of `metric`; None where none has one.
 
-    Compared are evaluations made as the newest with this metric was made: fewer samples are a greater distance.
+    evaluations: the run's own, in order. Compared are those made as the newest with this metric was made: fewer samples
+    are a greater distance.
     """
-    lines = [line for line in training_evaluations(journal_file) if metric in line["metrics"]]
+    lines = [line for line in evaluations if metric in line["metrics"]]
     alike = {line["step"]: line["metrics"][metric] for line in made_alike(lines, lines[-1], metric)} if lines else {}
     values = {step: alike[step] for step in steps if math.isfinite(alike.get(step, math.nan))}
     return better(metric)(values, key=values.get) if values else None
@@ -47,7 +37,7 @@ def best_step(journal_file: Path, metric: str, steps: Iterable[int]) -> int | No
 
 def training_evaluations(journal_file: Path) -> list[dict[str, Any]]:
     """The lines of the training's own evaluations, in order; those of jobs lie in files of their own."""
-    return [line for line in read(journal_file) if line["event"] == "eval"]
+    return History.read(journal_file).counting("eval")
 
 
 def made_alike(lines: list[dict[str, Any]], line: dict[str, Any], metric: str) -> list[dict[str, Any]]:

@@ -23,20 +23,23 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dtrain.credentials import masked
 from dtrain.errors import UserError
-from dtrain.files import beside, open_regular
+from dtrain.files import beside, open_regular, opener
 from dtrain.tracking.lines import MOST_COUNT, MOST_LINE, parse, parse_combination
 
 SYNCED = {"attempt", "checkpoint", "eval", "eval_failed"}  # worth an fsync: rare, and decisions are taken by them
 EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
 OTHER_RANKS = "journal-rank-*.jsonl"
 NEVER_VOID = {"system", "sweep"}  # true of the machines, or of a checkpoint, whatever steps are gone through again
-_CHUNK = 1 << 24  # bytes read at a time
+_CHUNK = 1 << 18  # bytes read at a time: lines that are passed over stay in the processor's cache
+_END = 1 << 22  # bytes in which a last line is looked for
+_TRAIN, _WHOLE = b'{"event": "train", ', ord("}")  # how the lines begin that are most of a journal, and end
+ENDS = 1 << 62  # as `every` of a Tail: of "train" lines that follow each other the last alone
 
 
 class Journal:
@@ -58,7 +61,7 @@ class Journal:
         self, step: int, images: int, context: dict[str, Any] | None = None, number: int | None = None
     ) -> int:
         """Open the next attempt, which goes on after `step`; its number, where it is known already. Raises OSError."""
-        self.attempt = number or highest_attempt(events(self.path)) + 1
+        self.attempt = number or highest_attempt(outline(self.path)) + 1
         self.append("attempt", step, images, context=context)
         return self.attempt
 
@@ -69,15 +72,17 @@ class Journal:
         images: int,
         metrics: dict[str, float] | None = None,
         context: dict[str, Any] | None = None,
-    ) -> None:
-        """Write one line. `metrics` holds numbers of any kind that `float` takes; `context` is plain JSON data,
-        of which secrets are left out.
+    ) -> bytes:
+        """Write one line, and give it back. `metrics` holds numbers of any kind that `float` takes; `context` is plain
+        JSON data, of which secrets are left out.
 
         Raises OSError when the line did not reach the file whole (a full disk); the next line then starts on its own.
         """
         if self.attempt is None:
-            self.attempt = highest_attempt(events(self.path))
-        self._write(self._line(event, step, images, metrics or {}, context or {}), event in SYNCED)
+            self.attempt = highest_attempt(outline(self.path))
+        line = self._line(event, step, images, metrics or {}, context or {})
+        self._write(line, event in SYNCED)
+        return line
 
     def _line(self, event: str, step: int, images: int, metrics: dict, context: dict) -> bytes:
         line = {
@@ -126,6 +131,30 @@ def events(path: str | Path) -> list[dict[str, Any]]:
     return Tail(path).read()
 
 
+def outline(path: str | Path) -> list[dict[str, Any]]:
+    """As `events`, without the curves: of "train" lines that follow each other the last alone. A million steps take as
+    long to read as their file, and no memory.
+    """
+    return Tail(path, every=ENDS).read()
+
+
+def stride(path: str | Path, most: int) -> int:
+    """Of how many "train" lines to read one, so that about `most` bytes are read with care. Raises OSError."""
+    try:
+        return 1 + os.stat(path).st_size // most
+    except FileNotFoundError:
+        return 1
+
+
+def last_line(path: str | Path) -> dict[str, Any] | None:
+    """The last whole line, by the end of the file alone; None where it is not there. Raises OSError."""
+    with open(path, "rb", buffering=0, opener=opener) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - _END))
+        *lines, _ = f.read(_END).split(b"\n")
+    return next((line for line in map(parse, reversed(lines)) if line is not None), None)
+
+
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The lines that count, in the order of the file: whole, and not void."""
     return valid(events(path))
@@ -134,7 +163,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def evaluations(path: str | Path) -> list[dict[str, Any]]:
     """The "eval" lines that count, in order of time: of the training at `path`, and of evaluations beside it."""
     others = [line for other in beside(Path(path), EVALUATIONS) for line in events(other)]
-    found = [line for line in valid(events(path) + others) if line["event"] == "eval"]
+    found = [line for line in valid(outline(path) + others) if line["event"] == "eval"]
     return sorted(found, key=lambda line: line["time"])
 
 
@@ -143,7 +172,7 @@ def evaluation_journal(path: str | Path) -> Journal:
     path = Path(path)
     who = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
     journal = Journal(path.with_name(EVALUATIONS.replace("*", who)))
-    journal.attempt = highest_attempt(events(path))
+    journal.attempt = highest_attempt(outline(path))
     return journal
 
 
@@ -189,32 +218,40 @@ class Tails:
         self.last: float | None = None
         self.own: list[dict[str, Any]] = []
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, most: int = ENDS) -> list[dict[str, Any]]:
+        """most: lines; of more, another call gives the rest, and only the one that finds nothing new gives none."""
         for pattern in (EVALUATIONS, SYSTEM, SWEEP):
             for path in beside(self._main.path, pattern):
                 self._beside.setdefault(path, Tail(path))
-        lines = self.own = self._main.read()
-        if lines:
-            self.first, self.last = self.first or lines[0]["time"], lines[-1]["time"]
-        return lines + [line for tail in self._beside.values() for line in tail.read()]
+        found = self.own = self._main.read(most)
+        if found:
+            self.first, self.last = self.first or found[0]["time"], found[-1]["time"]
+        for tail in self._beside.values():
+            if len(found) >= most:
+                break
+            found = found + tail.read(most - len(found))
+        return found
 
 
 class Tail:
     """Reads a journal as it grows: each `read` gives the whole lines that came since the one before.
 
+    every: of "train" lines that follow each other each `every`-th, and the last; the others are passed over unread.
     left_out: how many lines so far were torn or none of a journal's.
     """
 
-    def __init__(self, path: str | Path, parse: Callable[[bytes], dict[str, Any] | None] = parse):
+    def __init__(self, path: str | Path, parse: Callable[[bytes], dict[str, Any] | None] = parse, every: int = 1):
         self.path = Path(path)
         self.left_out = 0
-        self._parse = parse
+        self._parse, self._every = parse, every
         self._offset = 0
         self._overlong = False  # what was read last is a piece of a line that is too long
+        self._since, self._held = 0, None  # of lines that are passed over: how many, and the last
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, most: int = ENDS) -> list[dict[str, Any]]:
         """New whole lines, parsed; others are passed over and counted. A line without its newline waits.
 
+        most: lines, after which no further part of the file is looked at until the next call, which goes on there.
         Raises UserError for what is not a file, and OSError.
         """
         found: list[dict[str, Any]] = []
@@ -229,22 +266,50 @@ class Tail:
         with open(descriptor, "rb", buffering=0) as f:
             f.seek(self._offset)
             rest = b""
-            while chunk := f.read(_CHUNK):
-                *lines, rest = (rest + chunk).split(b"\n")
-                self._offset += sum(map(len, lines)) + len(lines)
-                if lines and self._overlong:
-                    del lines[0]
-                    self._overlong = False
-                for raw in filter(None, lines):
-                    if (line := self._parse(raw)) is None:
-                        self.left_out += 1
-                    else:
-                        found.append(line)
+            while len(found) < most and (chunk := f.read(_CHUNK)):
+                data, rest = rest + chunk, b""
+                end = data.rfind(b"\n") + 1
+                self._offset += end
+                begin = data.find(b"\n") + 1 if self._overlong else 0
+                self._overlong = self._overlong and not end
+                self._take(self._wanted(data, begin), found)
+                rest = data[end:]
                 if len(rest) > MOST_LINE:
                     self._offset += len(rest)
                     self.left_out += not self._overlong
                     self._overlong, rest = True, b""
+            if self._held is not None:
+                self._take([self._held], found)
+                self._held = None
         return found
+
+    def _take(self, lines: Iterable[bytes], found: list[dict[str, Any]]) -> None:
+        for raw in lines:
+            if (line := self._parse(raw)) is None:
+                self.left_out += 1
+            else:
+                found.append(line)
+
+    def _wanted(self, data: bytes, start: int) -> Iterator[bytes]:
+        """Of the whole lines from `start` on all but "train" lines that are passed over; the last of those is held."""
+        held = None  # where it begins
+        while (end := data.find(b"\n", start)) >= 0:
+            if self._every > 1 and data.startswith(_TRAIN, start) and data[end - 1] == _WHOLE:
+                self._since += 1
+                if self._since < self._every:
+                    held, start = start, end + 1
+                    continue
+                self._since = 0
+            elif held is not None:
+                yield data[held : start - 1]
+            elif self._held is not None:
+                yield self._held
+            held = self._held = None
+            if end > start:
+                yield data[start:end]
+            start = end + 1
+        if held is not None:
+            self._held = data[held : start - 1]
 
 
 def _number(value: Any) -> int | float | str:

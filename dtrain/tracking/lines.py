@@ -19,6 +19,7 @@ MOST_METRICS, LONGEST_NAME = 1000, 500
 MOST_COUNT = 1 << 53  # of steps, images, attempts: what a float still counts exactly
 EARLIEST, LATEST = -62135596800, 253402300799  # seconds of the years 1 and 9999, which have a date
 LARGEST = 1e100  # a metric beyond it is read as infinite: sums and squares of it would be
+_NUMBERS = {float, int}
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -141,16 +142,19 @@ def _is_event(line: dict[str, Any]) -> bool:
     ):
         return False
     # Interned, since every line has the same names, and lines wait in memory for an MLflow that does not answer.
-    line["metrics"] = metrics = {sys.intern(name): value for name, value in metrics.items()}
-    for name, value in metrics.items():
-        if len(name) > LONGEST_NAME:
-            return False
-        if type(value) is not float and type(value) is not int:
-            if type(value) is not str or value not in NON_FINITE:
-                return False
-            metrics[name] = NON_FINITE[value]
-        elif not -LARGEST <= value <= LARGEST and value == value:
-            metrics[name] = math.inf if value > 0 else -math.inf
+    line["metrics"] = metrics = dict(zip(map(sys.intern, metrics), metrics.values(), strict=True))
+    if metrics and max(map(len, metrics)) > LONGEST_NAME:
+        return False
+    # Most lines hold numbers of usual size, and a journal has very many: so this is asked of all at once.
+    values = metrics.values()
+    if metrics and not (_NUMBERS.issuperset(map(type, values)) and max(map(abs, values)) <= LARGEST):
+        for name, value in metrics.items():
+            if type(value) is not float and type(value) is not int:
+                if type(value) is not str or value not in NON_FINITE:
+                    return False
+                metrics[name] = NON_FINITE[value]
+            elif not -LARGEST <= value <= LARGEST and value == value:
+                metrics[name] = math.inf if value > 0 else -math.inf
     if event == "sweep" and not (_text(get("key")) and _settings(get("setting", {}))):
         return False
     if not context:

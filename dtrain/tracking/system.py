@@ -8,9 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from dtrain.errors import UserError
 from dtrain.position import Position
-from dtrain.tracking.journal import SYSTEM, Journal, Tail, events, highest_attempt
+from dtrain.tracking.journal import SYSTEM, Journal, last_line
 
 MEGABYTE = 1e6
 _QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
@@ -19,11 +18,13 @@ _QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 class SystemSampler:
     """Writes a "system" line every `seconds`, from `start` to `close`, for local rank 0 of a node.
 
-    journal_file: rank 0's; the lines go beside it. where: how far the run is, for the line.
+    journal_file: rank 0's; the lines go beside it. where: the attempt and how far the run is, for the line.
     """
 
-    def __init__(self, journal_file: Path, rank: int, node: str, seconds: float, where: Callable[[], Position]):
-        self._main, self._seconds, self._where = journal_file, seconds, where
+    def __init__(
+        self, journal_file: Path, rank: int, node: str, seconds: float, where: Callable[[], tuple[int, Position]]
+    ):
+        self._seconds, self._where = seconds, where
         self._path = journal_file.with_name(SYSTEM.replace("*", str(rank)))
         self._context = {"node": node, "host": socket.gethostname()}
         self._closing = threading.Event()
@@ -41,16 +42,14 @@ class SystemSampler:
     def _work(self) -> None:
         before = psutil.cpu_percent(), psutil.net_io_counters()  # from here on
         try:
-            journal, number = Journal(self._path), len(events(self._path))
-        except (OSError, UserError):  # a folder or a FIFO is there: nobody waits for what a node does
+            number = _samples(self._path)
+        except OSError:  # a folder or a FIFO is there: nobody waits for what a node does
             return
-        main, journal.attempt = Tail(self._main), 0
-        last = False
+        journal, last = Journal(self._path), False
         while not last:
             last = self._closing.wait(self._seconds)
-            journal.attempt = max(journal.attempt, highest_attempt(main.read()))
             number += 1
-            position = self._where()
+            journal.attempt, position = self._where()
             try:
                 metrics = machine(before[1], self._path.parent) | gpus()
                 context = self._context | {"sample": number}
@@ -58,6 +57,15 @@ class SystemSampler:
             except OSError:
                 continue  # a full disk, or one that is gone, is reported by whatever writes what matters
         journal.close()
+
+
+def _samples(path: Path) -> int:
+    """How many a node's journal has, as its last line numbers them."""
+    try:
+        line = last_line(path)
+    except FileNotFoundError:
+        return 0
+    return line["context"].get("sample", 0) if line else 0
 
 
 def machine(network_before, folder: Path) -> dict[str, float]:

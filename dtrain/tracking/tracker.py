@@ -12,7 +12,9 @@ from dtrain.errors import UserError
 from dtrain.lock import holder
 from dtrain.position import Position
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import Tail, evaluation_journal, events, highest_attempt
+from dtrain.tracking.history import KEPT, History
+from dtrain.tracking.journal import evaluation_journal, last_line, outline
+from dtrain.tracking.lines import parse
 from dtrain.tracking.metadata import datasets, params, reference, tags
 from dtrain.tracking.mlflow import Destination, Shipper, tracking_uri
 from dtrain.tracking.mlflow import sync as sync_journal
@@ -24,6 +26,10 @@ CLOSE_SECONDS = 30.0  # how long the end of a run waits for a slow tracking serv
 
 
 class Tracker:
+    """attempt: the number of the one that rank 0 has begun, to be told to the others. history: on rank 0 what the
+    journal tells beside its curves, from `read_history` on.
+    """
+
     def __init__(self, run: RunDirectory, rank: int):
         self._run, self._rank = run, rank
         self._journal = PatientJournal(run.journal_file) if rank == 0 else None
@@ -32,10 +38,12 @@ class Tracker:
         self._shipping = False
         self._sampler: SystemSampler | None = None
         self._position = Position()
+        self.attempt = 0
+        self.history = History()
 
-    @property
-    def attempt(self) -> int:
-        return self._journal.attempt
+    def read_history(self) -> None:
+        """On rank 0, once nobody else writes the journal. Raises UserError and OSError."""
+        self.history = History.read(self._run.journal_file)
 
     def begin(
         self,
@@ -44,35 +52,39 @@ class Tracker:
         changes: dict[str, tuple],
         context: dict[str, Any],
         deepspeed: dict[str, Any],
-    ) -> None:
+    ) -> int:
         """Record that an attempt starts at `position`, or that the run goes back there, and what its config changes;
-        start shipping.
+        start shipping. On rank 0 how many steps past `position` the attempt before had done.
         """
         self._position = position
-        self._own.attempt = None  # on other ranks: another one from now on
+        lost = self.history.lost_steps(position.step)
         self._watch_node(config.tracking.system_every)
         if self._journal is not None:
             try:
                 self._begin(config, position, changes, context, deepspeed)
             except OSError as e:
                 raise UserError(f"{e if e.strerror is None else e.strerror}; make room in {self._run.path}") from None
+        return lost
 
     def _begin(self, config: Config, position: Position, changes, context, deepspeed) -> None:
-        journal = Tail(self._run.journal_file)
-        lines = journal.read()
-        number = highest_attempt(lines) + 1
-        context = context | {"run_key": run_key(lines) or uuid.uuid4().hex}
+        number = self.history.attempt + 1
+        context = context | {"run_key": run_key(self.history.lines) or uuid.uuid4().hex}
         context |= provenance(self._run.path, number, deepspeed)
-        self._journal.begin_attempt(position.step, position.images, context, number)
+        self.attempt = self._journal.begin_attempt(position.step, position.images, context, number)
+        self.history.add(last_line(self._journal.path))
         if changes:
             self.write("config", position, context={"changed": {k: list(v) for k, v in changes.items()}})
         if config.tracking.enabled and self._shipper is None:
-            self._shipper = Shipper(destination(self._run, config, lines + journal.read()))
+            self._shipper = Shipper(destination(self._run, config, self.history.lines))
 
     def write(self, event: str, position: Position, metrics: dict | None = None, context: dict | None = None) -> None:
         self._position = position
         if self._journal is not None:
-            self._append(self._journal, event, position, metrics, context)
+            line = self._append(self._journal, event, position, metrics, context)
+            if event in KEPT and (found := parse(line)):
+                self.history.add(found)
+            elif event in ("train", "checkpoint"):
+                self.history.reach(self.attempt, position.step)
             if event == "train":
                 self._ship()
 
@@ -86,23 +98,24 @@ class Tracker:
         if seconds and self._sampler is None and distributed.local_rank() == 0:
             number = self._rank // distributed.local_world_size()
             node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or str(number)
-            self._sampler = SystemSampler(self._run.journal_file, self._rank, node, seconds, lambda: self._position)
+            self._sampler = SystemSampler(
+                self._run.journal_file, self._rank, node, seconds, lambda: (self.attempt, self._position)
+            )
             self._sampler.start()
 
     def write_own(self, event: str, position: Position, context: dict) -> None:
         """What this rank alone knows, in its own journal; the attempt is the one rank 0 began."""
-        if self._own.attempt is None:
-            # Rank 0's journal: a rank that calls this has had word of rank 0 since it began.
-            self._own.attempt = highest_attempt(events(self._run.journal_file))
+        self._own.attempt = self.attempt
         self._append(self._own, event, position, None, context)
 
-    def _append(self, journal: PatientJournal, event: str, position: Position, metrics, context) -> None:
+    def _append(self, journal: PatientJournal, event: str, position: Position, metrics, context) -> bytes:
         before = journal.problem
-        journal.append(event, position.step, position.images, metrics, context)
+        line = journal.append(event, position.step, position.images, metrics, context)
         if journal.problem is not None and before is None:
             print(f"{journal.path} cannot be written ({journal.problem}); its lines wait in memory", flush=True)
         elif journal.problem is None and before is not None:
             print(f"{journal.path} is written again, with the lines that waited", flush=True)
+        return line
 
     def close(self, finished: bool) -> int:
         """Ship what can be shipped soon; returns the number of journal lines that could not be."""
@@ -151,7 +164,7 @@ def sync(run: RunDirectory) -> int:
     """Send the journal lines that MLflow does not have; how many. Raises UserError when MLflow cannot be reached."""
     ended = run.outcome()
     status = None if ended is None else "FINISHED" if ended["outcome"] == "finished" else "KILLED"
-    return sync_journal(destination(run, run.config(), events(run.journal_file)), status=status)
+    return sync_journal(destination(run, run.config(), outline(run.journal_file)), status=status)
 
 
 def run_key(lines: list[dict[str, Any]]) -> str | None:

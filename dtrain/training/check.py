@@ -13,7 +13,7 @@ from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
 from dtrain.files import read_json
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import read as read_journal
+from dtrain.tracking.history import History
 from dtrain.training.division import rows_per_rank
 from dtrain.training.identity import has_trained, reconcile, resolved
 from dtrain.training.safety.stopping import deadline
@@ -32,7 +32,7 @@ def check_start(config: Config, ranks: int) -> str:
     lacking = check_inputs(config, manifest)
     deadline(config.train.deadline, 0.0)
     reconcile(run, config)
-    check_data(run, manifest)
+    check_data(run, manifest, History.read(run.journal_file))
     verb = "goes on" if complete(run.checkpoints) else "starts"
     ours, size = config.deepspeed, config.data.batch_size
     lines = [
@@ -109,9 +109,9 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     return lacking
 
 
-def check_data(run: RunDirectory, manifest: manifests.Manifest) -> None:
+def check_data(run: RunDirectory, manifest: manifests.Manifest, history: History) -> None:
     """Raises UserError where the run's last attempt was trained on other data."""
-    attempts = [e for e in read_journal(run.journal_file) if e["event"] == "attempt"]
+    attempts = history.counting("attempt")
     if attempts and attempts[-1]["context"].get("data") != manifest.hash and has_trained(run):
         raise UserError(
             f"{run.path} was trained on another data set than {manifest.path} (the manifests' hashes differ); "

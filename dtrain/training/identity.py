@@ -1,5 +1,7 @@
 """Whether a run directory holds a run that a config may go on with, and what the config then means."""
 
+from functools import partial
+
 from dtrain import config as configuration
 from dtrain.checkpoint.directory import complete
 from dtrain.config import Config
@@ -7,12 +9,17 @@ from dtrain.data.order.streams import with_streams
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import events
+from dtrain.tracking.journal import Tail
 
 
 def has_trained(run: RunDirectory) -> bool:
     """Whether it has made a step. Until then nothing binds who starts it, such as a first start's mistake."""
-    return bool(complete(run.checkpoints)) or any(e["event"] == "train" for e in events(run.journal_file))
+    return bool(complete(run.checkpoints)) or _has_step(Tail(run.journal_file))
+
+
+def _has_step(journal: Tail) -> bool:
+    """A step stands near the beginning of a journal, whose rest is not read then."""
+    return any(any(e["event"] == "train" for e in lines) for lines in iter(partial(journal.read, 1), []))
 
 
 def continued(run: RunDirectory, wanted: Config) -> Config:

@@ -15,7 +15,7 @@ from dtrain.lock import RunLock
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import Outcome, RunDirectory
 from dtrain.terminal import say
-from dtrain.tracking.journal import events, highest_attempt
+from dtrain.tracking.journal import highest_attempt, outline
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.check import check_inputs, warnings
 from dtrain.training.division import rows_per_rank
@@ -52,13 +52,14 @@ def train(config: Config) -> Outcome:
     distributed.agree(shared_memory.check, config, world_size, distributed.ranks_here())
     ends = distributed.on_rank_0(deadline, config.train.deadline, time.time())
     if scheduled := faults.scheduled():
-        attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(events(run.journal_file)))
+        attempt = 1 + distributed.on_rank_0(lambda: highest_attempt(outline(run.journal_file)))
         faults.arm(rank, attempt, distributed.gather_objects(os.getpid()))
         if rank == 0:
             say(f"DTRAIN_FAULTS arms faults on purpose in this run: {scheduled}")
     lock = RunLock(run.lock_file)
     ctrl_c.on_leaving(lock.release)  # which does nothing where it was not acquired
-    changes = distributed.on_rank_0(prepare, run, lock, config, manifest)
+    tracker = Tracker(run, rank)
+    changes = distributed.on_rank_0(prepare, run, lock, config, manifest, tracker)
     if rank != 0:
         redirect_to_log(run.logs)
     else:
@@ -67,7 +68,7 @@ def train(config: Config) -> Outcome:
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()
-    tracker, objective = Tracker(run, rank), build_objective(config)
+    objective = build_objective(config)
     feed = Feed(config, manifest)
     names = SampleNames(config.data, config.run.seed, manifest)
     bad_steps = BadSteps(config.train, config.data.batch_size, names, tracker, list(objective.turns))

@@ -155,6 +155,7 @@ class Saving:
         train, directory = self._config.train, self._run.checkpoints
         # A later one was damaged when this attempt passed it over: it is nobody's newest, and counts for nothing.
         steps = [step for step in map(step_of, complete(directory)) if step <= self.newest.step]
-        best = best_step(self._run.journal_file, train.keep_best, steps) if train.keep_best else None
+        evaluations = self._tracker.history.counting("eval") if train.keep_best else []
+        best = best_step(evaluations, train.keep_best, steps) if train.keep_best else None
         for step in surplus(steps, train.keep_last, train.keep_every, best):
             threading.Thread(target=remove, args=(step_path(directory, step),), daemon=True).start()

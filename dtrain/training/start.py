@@ -18,30 +18,35 @@ from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import RunDirectory
 from dtrain.terminal import say
+from dtrain.tracking.tracker import Tracker
 from dtrain.training.check import check_data, checkpoint_at, is_weight_file
 from dtrain.training.identity import reconcile
 from dtrain.training.players import Players
 from dtrain.training.safety.bad_steps import BadSteps
 
 
-def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:
+def prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest, tracker: Tracker) -> dict[str, tuple]:
     """On rank 0: take the run directory, refuse another identity or data set, clear what an interrupted save left.
 
-    Returns the config keys that differ from the last start. Nothing of the run is written before all is checked.
+    From here on `tracker` knows what the journal tells, since nobody else writes it any more. Returns the config keys
+    that differ from the last start. Nothing of the run is written before all is checked.
     """
     try:
-        return _prepare(run, lock, config, manifest)
+        return _prepare(run, lock, config, manifest, tracker)
     except OSError as e:
         place = e.filename or run.path
         raise UserError(f"cannot write {place}: {e.strerror}; make room, or choose another run.dir") from None
 
 
-def _prepare(run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest) -> dict[str, tuple]:
+def _prepare(
+    run: RunDirectory, lock: RunLock, config: Config, manifest: Manifest, tracker: Tracker
+) -> dict[str, tuple]:
     run.make_folders()
     lock.acquire()
     try:
         changes = reconcile(run, config)
-        check_data(run, manifest)
+        tracker.read_history()
+        check_data(run, manifest, tracker.history)
         run.save_config(config)
         run.outcome_file.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)

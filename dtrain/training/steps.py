@@ -16,13 +16,12 @@ from dtrain.first_stage.build import build as build_first_stage
 from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import Outcome, RunDirectory
-from dtrain.tracking.best import evaluated, failed_evaluations
 from dtrain.tracking.metadata import trained_on
 from dtrain.tracking.tracker import Tracker
 from dtrain.training.feed import Feed
 from dtrain.training.learning_rate import learning_rate
 from dtrain.training.players import Players
-from dtrain.training.record.goodput import Goodput, lost_steps
+from dtrain.training.record.goodput import Goodput
 from dtrain.training.record.levels import StepLosses, named_sums
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.record.throughput import Meter
@@ -114,9 +113,9 @@ class Steps:
         about |= {"skipped": self.bad_steps.skipped.ranges} | more
         if scheduled := faults.scheduled():
             about["faults_on_purpose"] = scheduled
-        if self._is_rank_0:
-            self.goodput.begin_attempt(lost_steps(self.run.journal_file, self.position))
-        distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.players.options)
+        lost = distributed.agree(self.tracker.begin, self.config, self.position, changes, about, self.players.options)
+        self.goodput.begin_attempt(lost)
+        self.tracker.attempt = distributed.on_rank_0(lambda: self.tracker.attempt)
         self.watchdog.attempt = self.tracker.attempt if self._is_rank_0 else None
         distributed.agree(self.feed.begin, self.position.images, self.bad_steps.skipped)
 
@@ -270,8 +269,10 @@ class Steps:
 
     def _lacks_evaluation(self) -> bool:
         """Whether the one of where the run is was cut off, or has failed once: a second failure settles it."""
-        step, journal = self.position.step, self.run.journal_file
-        return step not in evaluated(journal) and failed_evaluations(journal)[step] < EVALUATION_TRIES
+        evaluated, failed = (
+            [line["step"] for line in self.tracker.history.counting(event)] for event in ("eval", "eval_failed")
+        )
+        return self.position.step not in evaluated and failed.count(self.position.step) < EVALUATION_TRIES
 
     def _evaluate(self) -> None:
         if self._evaluation is None:

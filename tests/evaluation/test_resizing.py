@@ -26,7 +26,7 @@ from dtrain.evaluation.sweep import _key, sweep
 from dtrain.report.evaluations import curves
 from dtrain.report.runs import Run
 from dtrain.run import RunDirectory
-from dtrain.tracking.best import best_step
+from dtrain.tracking.best import best_step, training_evaluations
 from dtrain.tracking.journal import Journal
 from dtrain.training.check import check_start
 from tests.digits import tiny
@@ -314,8 +314,8 @@ def test_evaluations_from_before_the_context_said_the_resizing_still_count(digit
     assert before != context
     values = {5: (2.0, 3.0, before), 10: (4.0, 9.0, before), 15: (3.0, 5.0, context)}
     run = journaled(chosen, [(s, {distance: d, "is_inception": i}, c) for s, (d, i, c) in values.items()])
-    assert best_step(run.journal_file, distance, [5, 10, 15]) == 5
-    assert best_step(run.journal_file, "is_inception", [5, 10, 15]) == 10
+    assert best_step(training_evaluations(run.journal_file), distance, [5, 10, 15]) == 5
+    assert best_step(training_evaluations(run.journal_file), "is_inception", [5, 10, 15]) == 10
     drawn = curves([Run.read(run.path)])
     assert {metric: [len(c.lines) for c in found] for metric, found in drawn.items()} == {
         distance: [3],

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.credentials import without_credentials
 from dtrain.errors import UserError
-from dtrain.tracking.journal import Tails, valid
+from dtrain.tracking.journal import Tails, outline, valid
 from dtrain.tracking.mlflow.address import reason
 from dtrain.tracking.mlflow.description import Landmarks
 from dtrain.tracking.mlflow.link import keep_problem
@@ -16,14 +16,19 @@ from dtrain.tracking.mlflow.run import METRICS_PER_BATCH, Destination, Run, has_
 
 POLL_SECONDS = 2.0
 LONGEST_BACK_OFF_SECONDS = 60.0
+MOST_LINES = 10_000  # that wait in memory; what is behind them waits in the files
 
 
 class Pending:
-    """The valid lines of a run's journals that hold something for MLflow and are not yet known to be there."""
+    """The valid lines of a run's journals that hold something for MLflow and are not yet known to be there.
+
+    lines: the first of them, about MOST_LINES at most, however long MLflow does not answer.
+    """
 
     def __init__(self, to: Destination):
+        self._path = to.journal_path
         self._tails = Tails(to.journal_path)
-        self._begun: list[dict[str, Any]] = []  # the attempts so far, by which lines are void
+        self._begun: list[dict[str, Any]] | None = None  # the attempts so far, by which lines are void
         self._lock = threading.Lock()
         self.landmarks = Landmarks()
         self.lines: list[dict[str, Any]] = []
@@ -36,20 +41,41 @@ class Pending:
     def ended(self) -> float:
         return self._tails.last or time.time()
 
-    def poll(self) -> None:
+    def poll(self) -> bool:
+        """Read on, as far as there is room; whether something is pending."""
         with self._lock:
-            if new := self._tails.read():
-                self.lines = [line for line in valid(self.lines + new, self._begun) if has_news(line)]
-                self._begun += [line for line in new if line["event"] == "attempt"]
-                self.landmarks.add(self._tails.own, self._begun)
+            while len(self.lines) < MOST_LINES and self._read():
+                pass
+            return bool(self.lines)
+
+    def _read(self) -> bool:
+        """The next part of the journals; False where there is none yet."""
+        if self._begun is None:  # a line may be void by an attempt that a later part tells of
+            self._begun = [line for line in outline(self._path) if line["event"] == "attempt"]
+        if not (new := self._tails.read(MOST_LINES)):
+            return False
+        self.lines = [line for line in valid(self.lines + new, self._begun) if has_news(line)]
+        known = {line["attempt"] for line in self._begun}
+        self._begun += [line for line in new if line["event"] == "attempt" and line["attempt"] not in known]
+        self.landmarks.add(self._tails.own, self._begun)
+        return True
 
     def drain(self, run: Run, deadline: float = float("inf")) -> None:
-        while self.lines and time.monotonic() < deadline:
+        while (self.lines or self.poll()) and time.monotonic() < deadline:
             with self._lock:
                 lines = self.lines[:METRICS_PER_BATCH]
             sent = run.send(lines)
             with self._lock:
                 del self.lines[:sent]
+
+    def count(self) -> int:
+        """How many are pending, in memory and behind it; nothing can be sent any more then."""
+        with self._lock:
+            count = len(self.lines)
+            self.lines = []
+            while self._read():
+                count, self.lines = count + len(self.lines), []
+            return count
 
 
 class Shipper:
@@ -83,8 +109,7 @@ class Shipper:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
-        self._pending.poll()
-        if left := len(self._pending.lines):
+        if left := self._pending.count():
             keep_problem(Path(self._to.journal_path).parent, self._to.uri, self.error or "no answer in time")
         return left
 
@@ -151,7 +176,7 @@ def sync(to: Destination, status: str | None = None) -> int:
                 raise
             ship()  # another task of the sweep wrote the same tag in the same moment, and now it is there
     except Exception as e:
-        left = len(pending.lines)
+        left = pending.count()
         do = "" if isinstance(e, UserError) else "; start the server or correct tracking.uri, then run sync again"
         raise UserError(
             f"cannot ship {to.journal_path} to MLflow at {without_credentials(to.uri)} ({left} lines left): "

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dtrain.position import Position
-from dtrain.tracking.journal import Tail
 from dtrain.tracking.tracker import Tracker
 
 KINDS = ("productive_s", "data_wait_s", "save_stall_s", "evaluation_s", "bad_step_s", "restart_s")
@@ -90,13 +89,6 @@ class Goodput:
         now = time.perf_counter()
         self.seconds[self._kind] += now - self._since
         self._kind, self._since = kind, now
-
-
-def lost_steps(journal: Path, position: Position) -> int:
-    """Steps that the newest attempt in the journal had done past `position`, as far as it tells."""
-    lines = [line for line in Tail(journal).read() if line["event"] in ("attempt", "train", "checkpoint")]
-    newest = max((line["attempt"] for line in lines), default=0)
-    return max([0, *(line["step"] - position.step for line in lines if line["attempt"] == newest)])
 
 
 def process_age() -> float:

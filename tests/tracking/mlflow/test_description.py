@@ -80,7 +80,7 @@ def test_it_says_whether_the_bound_is_of_clipped_estimates_and_counts_the_best_a
     assert told.startswith("**bpd 4.72** at step 300 (38,400 images seen), the best so far 4.71 at step 200.")
     assert told.endswith("bpd is with x_0 not clipped.")
     assert distance(lines[:1]).endswith("bpd is with x_0 clipped to [−1, 1].")
-    assert best_step(run / "journal.jsonl", "bpd", [100, 200, 300]) == 200
+    assert best_step(training_evaluations(run / "journal.jsonl"), "bpd", [100, 200, 300]) == 200
 
 
 def test_an_evaluation_that_a_resume_made_void_is_not_told_of(run, journal):
