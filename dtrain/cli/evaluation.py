@@ -86,6 +86,7 @@ def evaluate(
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
     from dtrain.evaluation.opened import open_generator, weights_name
     from dtrain.evaluation.reference import Reference
+    from dtrain.tracking.best import training_evaluations
     from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
@@ -102,7 +103,7 @@ def evaluate(
         found, context = run_evaluation(opened.generator, settings, compared, on_progress, scratch)
 
     def conclude() -> None:
-        changed = differences(directory, own.eval, settings.eval, context)
+        changed = differences(training_evaluations(directory.journal_file), own.eval, settings.eval, context)
         how = context | ({"differs": changed} if changed else {})
         unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
         scratch.remove()

@@ -6,7 +6,7 @@ together, so ranks may be unequally fast.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from dtrain.evaluation.scratch import Scratch
 from dtrain.first_stage.pixels import Pixels
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
-from dtrain.tracking.best import settings_of, training_evaluations
+from dtrain.tracking.best import settings_of
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = tuple(Sampling.model_fields)
@@ -176,14 +176,15 @@ def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[st
     }
 
 
-def differences(run: RunDirectory, own: Eval, now: Eval, context: dict[str, Any]) -> dict[str, Any]:
+def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict[str, Any]) -> dict[str, Any]:
     """What of an evaluation with this context is not as in the training's first, so that no curve may hold both.
 
-    Before there is a first one, its settings are those of `own`, the run's section; `now` is the evaluation's. Weights
-    and number of samples are in every context anyhow; the batch only changes rounding.
+    evaluations: the lines of the training's own. Before there is a first one, its settings are those of `own`, the
+    run's section; `now` is the evaluation's. Weights and number of samples are in every context anyhow; the batch only
+    changes rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
-    first = next(map(settings_of, training_evaluations(run.journal_file)), None)
+    first = next(map(settings_of, evaluations), None)
     was = first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")}))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
     is_now = json.loads(json.dumps(context))

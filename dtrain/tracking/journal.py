@@ -299,12 +299,11 @@ class Tail:
                 if self._since < self._every:
                     held, start = start, end + 1
                     continue
-                self._since = 0
             elif held is not None:
                 yield data[held : start - 1]
             elif self._held is not None:
                 yield self._held
-            held = self._held = None
+            held, self._held, self._since = None, None, 0
             if end > start:
                 yield data[start:end]
             start = end + 1

@@ -140,7 +140,7 @@ class Evaluation:
     ) -> None:
         """What rank 0 does with the numbers: a picture beside them, the journal, a line to read."""
         config, weights = self._config, weights_name(self._config.eval)
-        if differs := differences(self._run, config.eval, config.eval, context):
+        if differs := differences(self._tracker.history.counting("eval"), config.eval, config.eval, context):
             context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:

@@ -16,6 +16,7 @@ from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
 from dtrain.randomness import Draws, Purpose
 from dtrain.run import RunDirectory
+from dtrain.tracking.best import training_evaluations
 from tests.digits import tiny
 from tests.ranks import run_ranks
 
@@ -95,13 +96,13 @@ def test_a_new_runs_bound_is_clipped_an_older_runs_is_not_and_each_says_so(digit
     assert "  bpd_clip: true\n" in text
     written.write_text(text.replace("  bpd_clip: true\n", ""))  # as it was written before there was the key
     run = RunDirectory(config.run.path)
-    own = run.config()
+    own, before = run.config(), training_evaluations(run.journal_file)
     found = []
     for chosen in ({}, {"bpd_clip": True}):  # as `dtrain evaluate` and its --bpd-clip ask
         now = with_eval(own, chosen, raw=False)
         generator = open_generator(run, now, "ema_0", torch.device("cpu")).generator
         metrics, context = evaluate(generator, now, Reference.open(now, torch.device("cpu")))
-        found.append((metrics["bpd"], context["bpd_clip"], differences(run, own.eval, now.eval, context)))
+        found.append((metrics["bpd"], context["bpd_clip"], differences(before, own.eval, now.eval, context)))
     (unclipped, *unsaid), (clipped, *asked) = found
     assert (unsaid, asked) == ([False, {"bpd_clip": False}], [True, {}])
     assert clipped == pytest.approx(line["metrics"]["bpd"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dtrain.credentials import without_credentials
 from dtrain.run import RunDirectory
-from dtrain.tracking.journal import read as read_journal
+from dtrain.tracking.history import History
 from dtrain.tracking.mlflow import curves_link, problem, server_command, tracking_uri
 
 BAR = 40  # characters
@@ -14,8 +14,8 @@ BAR = 40  # characters
 def summary(path: Path) -> str:
     """Text for the terminal: the evaluation curve as bars, the newest grid, the page of the curves in MLflow."""
     run = RunDirectory(path)
-    journal = read_journal(run.journal_file)
-    evaluations = [e for e in journal if e["event"] == "eval"]
+    history = History.read(run.journal_file)
+    evaluations = history.counting("eval")
     lines = []
     if evaluations:
         metric = next(iter(evaluations[-1]["metrics"]), "seconds")
@@ -29,7 +29,7 @@ def summary(path: Path) -> str:
         lines += [f"  step {s:>8}  {v:>9.4f}  {_bar(v, top)}".rstrip() for s, v in curve]
         if "artifact" in context:
             lines.append(f"sample grid: {run.path / context['artifact']}")
-    if failed := sorted({e["step"] for e in journal if e["event"] == "eval_failed"} - {e["step"] for e in evaluations}):
+    if failed := sorted({e["step"] for e in history.counting("eval_failed")} - {e["step"] for e in evaluations}):
         lines.append(f"evaluations that failed: of step {', '.join(map(str, failed))}; the journal says why")
     config = run.config()
     if not config.tracking.enabled:
