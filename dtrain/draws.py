@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     VALIDATION_NOISE = 17
     SUBSTITUTE = 18
     MIXTURE = 19
+    POSTERIOR = 20
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}

@@ -29,6 +29,8 @@ from dtrain.evaluation.invert import (
 from dtrain.evaluation.requirements import check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
 from dtrain.files import read_json
+from dtrain.first_stage.build import of_checkpoint
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.models.build import allocate
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
@@ -47,6 +49,7 @@ class Trained:
     images: int  # images seen until then
     class_names: list[str] | None  # by number, where the data's manifest names them and is at hand
     device: torch.device
+    first_stage: FirstStage  # between what the model sees and pixels
 
     def sample(
         self,
@@ -87,7 +90,7 @@ class Trained:
         config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config.eval.guidance, config.diffusion.label_dropout)
         numbers = self._labels(n, labels)
-        ready = Generator.of(self.model, self.process, config, self.device)
+        ready = self._generator(config)
         return together(draw(ready, numbers, config.eval))
 
     def invert(
@@ -119,9 +122,12 @@ class Trained:
             numbers = without_class(n, config.model.num_classes, config.diffusion.label_dropout)
         else:
             numbers = self._labels(n, labels)
-        ready = Generator.of(self.model, self.process, config, self.device)
+        ready = self._generator(config)
         blocks = dict(zip(range(0, n, config.eval.batch_size), images.split(config.eval.batch_size), strict=True))
         return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())
+
+    def _generator(self, config: Config) -> Generator:
+        return Generator.of(self.model, self.process, config, self.device, self.first_stage)
 
     def _with_eval(self, chosen: dict, where: str) -> Config:
         """The config with other `eval` settings, None leaving one as it is. where: they come from, for a UserError."""
@@ -173,7 +179,8 @@ def load(
     model = load_weights(checkpoint, allocate(config), key)
     meta = checkpoint.meta
     names = class_names_of(config.data, config.model.num_classes)
-    return _trained(model, config, meta["step"], meta["images"], names, where)
+    first_stage = of_checkpoint(config, meta.get("first_stage"), where)
+    return _trained(model, config, meta["step"], meta["images"], names, where, first_stage)
 
 
 def _exported(folder: Path, ema: int | None, step: int | None, device: torch.device) -> Trained:
@@ -187,7 +194,7 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         raise UserError(f"{folder} cannot be read as an exported folder: {e}") from None
     if not isinstance(tree, dict) or "train" not in tree:
         raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
-    source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names")}
+    source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names", "trained_with")}
     names = source["class_names"]
     complete = all(type(source[key]) is int for key in ("step", "images"))
     complete &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
@@ -204,13 +211,22 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         model.load_state_dict(state)
     except RuntimeError as e:
         raise UserError(f"{folder}/{WEIGHTS} is of another model than config.json: {str(e).splitlines()[-1]}") from None
-    return _trained(model, config, source["step"], source["images"], source["class_names"], device)
+    first_stage = of_checkpoint(config, source["trained_with"], device)
+    return _trained(model, config, source["step"], source["images"], source["class_names"], device, first_stage)
 
 
 def _profile(weights: str) -> int | None:
     return None if weights == "fp32" else int(weights.removeprefix("ema_"))
 
 
-def _trained(model, config: Config, step: int, images: int, names: list[str] | None, device: torch.device) -> Trained:
+def _trained(
+    model,
+    config: Config,
+    step: int,
+    images: int,
+    names: list[str] | None,
+    device: torch.device,
+    first_stage: FirstStage,
+) -> Trained:
     process = build_objective(config).process
-    return Trained(model.to(device).eval(), process, config, step, images, names, device)
+    return Trained(model.to(device).eval(), process, config, step, images, names, device, first_stage)

@@ -15,7 +15,8 @@ from dtrain.chaos import forked
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-forked.preload("tests.ranks")
+# diffusers takes 3.5 s to import, and a rank that encodes latents needs it.
+forked.preload("tests.ranks", "diffusers.models.autoencoders.autoencoder_kl")
 
 
 def start_ranks(function, world_size: int, *args, environment: dict[str, str] | None = None):

@@ -90,6 +90,8 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     key = weights_key(ema, config.ema, config.run.name)
     checkpoint = open_checkpoint(run, step)
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
+    if "first_stage" in checkpoint.meta:
+        source["trained_with"] = checkpoint.meta["first_stage"]  # what latents mean is in no weight
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already; name a new folder, or an empty one")

@@ -56,6 +56,8 @@ class Chosen:
             if first["type"] == "extra_forbidden":
                 known = ", ".join(section.model_fields)
                 raise ValueError(f"unknown key {key}; known are {known}") from None
+            if first["type"] == "missing":
+                raise ValueError(f"{key} is missing, which {chosen} needs") from None
             raise ValueError(f"{key} is {first['input']!r}: {message}" if key else message) from None
 
     @staticmethod

@@ -69,6 +69,7 @@ EARLIER: dict[str, Earlier] = {
     "eval.reference": Earlier(None),
     "eval.resize": Earlier(None),
     "eval.precision": Earlier("fp32"),
+    "eval.decode_batch": Earlier(None),
 }
 
 

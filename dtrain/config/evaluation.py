@@ -52,6 +52,8 @@ class Sampling(Section):
     """of the network while sampling; the samples' states stay fp32"""
     batch_size: Positive = 250
     """block of sample ids drawn together; part of the result's identity"""
+    decode_batch: Positive | None = None
+    """latents that first_stage kl decodes together, which bounds memory; null: 8"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the samples' noise"""
 

@@ -11,7 +11,7 @@ from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.evaluation import SAMPLERS, Eval
 from dtrain.config.models import DiT, UNet
-from dtrain.config.parts import Denoising, Pixels
+from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import Section
 from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
@@ -29,7 +29,7 @@ class Config(Section):
     """what the run is called and where it lies"""
     data: Data
     """what is trained on, in which order, and how a picture is cut"""
-    first_stage: Annotated[Section, Chosen("first_stage", {"pixels": Pixels})] = Pixels()
+    first_stage: Annotated[Section, Chosen("first_stage", {"pixels": Pixels, "kl": KL})] = Pixels()
     """between pixels and what the network sees"""
     conditions: Annotated[dict[str, Section], Chosen("condition", {}, by_name=True)] = Field({})
     """what the network is told beside the class: name → section, of plug-ins"""
@@ -77,6 +77,8 @@ class Config(Section):
         if self.eval.every and not self.data.holdout:
             raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
         self._sampler_fits()
+        if self.first_stage.reads_cache and self.data.crop == "random":
+            raise ValueError("first_stage.cached: a cache holds one crop of each picture; take data.crop centre")
         if self.model.name == "unet":
             self._levels_fit()
         _, height, width = self.shape
@@ -134,6 +136,8 @@ class Config(Section):
             raise ValueError("eval.metrics bpd is the bound of a gaussian process, and diffusion.process is flow")
         if "bpd" in e.metrics and self.first_stage.kind != "pixels":
             raise ValueError(f"eval.metrics bpd is of pixels, and first_stage.kind is {self.first_stage.kind}")
+        if e.decode_batch is not None and self.first_stage.kind == "pixels":
+            raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
         if e.guidance != 1 and not self.model.num_classes and not self.conditions:
             raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
         if e.guidance_interval[0] >= e.guidance_interval[1]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dtrain.config import Config
 from dtrain.data.fields.field import Array, Field, Label, Picture
+from dtrain.data.fields.moments import Moments
 from dtrain.draws import Draw, Purpose
 from dtrain.errors import UserError
 
@@ -45,7 +46,10 @@ def declared(config: Config) -> Declared:
     for section in (config.first_stage, *config.conditions.values(), config.objective):
         fields += section.fields(config)
         draws += section.draws(config)
-    fields.append(Picture("image", data.image_size, data.channels, data.upright))  # the dearest is read last
+    if config.first_stage.reads_cache:
+        fields.append(Moments("moments", config.shape))
+    else:
+        fields.append(Picture("image", data.image_size, data.channels, data.upright))  # the dearest is read last
     names = ["k", *(field.name for field in fields), *(draw.name for draw in draws)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two parts of this config call something in a batch {min(twice)!r}; rename one")

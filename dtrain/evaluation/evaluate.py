@@ -36,6 +36,12 @@ from dtrain.tracking.best import settings_of
 SAMPLING_KEYS = tuple(Sampling.model_fields)
 
 
+def sampling_of(e: Eval) -> dict[str, Any]:
+    """The value of each of SAMPLING_KEYS. A decode_batch that is not named is no setting: pixels are not decoded."""
+    found = {key: getattr(e, key) for key in SAMPLING_KEYS}
+    return {key: value for key, value in found.items() if key != "decode_batch" or value is not None}
+
+
 def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
     """int64 (n,): id i has the label of the held-out sample i mod M; `uniform`: all classes in turn."""
     i = torch.tensor(ids)
@@ -118,7 +124,7 @@ def evaluate(
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,
-        **{key: getattr(e, key) for key in SAMPLING_KEYS},
+        **sampling_of(e),
         "labels": e.labels,
         "features": extractor.name,
         "extractor": extractor.fingerprint,
@@ -171,7 +177,7 @@ def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[st
     return {
         "checkpoint": checkpoint,
         "weights": weights_name(e),
-        **{key: getattr(e, key) for key in SAMPLING_KEYS},
+        **sampling_of(e),
         "labels": "uniform" if uniform else reference.manifest.hash,
     }
 
@@ -180,10 +186,10 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     """What of an evaluation with this context is not as in the training's first, so that no curve may hold both.
 
     evaluations: the lines of the training's own. Before there is a first one, its settings are those of `own`, the
-    run's section; `now` is the evaluation's. Weights and number of samples are in every context anyhow; the batch only
-    changes rounding.
+    run's section; `now` is the evaluation's. Weights and number of samples are in every context anyhow; batches only
+    change rounding.
     """
-    keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size"})
+    keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size", "decode_batch"})
     first = next(map(settings_of, evaluations), None)
     was = first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")}))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())

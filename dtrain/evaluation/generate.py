@@ -17,8 +17,7 @@ from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
-from dtrain.first_stage.build import build as build_first_stage
-from dtrain.first_stage.pixels import FirstStage
+from dtrain.first_stage.pixels import FirstStage, Pixels
 from dtrain.randomness import Draws, Purpose
 
 MOST_NAMED = 8  # ids in a message
@@ -58,8 +57,16 @@ class Generator:
     device: torch.device
 
     @classmethod
-    def of(cls, model: torch.nn.Module, process, config: Config, device: torch.device) -> "Generator":
-        return cls(model, process, config.shape, build_conditions(config), build_first_stage(config), device)
+    def of(
+        cls,
+        model: torch.nn.Module,
+        process,
+        config: Config,
+        device: torch.device,
+        first_stage: FirstStage = Pixels(),  # noqa: B008 (it has no state)
+    ) -> "Generator":
+        assert config.first_stage.kind == "pixels" or not isinstance(first_stage, Pixels)
+        return cls(model, process, config.shape, build_conditions(config), first_stage, device)
 
     @torch.inference_mode()
     def draw(

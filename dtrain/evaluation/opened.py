@@ -10,6 +10,7 @@ from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Generator
+from dtrain.first_stage.build import of_checkpoint
 from dtrain.models.build import allocate
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
@@ -48,7 +49,8 @@ def open_generator(
         except OSError as e:  # the training keeps only so many
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
         model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
-        generator = Generator.of(model, build_objective(config).process, config, device)
+        first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
+        generator = Generator.of(model, build_objective(config).process, config, device, first_stage)
         return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)

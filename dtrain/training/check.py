@@ -12,6 +12,8 @@ from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
 from dtrain.files import read_json
+from dtrain.first_stage.requirements import about as about_first_stage
+from dtrain.first_stage.requirements import check as check_first_stage
 from dtrain.run import RunDirectory
 from dtrain.tracking.history import History
 from dtrain.training.division import rows_per_rank
@@ -39,7 +41,8 @@ def check_start(config: Config, ranks: int) -> str:
         f"{run.path} {verb}: {config.train.steps:,} steps of {size} images from {manifest.samples:,}; each rank has "
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
         *lacking,
-        *about_pictures(config.data, config.model.num_classes, manifest),
+        *about_first_stage(config, manifest),
+        *([] if config.first_stage.reads_cache else about_pictures(config.data, config.model.num_classes, manifest)),
         *warnings(config),
     ]
     return "\n".join(lines)
@@ -98,6 +101,7 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
             "such as 0.1"
         )
     manifests.check_all(manifest, config.data)
+    check_first_stage(config, manifest)
     check_fields(config, manifest)
     lacking = check_training(config, manifest)
     if config.eval.every:

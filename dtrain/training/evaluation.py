@@ -15,6 +15,7 @@ from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.opened import weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.models.build import allocate
 from dtrain.objectives.objective import Objective
 from dtrain.position import Position
@@ -42,12 +43,14 @@ class Evaluation:
         self,
         run: RunDirectory,
         config: Config,
+        first_stage: FirstStage,
         objective: Objective,
         tracker: Tracker,
         progress: TrainingProgress,
         stop_wanted: Callable[[], bool],
     ):
         self._run, self._config, self._objective = run, config, objective
+        self._first_stage = first_stage
         self._tracker, self._progress, self._stop_wanted = tracker, progress, stop_wanted
         self._reference: Reference | None = None
         self.gave_numbers = False  # of the last call of `run`
@@ -129,7 +132,7 @@ class Evaluation:
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(lambda: allocate(config).to(device))
         model = players.gather("fp32" if weights == "raw" else weights, module)
-        generator = Generator.of(model, self._objective.process, config, device)
+        generator = Generator.of(model, self._objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = losses_by_level(generator, self._objective, *self._reference.validation, config.eval.seed)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.

@@ -74,6 +74,10 @@ class Feed:
         self.seconds, self._seconds_ahead = self._seconds_ahead + time.perf_counter() - started, 0.0
         return batch
 
+    def fail(self, error: UserError) -> None:
+        """The batch given last is what this rank cannot use: it has none any more, nor what was made ahead."""
+        self.error, self._made = error, _Made(None, error=error)
+
     def _make(self) -> _Made:
         if self.error is not None:
             return _Made(None, error=self.error)

@@ -10,6 +10,8 @@ from dtrain.data import shared_memory
 from dtrain.data.order.names import SampleNames
 from dtrain.data.shards import manifest as manifests
 from dtrain.errors import SharedFailure, UserError
+from dtrain.first_stage.build import build as build_first_stage
+from dtrain.first_stage.requirements import about as about_first_stage
 from dtrain.interrupt import ctrl_c
 from dtrain.lock import RunLock
 from dtrain.objectives.build import build as build_objective
@@ -63,7 +65,7 @@ def train(config: Config) -> Outcome:
     if rank != 0:
         redirect_to_log(run.logs)
     else:
-        for line in (*lacking, *warnings(config)):
+        for line in (*lacking, *about_first_stage(config, manifest), *warnings(config)):
             say(line)
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
@@ -76,10 +78,23 @@ def train(config: Config) -> Outcome:
     goodput = Goodput(tracker)
     steps, outcome = None, None
     try:
+        first_stage = distributed.agree(build_first_stage, config, manifest, distributed.device())
         players = build_players(config, objective, micro_batch)
-        position = resume(players, objective, run, config, bad_steps, data=manifest.hash)
+        position = resume(players, objective, run, config, bad_steps, data=manifest.hash, first_stage=first_stage)
         steps = Steps(
-            config, run, manifest, players, objective, position, feed, bad_steps, tracker, stop, watchdog, goodput
+            config,
+            run,
+            manifest,
+            first_stage,
+            players,
+            objective,
+            position,
+            feed,
+            bad_steps,
+            tracker,
+            stop,
+            watchdog,
+            goodput,
         )
         outcome = steps.take(changes)
         if rank == 0:

@@ -32,11 +32,13 @@ class Saving:
         run: RunDirectory,
         config: Config,
         data: str,
+        first_stage: dict,
         position: Position,
         tracker: Tracker,
         progress: TrainingProgress,
     ):
-        self._run, self._config, self._data = run, config, data
+        """data: the manifest's hash. first_stage: what checkpoints say of it (`first_stage.build.statement`)."""
+        self._run, self._config, self._data, self._first_stage = run, config, data, first_stage
         self._tracker, self._progress = tracker, progress
         self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
         self._position: Position | None = None  # of the save in flight
@@ -92,6 +94,7 @@ class Saving:
             "optimizer_steps": players.optimizer_steps,
             **({"players": further} if (further := players.state()) else {}),
             **({"held": players.held} if players.held else {}),
+            **({"first_stage": self._first_stage} if self._first_stage else {}),
             "config": self._config.model_dump(mode="json"),
             "data": self._data,
             "versions": {"dtrain": __version__, "torch": torch.__version__},

@@ -11,6 +11,8 @@ from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config, identity, with_earlier_values
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
+from dtrain.first_stage.build import check as check_first_stage
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.lock import RunLock
 from dtrain.models.build import build
 from dtrain.models.published import load_published
@@ -65,17 +67,19 @@ def resume(
     bad_steps: BadSteps | None = None,
     anew: bool = False,
     data: str | None = None,
+    first_stage: FirstStage | None = None,
 ) -> Position:
     """Load the newest checkpoint that every rank can read whole; where there is none, begin.
 
-    anew: the players have been trained with since it was made. data: the manifest's hash, which a checkpoint must have.
+    anew: the players have been trained with since it was made. data: the manifest's hash, and first_stage: a checkpoint
+    must have been trained with both.
 
     Raises UserError when there are checkpoints and none is whole, or when run.init_from cannot be loaded.
     """
     # A rank that lists the folder by itself may miss the last commit.
     found = distributed.on_rank_0(complete, run.checkpoints)
     for path in reversed(found):
-        checkpoint, problem = _load_on_all_ranks(partial(_load, players, objective, config, data), path)
+        checkpoint, problem = _load_on_all_ranks(partial(_load, players, objective, config, data, first_stage), path)
         if checkpoint is not None:
             players.refresh(checkpoint.meta["optimizer_steps"])
             if bad_steps is not None:
@@ -102,12 +106,15 @@ def _load(
     objective: Objective,
     config: Config,
     data: str | None,
+    first_stage: FirstStage | None,
     checkpoint: Checkpoint,
 ) -> None:
     _check_state(checkpoint)
     _check_own(config, data, checkpoint)
     try:
         players.check_held(checkpoint.meta.get("held", {}))
+        if first_stage is not None:
+            check_first_stage(first_stage, checkpoint.meta.get("first_stage"))
     except UserError as e:
         raise UserError(f"{checkpoint.path} cannot be resumed from: {e}") from None
     players.load(checkpoint)

@@ -12,7 +12,8 @@ from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import SharedError
-from dtrain.first_stage.build import build as build_first_stage
+from dtrain.first_stage.build import statement
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import Outcome, RunDirectory
@@ -28,6 +29,7 @@ from dtrain.training.record.throughput import Meter
 from dtrain.training.reduction import StepReduction
 from dtrain.training.safety.bad_steps import BadSteps
 from dtrain.training.safety.data_health import DataHealth
+from dtrain.training.safety.latents import about_first, not_finite
 from dtrain.training.safety.stopping import StopRequest
 from dtrain.training.safety.watchdog import Watchdog
 from dtrain.training.saving import Saving
@@ -44,6 +46,7 @@ class Steps:
     config: Config
     run: RunDirectory
     manifest: Manifest
+    first_stage: FirstStage
     players: Players
     objective: Objective
     position: Position
@@ -57,10 +60,11 @@ class Steps:
     def __post_init__(self):
         config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
         self._is_rank_0 = rank == 0
-        parts = build_first_stage(config), build_conditions(config)
-        self._one = Step(*parts, self.objective, self.players, config.model.draws())
+        conditions = build_conditions(config)
+        self._one = Step(self.first_stage, conditions, self.objective, self.players, config.model.draws())
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
-        self._saving = Saving(self.run, config, self.manifest.hash, self.position, self.tracker, self._progress)
+        made = self.manifest.hash, statement(self.first_stage)
+        self._saving = Saving(self.run, config, *made, self.position, self.tracker, self._progress)
         self._reduction = StepReduction(rank, world_size, config.data.batch_size, named_sums(self.objective))
         self._meter = Meter(config, world_size, distributed.device())
         self._health = DataHealth(
@@ -188,10 +192,17 @@ class Steps:
         )
         if taken:
             seen.observe(distributed.world_size())
+        elif self.feed.error is None and (
+            error := not_finite(self.first_stage, batch, self.players.micro_batch, bad_steps.names)
+        ):
+            self.feed.fail(error)
         self.position = Position(position.step + taken, images[-1][1])
         if taken and position.step == 0 and self.objective.process.snr_ends is not None:
             most, least = self.objective.process.snr_ends  # not said before: a mistake is one line
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
+        if taken and position.step == 0 and self.config.first_stage.kind == "kl":
+            for line in about_first(self.first_stage, self.config, batch, self.players.micro_batch):
+                self._progress.say(line)
         return seen, norms, taken
 
     def _learning_rate(self, turn: str, at: Position) -> float:
@@ -254,9 +265,8 @@ class Steps:
         """
         with self.watchdog.during("start"), self.goodput.during("evaluation_s"):
             if self._evaluation is None:
-                self._evaluation = evaluation_of(
-                    self.run, self.config, self.objective, self.tracker, self._progress, self._stop_wanted
-                )
+                of_run = self.run, self.config, self.first_stage, self.objective, self.tracker
+                self._evaluation = evaluation_of(*of_run, self._progress, self._stop_wanted)
             self._stopping = not self._evaluation.open(self.position) or self._stopping
         self._meter.restart()
 
@@ -299,6 +309,7 @@ class Steps:
                 self.bad_steps,
                 anew=True,
                 data=self.manifest.hash,
+                first_stage=self.first_stage,
             )
             self._saving.went_back(self.position)
             self._reduced = self.position

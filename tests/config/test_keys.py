@@ -21,7 +21,12 @@ def test_every_key_that_the_schema_has_says_in_one_line_what_it_does():
         assert len(f"    {key.about}".splitlines()) == 1
         assert len(key.about) <= 116, key.name
     schema = Config.model_json_schema()  # pydantic's own walk through the sections
-    chosen = {name: section for name, section in schema["properties"].items() if "properties" in section}
+    chosen = {
+        f"{name} {number}": section
+        for name, field in schema["properties"].items()
+        for number, section in enumerate(field.get("anyOf", [field]))
+        if "properties" in section
+    }
     listed = [(name, key) for name, section in (schema["$defs"] | chosen).items() for key in section["properties"]]
     assert len(described) == len(listed)
     assert sorted(key.name.rpartition(".")[2] for key in described) == sorted(key for _, key in listed)

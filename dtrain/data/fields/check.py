@@ -21,7 +21,7 @@ def check_fields(config: Config, manifest: Manifest) -> None:
     """Raises UserError where a data set, or one that is mixed into it, lacks a field that the run reads."""
     wanted = declared(config).fields
     for one in (manifest, *manifest.mixed):
-        if not set(IMAGE_FIELDS) & set(one.fields):
+        if not set(IMAGE_FIELDS) & set(one.fields) and not config.first_stage.reads_cache:
             fields, hint = ", ".join(one.fields), _hint(one.fields, IMAGE_FIELDS)
             raise UserError(f"{one.path} has fields {fields}, none of them jpg, jpeg, png or webp{hint}")
         if config.model.num_classes and LABEL_FIELD not in one.fields:

@@ -21,6 +21,7 @@ from dtrain.addresses import kept
 from dtrain.credentials import redacted
 from dtrain.data.shards import remote
 from dtrain.data.shards.lacking import lacking, of_labels
+from dtrain.data.shards.latents import Latents
 from dtrain.data.shards.manifest import (
     ABSENT,
     FORMAT,
@@ -48,6 +49,7 @@ def index_shards(
     progress: Callable[[int], None] | None = None,
     classes: list[str] | None = None,
     processes: int | None = None,
+    latents: Latents | None = None,
 ) -> Manifest:
     """Scan tar shards, paths or URLs, and write their manifest to `destination`, its side file beside it.
 
@@ -100,9 +102,10 @@ def index_shards(
         ],
         classes=classes,
         members=SideFile(file=side.name, sha256=digest.hexdigest()),
+        latents=latents,
     )
     with replacing(destination) as file:
-        file.write(json.dumps(document.model_dump(), indent=1).encode() + b"\n")
+        file.write(document.as_json())
     shutil.rmtree(partial_folder, ignore_errors=True)
     made = load(destination)
     return replace(made, remarks=_remarks(made, root, places, heads))

@@ -3,7 +3,8 @@
     {"format": 1, "fields": ["cls", "jpg"],
      "shards": [{"name": "train-000000.tar", "samples": 2000, "bytes": 5140480, "sha256": "…"}, …],
      "classes": ["airplane", …] or null,
-     "members": {"file": "manifest.members", "sha256": "…"}}
+     "members": {"file": "manifest.members", "sha256": "…"},
+     "latents": {…}}  of a latent cache alone (`latents.py`)
 
 The side file is a (samples, fields) table in the manifest's order of one 16-byte little-endian record a member: offset
 uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
@@ -23,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dtrain import files
 from dtrain.config import Data
 from dtrain.data.shards.cache import default_directory
+from dtrain.data.shards.latents import Latents
 from dtrain.data.shards.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
 
@@ -79,6 +81,13 @@ class Document(_Record):
     shards: Annotated[list[Shard], Field(min_length=1)]
     classes: list[str] | None
     members: SideFile
+    latents: Latents | None = None
+
+    def as_json(self) -> bytes:
+        tree = self.model_dump()
+        if self.latents is None:
+            del tree["latents"]
+        return json.dumps(tree, indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +101,7 @@ class Manifest:
     side: Path  # the file that `members` maps
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
+    latents: Latents | None = None  # what a latent cache was made of
     remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
     @property
@@ -121,7 +131,8 @@ class Manifest:
     def hash(self) -> str:
         """Identifies the data: what the shards hold and in which order, not their names nor where they lie."""
         shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
-        content = json.dumps([self.fields, self.classes, shards], separators=(",", ":"))
+        cache = [] if self.latents is None else [self.latents.model_dump()]
+        content = json.dumps([self.fields, self.classes, shards, *cache], separators=(",", ":"))
         own = hashlib.sha256(content.encode()).hexdigest()
         if not self.mixed:
             return own
@@ -177,7 +188,7 @@ def load(path: str | Path) -> Manifest:
         raise UserError(f"{path} is not a manifest ({where}: {e.errors()[0]['msg']}); {again}") from None
 
     side = path.parent / document.members.file
-    manifest = Manifest(path, document.fields, document.shards, document.classes, side)
+    manifest = Manifest(path, document.fields, document.shards, document.classes, side, latents=document.latents)
     try:
         with open(side, "rb", opener=files.opener) as file:
             size = os.fstat(file.fileno()).st_size
@@ -242,7 +253,8 @@ def glance(path: str | Path) -> Manifest | None:
         document = Document.model_validate_json(files.read_bytes(path, LARGEST))
     except (OSError, ValueError):
         return None
-    return Manifest(path, document.fields, document.shards, document.classes, path.parent / document.members.file)
+    side = path.parent / document.members.file
+    return Manifest(path, document.fields, document.shards, document.classes, side, latents=document.latents)
 
 
 def class_names(path: Path) -> list[str] | None:

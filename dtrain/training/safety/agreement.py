@@ -16,10 +16,11 @@ from dtrain import distributed, plugins
 from dtrain.config import Config
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import SharedError
+from dtrain.first_stage.requirements import encoder_of, normalisation
 
 # Where the same thing may lie elsewhere on another node. What lies there is compared by its content.
 PLACES = ("data.shards", "data.manifest", "data.mix", "data.holdout", "data.holdout_shards", "data.cache_dir")
-PLACES += ("run.init_from", "eval.weights", "eval.reference")
+PLACES += ("run.init_from", "eval.weights", "eval.reference", "first_stage.source", "first_stage.statistics")
 _GLANCE = 1 << 20  # bytes at both ends of a file of weights that stand for it
 
 
@@ -49,6 +50,11 @@ def given(config: Config, manifest: Manifest) -> dict[str, str]:
         found[f"side file of the {name}"] = _side(one)
     if config.run.init_from:
         found["run.init_from"] = _weights(Path(config.run.init_from))
+    if config.first_stage.kind == "kl":
+        found |= {
+            f"{what} of first_stage.source": str(value)[:12] for what, value in encoder_of(config.first_stage).items()
+        }
+        found["scale of the latents"] = repr(normalisation(config, manifest))
     found |= {f"code of the plug-in {name}": digest[:12] for name, digest in plugins.digests().items()}
     return found | {"code of dtrain": code_digest()}
 

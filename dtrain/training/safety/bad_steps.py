@@ -46,7 +46,7 @@ class BadSteps:
         self, train: Train, batch_size: int, names: SampleNames, tracker: Tracker, turns: Sequence[str] = ("main",)
     ):
         self._train, self._batch_size = train, batch_size
-        self._names, self._tracker, self._first = names, tracker, turns[0]
+        self.names, self._tracker, self._first = names, tracker, turns[0]
         self._norms: dict[str, deque[float]] = {turn: deque(maxlen=WINDOW) for turn in turns}
         self._pending: list[Refused] = []  # that not all ranks have reduced yet
         self.skipped = Skipped()
@@ -85,7 +85,7 @@ class BadSteps:
         why = spike if np.isfinite(norm) else "its loss or gradient is not finite"
         whose = "" if turn == self._first else f" in its turn {turn}"
         message = f"the step after {sums.position.step} was refused{whose}: {why}"
-        samples = self._names.by_shard(_k_in(images))
+        samples = self.names.by_shard(_k_in(images))
         context = {"kind": "bad_step", "message": message, "refused": images, "samples": samples}
         self._tracker.write("fault", sums.position, {"grad_norm": norm}, context)
         return message
@@ -114,7 +114,7 @@ class BadSteps:
             raise SharedError(
                 f"{len(batches)} steps in a row after step {position.step} were refused, and the run has gone "
                 f"back {self.rollbacks} times already (train.rollbacks); look at the samples "
-                f"{', '.join(self._names.of(k[:NAMED]))}{more}, at optim.lr, or at train.spike_factor"
+                f"{', '.join(self.names.of(k[:NAMED]))}{more}, at optim.lr, or at train.spike_factor"
             )
         self.skipped = Skipped([*self.skipped.ranges, *ranges])
         self.rollbacks += 1
