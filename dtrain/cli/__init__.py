@@ -20,7 +20,7 @@ from dtrain.training.record.output import clean_tracebacks, forgive_output, say_
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
 # What a launcher may start on all ranks.
-DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "invert", "doctor")
+DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "invert", "doctor", "encode")
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 app = typer.Typer(
@@ -29,11 +29,13 @@ app = typer.Typer(
     help="Train diffusion models at cluster scale and review their FID curves.",
 )
 
-# Command → the example that ends its help. All of them run as they stand after `make demo`, in this order.
+# Command → the example that ends its help. All of them run as they stand after `make demo`, in this order; encode needs
+# the folder of an autoencoder.
 EXAMPLES = {
     init.init: "dtrain init sklearn:digits > digits.yaml",
     running.train: "dtrain train configs/digits-dit.yaml --check",
     data.pack: "dtrain pack sklearn:digits data/digits --holdout 360",
+    data.encode: "dtrain encode data/digits/train data/digits-latents --first-stage vae --size 8 --mirrors",
     data.index: "dtrain index data/digits/train",
     data.verify: "dtrain verify data/digits/train",
     evaluation.evaluate: "dtrain evaluate digits --n 1000 --steps 20",

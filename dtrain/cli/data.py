@@ -48,6 +48,41 @@ def pack(
     say(packed.report)
 
 
+def encode(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="a folder; with --statistics-only a .json file")],
+    first_stage: Annotated[
+        str, typer.Option(metavar="SOURCE", help="the folder of a diffusers AutoencoderKL or AutoencoderTiny")
+    ],
+    size: Annotated[int, typer.Option(min=1, help="data.image_size of the trainings to come")] = 256,
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="of the mirrored pictures too, for data.flip")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or float16, half as large")] = "float32",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16, as first_stage.precision")] = "fp32",
+    block: Annotated[int, typer.Option(min=1, help="pictures encoded together, as first_stage.block")] = 1,
+    statistics_only: Annotated[
+        bool, typer.Option("--statistics-only", help="for first_stage.statistics, without a cache")
+    ] = False,
+) -> None:
+    """Make a latent cache: shards of what an autoencoder says of each picture, for first_stage.cached.
+
+    Alone, or on every rank a launcher started. Labels and other files of the samples are copied.
+    """
+    from dtrain import distributed
+
+    ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
+    distributed.prepare()
+    distributed.initialize()
+    from dtrain.first_stage.encoding import Request
+    from dtrain.first_stage.encoding import encode as run
+
+    request = Request(first_stage, size, mirrors, dtype, precision, block)
+    with progress("encoding") as on_picture:
+        done = run(shards, destination, request, statistics_only, on_picture)
+    if distributed.rank() == 0:
+        say(printable(done))
+    distributed.finalize()
+
+
 def index(
     shards: Annotated[
         list[str],
