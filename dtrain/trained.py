@@ -26,7 +26,7 @@ from dtrain.evaluation.invert import (
     settings_of_inversion,
     without_class,
 )
-from dtrain.evaluation.requirements import check_guidance
+from dtrain.evaluation.requirements import check_generates, check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, together
 from dtrain.files import read_json
 from dtrain.first_stage.build import of_checkpoint
@@ -127,6 +127,7 @@ class Trained:
         return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())
 
     def _generator(self, config: Config) -> Generator:
+        check_generates(config, self.config.run.name)
         return Generator.of(self.model, self.process, config, self.device, self.first_stage)
 
     def _with_eval(self, chosen: dict, where: str) -> Config:

@@ -21,6 +21,7 @@ from dtrain.diffusion.flow import MODEL_TIME, RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
 from dtrain.models.dit import DiT
+from dtrain.models.kl_autoencoder import KLAutoencoder
 from dtrain.models.unet import UNet
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -195,6 +196,30 @@ DIT = [
     (r"\.mlp\.fc1", ".ff.net.0.proj"),
     (r"\.mlp\.fc2", ".ff.net.2"),
 ]
+
+
+# -- autoencoder ----------------------------------------------------------------------------------------------------
+
+
+def autoencoder_config(model: KLAutoencoder, image_size: int) -> dict[str, Any]:
+    """config.json of an AutoencoderKL, whose parameters have our names. Its latents are as they come, unscaled."""
+    levels = len(model.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS,
+        "in_channels": model.channels,
+        "out_channels": model.channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": model.widths,
+        "layers_per_block": model.res_blocks,
+        "latent_channels": model.latent_channels,
+        "norm_num_groups": model.groups,
+        "mid_block_add_attention": model.attention,
+        "sample_size": image_size,
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
 
 
 # -- UNet -----------------------------------------------------------------------------------------------------------

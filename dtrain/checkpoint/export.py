@@ -78,7 +78,8 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
     published: model.safetensors alone, for the papers' programs: of a flow with diffusion.time_scale 1 it counts time
     as SiT's files do.
     diffusers: a pipeline's folder for `DiffusionPipeline.from_pretrained`, with a pipeline.py where diffusers has none.
-    Both with a README.md that draws a picture. Raises UserError, also where `out` holds files already.
+    An autoencoder is a folder of diffusers' AutoencoderKL, which first_stage.source takes.
+    All with a README.md that draws a picture. Raises UserError, also where `out` holds files already.
     """
     from dtrain.models.build import allocate
 
@@ -86,7 +87,11 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
         raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
-    config = run.config()
+    config, write = run.config(), WRITERS[format]
+    if config.model.name == "kl_autoencoder":
+        if format != "diffusers":
+            raise UserError(f"--format {format} is for what draws; an autoencoder is exported with --format diffusers")
+        write = _write_autoencoder
     key = weights_key(ema, config.ema, config.run.name)
     checkpoint = open_checkpoint(run, step)
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
@@ -96,7 +101,7 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already; name a new folder, or an empty one")
         module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
-        left_out = WRITERS[format](module, config, source | {"weights": key}, out)
+        left_out = write(module, config, source | {"weights": key}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
     parameters = sum(p.numel() for p in module.parameters())
@@ -151,6 +156,17 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
     _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
     _save_json(exported.index, out / "model_index.json")  # last: without it the folder is no pipeline yet
     return exported.left_out
+
+
+def _write_autoencoder(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+    from dtrain.checkpoint.diffusers import autoencoder_config
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(readme.of_autoencoder(config, source), encoding="utf-8")
+    _save_json(autoencoder_config(module, config.data.image_size), out / "config.json")
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    _save_weights(weights, source, out / "diffusion_pytorch_model.safetensors")
+    return []
 
 
 WRITERS = {"safetensors": _write_safetensors, "published": _write_published, "diffusers": _write_diffusers}

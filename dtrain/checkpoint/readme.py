@@ -58,6 +58,22 @@ def of_published(config: Config, source: dict[str, Any], class_names: list[str] 
     return "\n".join([head, turned + _block("Names and shapes are those of the published programs:", code)]) + "\n"
 
 
+def of_autoencoder(config: Config, source: dict[str, Any]) -> str:
+    """Lines that need torch and diffusers, and not dtrain."""
+    side, channels = config.data.image_size, config.data.channels
+    code = ["import numpy as np", "import torch", "from diffusers import AutoencoderKL", "from PIL import Image", ""]
+    code += ['vae = AutoencoderKL.from_pretrained(".")']
+    code += [f"latent = torch.randn(1, {config.model.latent_channels}, {side // config.model.downscale}, "
+             f"{side // config.model.downscale}, generator=torch.Generator().manual_seed(0))"]  # fmt: skip
+    code += ["with torch.no_grad():", "    picture = vae.decode(latent).sample[0]  # in [-1, 1]"]
+    code += ["levels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()"]
+    code += ['Image.fromarray(np.squeeze(levels)).save("picture.png")']
+    weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
+    head = [f"# {source['run']}", "", f"An autoencoder of {side}×{side} pictures with {channels} channels."]
+    head += [f"{weights} of step {source['step']:,} ({source['images']:,} images seen), trained with dtrain.", ""]
+    return "\n".join([*head, _block("In this folder, with diffusers:", code)]) + "\n"
+
+
 def _shown_side(image_size: int) -> int:
     return max(64, image_size)
 

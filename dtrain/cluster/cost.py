@@ -9,7 +9,6 @@ precision, and on CPUs); and autocast casts what its device's rules say.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrain.conditions.build import typical_inputs
+from dtrain.conditions.build import typical_forward
 from dtrain.config import Config
 from dtrain.models.build import allocate
 
@@ -87,9 +86,8 @@ def _model(config: Config, rows: int, dtype: torch.dtype) -> tuple[torch.nn.Modu
     """(the backbone, a forward pass of so many rows of zeros)."""
     with torch.device("meta"):
         model = allocate(config).to(dtype)
-        x, t, condition = typical_inputs(config, rows)
-        drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in config.model.draws()}
-    return model, partial(model, x, t, **condition, **drawn)
+        forward = typical_forward(model, config, rows)
+    return model, forward
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,9 +1,10 @@
 """The conditions a configuration asks for, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.batch import Batch, Condition
 from dtrain.conditions.classes import Classes
@@ -50,7 +51,13 @@ def build(config: Config) -> Conditions:
     return Conditions([*parts, *(section.build(config) for section in config.conditions.values())])
 
 
-def typical_inputs(config: Config, rows: int) -> tuple[Tensor, Tensor, Condition]:
-    """(x_t, time, condition) of the shapes that the backbone gets, on the default device: to count what it costs."""
-    labels = torch.zeros(rows, dtype=torch.long)
-    return torch.zeros(rows, *config.shape), torch.zeros(rows), build(config).of_ids(list(range(rows)), labels)
+def typical_forward(model: nn.Module, config: Config, rows: int, training: bool = True) -> Callable[[], Tensor]:
+    """A forward pass of the backbone on zeros of the shapes that it gets, on the default device: to count its cost."""
+    x = torch.zeros(rows, *config.shape)
+    if config.model.name == "kl_autoencoder":
+        noise = torch.zeros(rows, model.latent_channels, *(side // model.downscale for side in x.shape[2:]))
+        return lambda: model(x, noise).pixels
+    condition = build(config).of_ids(list(range(rows)), torch.zeros(rows, dtype=torch.long))
+    draws = config.model.draws() if training else {}
+    drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in draws}
+    return partial(model, x, torch.zeros(rows), **condition, **drawn)

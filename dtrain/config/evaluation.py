@@ -14,7 +14,7 @@ PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd"]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
-HIGHER_IS_BETTER = {"precision", "recall", "is"}
+HIGHER_IS_BETTER = {"precision", "recall", "is", "rprecision", "rrecall", "ris", "psnr", "ssim"}
 
 
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).

@@ -1,4 +1,4 @@
-"""The `model` section: a DiT or a UNet. A string below a key says what the key does; `dtrain config` prints it."""
+"""The `model` section: a DiT, a UNet or an autoencoder. `dtrain config` prints the string below a key."""
 
 from typing import Annotated, Literal
 
@@ -118,3 +118,40 @@ class UNet(IdentitySection):
     def draws(self) -> dict[str, Draw]:
         """Argument of the network in training → the random number of each row that it is."""
         return {"keys": Draw("dropout", Purpose.DROPOUT, "word")} if self.dropout else {}
+
+
+class KLAutoencoder(IdentitySection):
+    name: Literal["kl_autoencoder"]
+    """pictures to latents and back (Rombach et al. 2022), trained by objective.kind autoencoding"""
+    width: Positive
+    """channels at full resolution; a multiple of 4"""
+    multipliers: list[Positive] = Field([1, 2], min_length=1)
+    """channels of each level, in widths; each level after the first halves the side"""
+    res_blocks: Positive = 1
+    """residual blocks of each level of the encoder; the decoder has one more"""
+    attention: bool = False
+    """self-attention at the lowest resolution, as published ones have"""
+    latent_channels: Positive = 4
+    """channels of a latent"""
+    num_classes: Literal[0] = 0
+    """an autoencoder is told no class"""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for its group norms")
+        return self
+
+    @property
+    def downscale(self) -> int:
+        """f: pixels of a side that become one of a latent."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    def architecture(self, image_size: int) -> dict[str, object]:
+        """Key → value of what decides which parameters there are, and their shapes."""
+        keys = ("width", "multipliers", "res_blocks", "attention", "latent_channels")
+        return {f"model.{key}": getattr(self, key) for key in keys}
+
+    def draws(self) -> dict[str, Draw]:
+        """Argument of the network in training → the random number of each row that it is."""
+        return {}

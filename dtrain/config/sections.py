@@ -5,7 +5,7 @@ A string below a key says what the key does: `dtrain config` reads it from there
 """
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from dtrain.credentials import value_without_credentials
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 # A file, a folder or a URL. `~` is the home of whoever starts: no shell expands it in a file, or after `key=`. The
 # login and the query of a URL go to whoever opens it (`dtrain.addresses`); a config does without.
@@ -68,6 +69,8 @@ class PartSection(IdentitySection):
 
     A plug-in's has `build(config)` too, which gives the part itself.
     """
+
+    diffuses: ClassVar[bool] = True  # of an objective: whether it draws a time and noise for each row
 
     def fields(self, config: Any) -> list[Any]:
         """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""

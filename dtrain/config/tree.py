@@ -6,11 +6,12 @@ import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from dtrain import plugins
+from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.chosen import Chosen
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.evaluation import SAMPLERS, Eval
-from dtrain.config.models import DiT, UNet
+from dtrain.config.models import DiT, KLAutoencoder, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import Section
@@ -33,13 +34,15 @@ class Config(Section):
     """between pixels and what the network sees"""
     conditions: Annotated[dict[str, Section], Chosen("condition", {}, by_name=True)] = Field({})
     """what the network is told beside the class: name → section, of plug-ins"""
-    model: Annotated[DiT | UNet, Field(discriminator="name")]
+    model: Annotated[DiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
         Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
-    objective: Annotated[Section, Chosen("objective", {"denoising": Denoising})] = Denoising()
+    objective: Annotated[Section, Chosen("objective", {"denoising": Denoising, "autoencoding": Autoencoding})] = (
+        Denoising()
+    )
     """what training descends"""
     optim: Optim = Optim()
     """AdamW"""
@@ -84,6 +87,13 @@ class Config(Section):
         _, height, width = self.shape
         if height != width:
             raise ValueError(f"first_stage.kind {self.first_stage.kind} gives {height} × {width}; models take squares")
+        if (self.model.name == "kl_autoencoder") != (self.objective.kind == "autoencoding"):
+            raise ValueError(
+                f"model.name {self.model.name} cannot go with objective.kind {self.objective.kind}: autoencoding "
+                "trains a kl_autoencoder, and nothing else does"
+            )
+        if self.model.name == "kl_autoencoder":
+            self._autoencoder_fits()
         if self.model.name == "dit" and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
@@ -93,6 +103,17 @@ class Config(Section):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network sees and the samplers draw: pixels, or what the first stage makes of them."""
         return self.first_stage.latent_shape(self.data.channels, self.data.image_size)
+
+    def _autoencoder_fits(self) -> None:
+        if self.first_stage.kind != "pixels":
+            raise ValueError(f"an autoencoder is trained on pixels, and first_stage.kind is {self.first_stage.kind}")
+        if self.conditions:
+            raise ValueError("an autoencoder is told nothing; leave conditions out")
+        if self.data.image_size % self.model.downscale:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} does not halve {len(self.model.multipliers) - 1} times "
+                f"(model.multipliers); take a multiple of {self.model.downscale}"
+            )
 
     def _side(self) -> str:
         side, pixels = self.shape[1], self.data.image_size

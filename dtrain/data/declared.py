@@ -33,10 +33,10 @@ def declared(config: Config) -> Declared:
     """Raises UserError where two parts call what they ask for alike."""
     data, diffusion = config.data, config.diffusion
     fields: list[Field] = []
-    draws = [
-        Draw("time", Purpose.TIME, "stratified" if diffusion.stratified else "uniform"),
-        Draw("noise", Purpose.NOISE, "normal", config.shape),
-    ]
+    draws: list[Draw] = []
+    if config.objective.diffuses:
+        draws.append(Draw("time", Purpose.TIME, "stratified" if diffusion.stratified else "uniform"))
+        draws.append(Draw("noise", Purpose.NOISE, "normal", config.shape))
     if config.model.num_classes:
         fields.append(Label("label", config.model.num_classes))
         draws.append(Draw("drop", Purpose.LABEL_DROP, "uniform"))

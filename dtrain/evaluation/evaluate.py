@@ -22,8 +22,9 @@ from dtrain.evaluation.likelihood import bits_per_dim
 from dtrain.evaluation.metrics import build as metrics
 from dtrain.evaluation.metrics.kept import KeptFeatures
 from dtrain.evaluation.metrics.moments import MomentStream
-from dtrain.evaluation.names import OF_THE_MODEL
+from dtrain.evaluation.names import OF_THE_MODEL, reconstructed
 from dtrain.evaluation.opened import weights_name
+from dtrain.evaluation.reconstructions import Quality, Reconstructions, mean_quality
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
 from dtrain.evaluation.scratch import Scratch
@@ -60,11 +61,13 @@ def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
 def evaluations_of_a_rank(config: Config) -> int:
     """How often this rank asks the network for the samples of an evaluation."""
     e, (_, mine) = config.eval, blocks_of_a_rank(config.eval)
+    if not config.objective.diffuses:
+        return len(mine)
     return len(mine) * network_evaluations(build_objective(config).process, e.sampler, e.steps, e.spacing)
 
 
 def evaluate(
-    generator: Generator,
+    generator: Generator | Reconstructions,
     config: Config,
     reference: Reference,
     on_progress: OnProgress = quiet,
@@ -80,7 +83,8 @@ def evaluate(
     moments = MomentStream(extractor.dimensions, generator.device)
     kept = KeptFeatures(extractor.dimensions, generator.device) if needs_features(e) else None
     starts, mine = blocks_of_a_rank(e)
-    a_block = network_evaluations(generator.process, e.sampler, e.steps, e.spacing)
+    a_block = generator.evaluations(e)
+    qualities: dict[int, Quality] = {}  # of this rank's blocks, where the images are reconstructions
 
     def draw() -> list[int]:
         bad: list[int] = []  # ids
@@ -103,6 +107,8 @@ def evaluate(
             moments.update(features)
             if kept is not None:
                 kept.update(number, features)
+            if generator.reconstructs:
+                qualities[number] = generator.quality(ids, images)
             on_progress((before + 1) * a_block, len(mine) * a_block)
         return bad
 
@@ -119,6 +125,8 @@ def evaluate(
             return metrics.compute(e, extractor, statistics, reference.statistics, *on_device, reference.comparable)
 
         found = distributed.on_rank_0(compute)
+        if generator.reconstructs:
+            found = {reconstructed(name): value for name, value in found.items()} | mean_quality(qualities)
     if "bpd" in e.metrics:
         found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress)
     context = {
@@ -151,7 +159,7 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
 
 
 def _images(
-    generator: Generator,
+    generator: Generator | Reconstructions,
     ids: list[int],
     labels: Callable[[list[int]], Tensor],
     how: Eval,

@@ -14,7 +14,7 @@ from dtrain.conditions.build import Conditions
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.diffusion.guidance import guided
-from dtrain.diffusion.samplers import sample
+from dtrain.diffusion.samplers import network_evaluations, sample
 from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
 from dtrain.first_stage.pixels import FirstStage, Pixels
@@ -55,6 +55,7 @@ class Generator:
     conditions: Conditions
     first_stage: FirstStage
     device: torch.device
+    reconstructs = False  # its images are new ones
 
     @classmethod
     def of(
@@ -67,6 +68,10 @@ class Generator:
     ) -> "Generator":
         assert config.first_stage.kind == "pixels" or not isinstance(first_stage, Pixels)
         return cls(model, process, config.shape, build_conditions(config), first_stage, device)
+
+    def evaluations(self, how: Eval) -> int:
+        """How often the network is asked for a block of images."""
+        return network_evaluations(self.process, how.sampler, how.steps, how.spacing)
 
     @torch.inference_mode()
     def draw(

@@ -20,6 +20,7 @@ from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
 from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, grid, quiet, which_not_finite
 from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.requirements import check_generates
 from dtrain.files import read_bytes, replacing
 from dtrain.run import RunDirectory
 
@@ -180,6 +181,7 @@ def invert_to_files(
 
     config: the run's with `settings_of_inversion`. label: of all pictures; None for no class. Raises UserError.
     """
+    check_generates(config, run.path)
     targets, how, n = places(out, pictures), config.eval, len(pictures)
     if label is None:
         labels = without_class(n, config.model.num_classes, config.diffusion.label_dropout)

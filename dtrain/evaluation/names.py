@@ -14,6 +14,7 @@ from dtrain.errors import UserError
 
 OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
 OF_STATISTICS = {"fd", "fd_infinity"}  # those that a file of another tool may stand behind
+OF_PAIRS = ("psnr", "ssim")  # of each reconstruction and its original
 BOUND_PARTS = ("bpd_prior", "bpd_chain", "bpd_decoder")
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
 
@@ -37,8 +38,15 @@ def metric_name(metric: str, features: str, suffix: str = "", comparable: bool =
     return f"{name}_{suffix}" if suffix else name
 
 
-def metric_names(e: Eval, features: str, comparable: bool) -> list[str]:
+def reconstructed(name: str) -> str:
+    """What a metric of features is called where the images are reconstructions of the held-out ones: `rfd_pixels`."""
+    return f"r{name}"
+
+
+def metric_names(e: Eval, features: str, comparable: bool, reconstructs: bool = False) -> list[str]:
     """The keys of all that an evaluation writes, each metric before what belongs to it."""
+    if reconstructs:
+        return [reconstructed(name) for name in metric_names(e, features, comparable)] + [*OF_PAIRS]
     found = []
     for metric in e.metrics:
         found.append(metric_name(metric, features, "", comparable))

@@ -1,6 +1,9 @@
 """A checkpoint's weights opened to draw from; `dtrain sample` needs no more, and none of the metrics."""
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,12 +11,18 @@ from dtrain import distributed
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config, Eval
-from dtrain.errors import UserError
+from dtrain.errors import UserError, from_where
 from dtrain.evaluation.generate import Generator
+from dtrain.first_stage.build import build as build_first_stage
 from dtrain.first_stage.build import of_checkpoint
-from dtrain.models.build import allocate
+from dtrain.first_stage.pixels import FirstStage
+from dtrain.models.build import allocate, build
+from dtrain.models.weight_file import Which
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
+
+if TYPE_CHECKING:
+    from dtrain.evaluation.reconstructions import Reconstructions
 
 
 def weights_name(e: Eval) -> str:
@@ -21,11 +30,22 @@ def weights_name(e: Eval) -> str:
     return "raw" if e.ema is None else f"ema_{e.ema}"
 
 
+def generator_of(
+    model: torch.nn.Module, process, config: Config, device: torch.device, first_stage: FirstStage
+) -> "Generator | Reconstructions":
+    """What an evaluation takes its images from. Raises UserError where held-out pictures cannot be read."""
+    if config.objective.diffuses:
+        return Generator.of(model, process, config, device, first_stage)
+    from dtrain.evaluation.reconstructions import Reconstructions
+
+    return Reconstructions.of(model, config, device)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint's weights, ready to be evaluated, and which they are."""
 
-    generator: Generator
+    generator: "Generator | Reconstructions"
     step: int
     images: int
     checkpoint: str  # its hash
@@ -34,6 +54,27 @@ class Opened:
 def newest_step(run: RunDirectory) -> int:
     """The step of the newest complete checkpoint. Collective: ranks that each list the folder may differ."""
     return distributed.on_rank_0(lambda: open_checkpoint(run).meta["step"])
+
+
+def open_published(config: Config, file: str, which: Which | None, device: torch.device) -> Opened:
+    """The weights of a file that somebody published, for the model of a config; no run is needed.
+
+    which: of a file that holds averaged and raw weights. A collective; raises UserError.
+    """
+    from dtrain.data.shards.manifest import load_all
+    from dtrain.models.published import load_published
+
+    def opened() -> Opened:
+        if not Path(file).is_file():
+            raise UserError(f"--init {file}: there is no such file{from_where(file)}")
+        model = load_published(build(config), file, which, config.diffusion.data_at_one).to(device)
+        latents = config.first_stage.kind == "kl" and config.first_stage.normalise == "dataset"
+        first_stage = build_first_stage(config, load_all(config.data) if latents else None, device)
+        generator = generator_of(model, build_objective(config).process, config, device, first_stage)
+        with open(file, "rb") as weights:
+            return Opened(generator, 0, 0, hashlib.file_digest(weights, "sha256").hexdigest())
+
+    return distributed.agree(opened)
 
 
 def open_generator(
@@ -50,7 +91,7 @@ def open_generator(
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
         model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
-        generator = Generator.of(model, build_objective(config).process, config, device, first_stage)
+        generator = generator_of(model, build_objective(config).process, config, device, first_stage)
         return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)

@@ -86,7 +86,8 @@ def about_names(config: Config) -> list[str]:
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
     of_statistics = e.reference and OF_STATISTICS & set(e.metrics)
     lines = [about_reference(features.name, e.reference, resize) if of_statistics else None]
-    lines.append(_unknown_best(config.train.keep_best, e, features.name, is_comparable(features.name, resize)))
+    comparable, reconstructs = is_comparable(features.name, resize), not config.objective.diffuses
+    lines.append(_unknown_best(config.train.keep_best, e, features.name, comparable, reconstructs))
     return [line for line in lines if line]
 
 
@@ -99,12 +100,22 @@ def check_best(config: Config) -> None:
     if features is None or (e.features == "auto" and features.name not in RESIZING):
         return
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
-    if wrong := _unknown_best(config.train.keep_best, e, features.name, is_comparable(features.name, resize)):
+    comparable, reconstructs = is_comparable(features.name, resize), not config.objective.diffuses
+    if wrong := _unknown_best(config.train.keep_best, e, features.name, comparable, reconstructs):
         raise UserError(wrong)
 
 
-def _unknown_best(wanted: str | None, e: Eval, features: str, comparable: bool) -> str | None:
-    given = metric_names(e, features, comparable)
+def check_generates(config: Config, run: str | Path) -> None:
+    """Raises UserError for a run that has nothing to draw."""
+    if not config.objective.diffuses:
+        raise UserError(
+            f"{run} is an autoencoder, whose latents have no prior to sample; `dtrain evaluate` measures what it gives "
+            "back, and a training takes it as first_stage.source"
+        )
+
+
+def _unknown_best(wanted: str | None, e: Eval, features: str, comparable: bool, reconstructs: bool) -> str | None:
+    given = metric_names(e, features, comparable, reconstructs)
     if wanted is None or wanted in (*given, "seconds"):
         return None
     distance = metric_name("fd", features, comparable=comparable)

@@ -17,6 +17,7 @@ from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Generator, OnProgress, grid, quiet
 from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.requirements import check_generates
 from dtrain.files import as_file_name, replacing
 from dtrain.interrupt import ctrl_c
 from dtrain.run import RunDirectory
@@ -89,6 +90,7 @@ def draw_to_file(
     classes, `arr_1`, grey images as RGB, for that evaluator reads no others. folder: a PNG an image, named by id and
     class, and labels.csv. Raises UserError where `out` cannot be written.
     """
+    check_generates(config, run.path)
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     if format == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -5,6 +5,7 @@ from torch import nn
 from dtrain import config as configuration
 from dtrain.config import Config
 from dtrain.models.dit import DiT
+from dtrain.models.kl_autoencoder import KLAutoencoder
 from dtrain.models.layers import initialize
 from dtrain.models.unet import UNet
 
@@ -19,8 +20,10 @@ def build(config: Config) -> nn.Module:
     return backbone
 
 
-def allocate(config: Config) -> DiT | UNet:
+def allocate(config: Config) -> DiT | UNet | KLAutoencoder:
     """The model of `build`, its weights not yet written: for those who write them otherwise."""
+    if config.model.name == "kl_autoencoder":
+        return _kl_autoencoder(config.model, config.data.channels)
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
     backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma)
     for name, section in config.conditions.items():
@@ -40,6 +43,11 @@ def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: boo
         frequency_shift=model.frequency_shift,
         **model.sizes,
     )
+
+
+def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAutoencoder:
+    widths = [model.width * multiplier for multiplier in model.multipliers]
+    return KLAutoencoder(channels, widths, model.res_blocks, model.latent_channels, model.attention)
 
 
 def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool) -> UNet:

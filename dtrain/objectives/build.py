@@ -3,6 +3,7 @@
 from dtrain.config import Config, Flow, Gaussian
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
+from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.objective import Objective
 
@@ -12,7 +13,12 @@ def build(config: Config) -> Objective:
 
     Raises UserError for a schedule that cannot be.
     """
-    return denoising(config.diffusion) if config.objective.kind == "denoising" else config.objective.build(config)
+    objective = config.objective
+    if objective.kind == "denoising":
+        return denoising(config.diffusion)
+    if objective.kind == "autoencoding":
+        return Autoencoding(objective.reconstruction, objective.kl_weight)
+    return objective.build(config)
 
 
 def denoising(config: Gaussian | Flow) -> Denoising:

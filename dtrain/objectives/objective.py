@@ -55,10 +55,10 @@ class Turn(NamedTuple):
 class Objective:
     """What objectives have in common: by default one optimizer moves the backbone. Draws no random number.
 
-    process: what samplers walk. turns: of a step, in this order, by name; the first is the one that train.loss is of,
-    and the network called "backbone" the one that samples are drawn with. networks: name → what allocates it, beside
-    the backbone; each has `initial_value(name, shape, seed)` as backbones have. parts: names of the further sums that
-    `losses` reports in every step.
+    process: what samplers walk; None of an objective that generates nothing. turns: of a step, in this order, by name;
+    the first is the one that train.loss is of, and the network called "backbone" the one that samples are drawn with.
+    networks: name → what allocates it, beside the backbone; each has `initial_value(name, shape, seed)` as backbones
+    have. parts: names of the further sums that `losses` reports in every step.
     """
 
     process: object
@@ -84,6 +84,11 @@ class Objective:
     def unweighted(self, losses: Tensor, place: Tensor) -> Tensor:
         """Losses (n,) of the first turn as they would be had their places (n,) been chosen uniformly."""
         return losses
+
+    @property
+    def snr_ends(self) -> tuple[float, float] | None:
+        """The signal-to-noise ratio at the process' first and last time, where it has such ends."""
+        return getattr(self.process, "snr_ends", None)
 
     # -- state: what is learned beside the networks --------------------------------------------------------------------
 

@@ -47,7 +47,8 @@ def metrics_of(line: Line) -> list[str]:
 
 def is_distance(metric: str) -> bool:
     """Whether it is a Fréchet distance: what runs are compared by."""
-    return metric in FRECHET.values() or (metric.startswith("fd_") and not metric.startswith("fd_infinity"))
+    name = metric.removeprefix("r")  # of reconstructions, where the run is of an autoencoder
+    return name in FRECHET.values() or (name.startswith("fd_") and not name.startswith("fd_infinity"))
 
 
 def curves(runs: list[Run]) -> dict[str, list[Curve]]:

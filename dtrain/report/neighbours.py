@@ -23,6 +23,7 @@ from dtrain.errors import BadSample
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
 from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.requirements import check_generates
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri
@@ -64,6 +65,7 @@ def nearest(
 
     Raises UserError where the run has no checkpoint, or its data are not where its config says.
     """
+    check_generates(config, run.path)
     device, data = distributed.device(), config.data
     manifest = manifests.load_all(data)
     manifests.check_all(manifest, data)

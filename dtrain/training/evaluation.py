@@ -12,7 +12,7 @@ from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
 from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress, grid
 from dtrain.evaluation.likelihood import losses_by_level
-from dtrain.evaluation.opened import weights_name
+from dtrain.evaluation.opened import generator_of, weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.files import replacing
 from dtrain.first_stage.pixels import FirstStage
@@ -132,9 +132,11 @@ class Evaluation:
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(lambda: allocate(config).to(device))
         model = players.gather("fp32" if weights == "raw" else weights, module)
-        generator = Generator.of(model, self._objective.process, config, device, self._first_stage)
+        generator = generator_of(model, self._objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
-        levels = losses_by_level(generator, self._objective, *self._reference.validation, config.eval.seed)
+        levels = {}
+        if not generator.reconstructs:
+            levels = losses_by_level(generator, self._objective, *self._reference.validation, config.eval.seed)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
         distributed.on_rank_0(self._conclude, generator, position, started, metrics, levels, context)
 
@@ -156,7 +158,8 @@ class Evaluation:
         seconds = time.perf_counter() - started
         faults.at("eval:journal")
         self._tracker.write("eval", position, metrics | {"seconds": seconds}, context)
-        self._tracker.write("validation", position, levels, {"ema": weights})
+        if levels:
+            self._tracker.write("validation", position, levels, {"ema": weights})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
 
@@ -170,7 +173,11 @@ def draw_grid(generator: Generator, config: Config, path: Path) -> None:
     ids = torch.arange(GRID_ROWS * columns)
     labels = ids % max(1, min(config.model.num_classes, columns))
     blocks = zip(ids.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
-    images = [generator.draw((GRID_IDS + some).tolist(), of_them, config.eval) for some, of_them in blocks]
-    picture = grid(torch.cat(images), columns, scale=max(1, 32 // config.data.image_size))
+    images = torch.cat([generator.draw((GRID_IDS + i).tolist(), of_them, config.eval) for i, of_them in blocks])
+    if generator.reconstructs:  # each row below the row of its originals
+        originals = generator.originals((GRID_IDS + ids).tolist())
+        rows = [each.unflatten(0, (-1, columns)) for each in (originals, images)]
+        images = torch.stack(rows, dim=1).flatten(0, 2)
+    picture = grid(images, columns, scale=max(1, 32 // config.data.image_size))
     with replacing(path) as f:
         picture.save(f, "png")

@@ -112,8 +112,8 @@ class Steps:
         about = {"data": self.manifest.hash, "batch_size": self.config.data.batch_size}
         about["datasets"] = trained_on(self.manifest, self.config.data)
         about |= {"world_size": distributed.world_size(), "zero_stage": self.config.deepspeed.zero_stage}
-        if self.objective.process.snr_ends is not None:
-            about["snr"] = self.objective.process.snr_ends
+        if self.objective.snr_ends is not None:
+            about["snr"] = self.objective.snr_ends
         about |= {"skipped": self.bad_steps.skipped.ranges} | more
         if scheduled := faults.scheduled():
             about["faults_on_purpose"] = scheduled
@@ -197,8 +197,8 @@ class Steps:
         ):
             self.feed.fail(error)
         self.position = Position(position.step + taken, images[-1][1])
-        if taken and position.step == 0 and self.objective.process.snr_ends is not None:
-            most, least = self.objective.process.snr_ends  # not said before: a mistake is one line
+        if taken and position.step == 0 and self.objective.snr_ends is not None:
+            most, least = self.objective.snr_ends  # not said before: a mistake is one line
             self._progress.say(f"signal-to-noise ratio: {most:.5g} at the first timestep, {least:.5g} at the last")
         if taken and position.step == 0 and self.config.first_stage.kind == "kl":
             for line in about_first(self.first_stage, self.config, batch, self.players.micro_batch):

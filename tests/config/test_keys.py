@@ -64,6 +64,7 @@ def test_keys_are_found_by_section_by_whole_name_and_by_last_name():
     assert [(k.name, k.of) for k in find("num_classes")] == [
         ("model.num_classes", "dit"),
         ("model.num_classes", "unet"),
+        ("model.num_classes", "kl_autoencoder"),
     ]
     assert str(find("data.crop")[0]) == (
         "data.crop: centre | random, default centre\n    random: scaled by up to 5/4 and cut anywhere, as ADM does"

@@ -6,7 +6,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrain.conditions.build import typical_inputs
+from dtrain.conditions.build import typical_forward
 from dtrain.config import Config
 from dtrain.models.build import allocate
 from dtrain.training.record.levels import mean_by_level
@@ -73,9 +73,9 @@ def training_flops(config: Config) -> int:
     """Floating-point operations (a multiply-add is two) of one image's forward and backward pass, on no device."""
     with torch.device("meta"):
         model = allocate(config)
-        x, t, condition = typical_inputs(config, 1)
+        forward = typical_forward(model.eval(), config, 1, training=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x, t, **condition)
+        forward()
     return (1 + BACKWARD) * counter.get_total_flops()
 
 
