@@ -62,57 +62,68 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
     bootstrap: Bootstrap = None,
     bpd_clip: BpdClip = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="FILE", help="weights that somebody published; RUN is then a config file")
+    ] = None,
+    init_weights: Annotated[str | None, typer.Option(help="ema or model, of a file that holds both")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
 ) -> None:
     """Draw samples from a run's checkpoint and compare them with its held-out split.
 
     Killed and started again with the same settings it goes on where it was. The result is kept beside the run's
-    journal and sent to MLflow, also while the run trains.
+    journal and sent to MLflow, also while the run trains. With --init there is no run: the result is printed alone.
     """
     from dtrain import distributed
+    from dtrain.config import load
     from dtrain.position import Position
     from dtrain.run import RunDirectory
 
-    directory = RunDirectory.find(run)
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
-    own = directory.config()
-    settings = with_eval(own, chosen, raw)
+    directory = None if init else RunDirectory.find(run)
+    own = load(run) if init else directory.config()
+    settings = with_eval(own, chosen, raw or init is not None)
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.evaluate import differences, scratch_of
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
-    from dtrain.evaluation.opened import open_generator, weights_name
+    from dtrain.evaluation.opened import open_generator, open_published, weights_name
     from dtrain.evaluation.reference import Reference
     from dtrain.tracking.best import training_evaluations
     from dtrain.tracking.tracker import record_evaluation
 
     device = distributed.device()
-    opened = open_generator(directory, settings, weights_name(settings.eval), device, step)
+    if init:
+        opened = open_published(settings, init, init_weights, device)
+    else:
+        opened = open_generator(directory, settings, weights_name(settings.eval), device, step)
     with progress("reading the reference") as on_block:
         compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
     say_on_rank_0(compared.about)
-    scratch = scratch_of(directory, settings.eval, opened.checkpoint, compared)
-    ctrl_c.kept(
-        lambda: f"{scratch.count():,} of {settings.eval.num_samples:,} samples are kept; go on with: {this_command()}"
-    )
+    scratch = None if init else scratch_of(directory, settings.eval, opened.checkpoint, compared)
+    if scratch is not None:
+        of = f"of {settings.eval.num_samples:,} samples"
+        ctrl_c.kept(lambda: f"{scratch.count():,} {of} are kept; go on with: {this_command()}")
     with progress("sampling, evaluations of the network") as on_progress:
         found, context = run_evaluation(opened.generator, settings, compared, on_progress, scratch)
 
     def conclude() -> None:
-        changed = differences(training_evaluations(directory.journal_file), own.eval, settings.eval, context)
-        how = context | ({"differs": changed} if changed else {})
-        unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
-        scratch.remove()
+        how, unsent = context, None
+        which, about = printable(init), {"weights": opened.checkpoint}  # by their sha256
+        if directory is not None:
+            changed = differences(training_evaluations(directory.journal_file), own.eval, settings.eval, context)
+            how = context | ({"differs": changed} if changed else {})
+            unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
+            scratch.remove()
+            which, about = f"{directory.path} step {opened.step}", {"step": opened.step, "images": opened.images}
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
-        say(f"{directory.path} step {opened.step}: {shown}  ({how['n']} samples of {how['ema']})")
+        say(f"{which}: {shown}  ({how['n']} samples{'' if init else ' of ' + how['ema']})")
         if unsent:
             say(unsent)
         if as_json:
-            about = {"step": opened.step, "images": opened.images}
             print(json.dumps(about | {"metrics": found, "context": how}))
 
     distributed.on_rank_0(conclude)

@@ -14,8 +14,11 @@ from dtrain.first_stage.pixels import FirstStage, Pixels
 DECODE_BATCH = 8  # latents that are decoded together, unless eval.decode_batch says otherwise
 
 
-def build(config: Config, manifest: Manifest, device: torch.device) -> FirstStage:
-    """Of a training on this data: pixels, an autoencoder, or what a plug-in's section builds. Raises UserError."""
+def build(config: Config, manifest: Manifest | None, device: torch.device) -> FirstStage:
+    """Of a training on this data: pixels, an autoencoder, or what a plug-in's section builds. Raises UserError.
+
+    manifest: of what is trained on; None where the latents' scale does not follow from it.
+    """
     own = requirements.normalisation(config, manifest) if config.first_stage.kind == "kl" else None
     return _built(config, own, device)
 

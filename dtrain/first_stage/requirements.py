@@ -101,7 +101,7 @@ def _check_made(config: Config, made: Latents, own: dict[str, Any], path: Path) 
         )
 
 
-def normalisation(config: Config, manifest: Manifest) -> Normalisation:
+def normalisation(config: Config, manifest: Manifest | None) -> Normalisation:
     """Of the config's kl first stage, by what the folder, the cache or the file of statistics says.
 
     Of several caches, as they are mixed. Raises UserError where it is not known.
