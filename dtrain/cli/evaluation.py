@@ -211,19 +211,22 @@ def reference(
     image_size: Annotated[int | None, typer.Option(min=1, help="default: that of the first image")] = None,
     out: Annotated[Path | None, typer.Option(help="the .npz to write; default: beside the shards")] = None,
     exif: Annotated[str, typer.Option(help="apply or ignore, as data.exif of the runs to compare")] = "apply",
+    scaling: Annotated[str, typer.Option(help="bicubic or adm, as data.scaling of the runs to compare")] = "bicubic",
 ) -> None:
     """Compute once what evaluations compare with, and keep it beside the shards, where they look for it."""
     from dtrain import distributed
 
     if exif not in ("apply", "ignore"):
         raise UserError(f"--exif {exif} is neither apply nor ignore")
+    if scaling not in ("bicubic", "adm"):
+        raise UserError(f"--scaling {scaling} is neither bicubic nor adm")
     ctrl_c.at_once("nothing of the reference is kept: it is written when it is whole")
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation.reference import make
 
     with progress("reading") as on_block:
-        done = make(shards, features, weights, image_size, out, on_block, exif == "apply", resize)
+        done = make(shards, features, weights, image_size, out, on_block, exif == "apply", resize, scaling)
     if distributed.rank() == 0:
         say(done)
     distributed.finalize()

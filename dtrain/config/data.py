@@ -71,6 +71,8 @@ class Data(Section):
     """loader processes a rank"""
     crop: Literal["centre", "random"] = "centre"
     """random: scaled by up to 5/4 and cut anywhere, as ADM does"""
+    scaling: Literal["bicubic", "adm"] = "bicubic"
+    """bicubic: cut, then scaled in one antialiased step; adm: halved by averaging, then bicubic by Pillow, then cut"""
     flip: bool = False
     """mirror each image with probability 1/2"""
     exif: Literal["apply", "ignore"] = "apply"
@@ -88,7 +90,7 @@ class Data(Section):
 
     def identity_keys(self) -> list[str]:
         order = ["streams", "shuffle_window", "weight"]
-        return [*order, "image_size", "channels", "crop", "flip", "exif", "arrays", "fields"]
+        return [*order, "image_size", "channels", "crop", "scaling", "flip", "exif", "arrays", "fields"]
 
     @model_validator(mode="after")
     def _sources(self):

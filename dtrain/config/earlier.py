@@ -30,6 +30,7 @@ EARLIER: dict[str, Earlier] = {
     "data.arrays": Earlier({}),
     "data.fields": Earlier({}),
     "data.crop": Earlier("centre"),
+    "data.scaling": Earlier("adm"),
     "data.exif": Earlier("ignore"),
     "data.on_error": Earlier("raise"),
     "data.allow_pipe": Earlier(False),

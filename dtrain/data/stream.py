@@ -5,7 +5,6 @@ workers and ranks may come and go (design, decisions 1 and 2).
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from dtrain.config import Config
 from dtrain.data.declared import Declared, declared
 from dtrain.data.fields.check import check_fields
 from dtrain.data.fields.field import View
-from dtrain.data.fields.picture import centre_crop, random_crop
+from dtrain.data.fields.picture import Crop
 from dtrain.data.fields.samples import SampleReader, read_split
 from dtrain.data.order.mixture import of_run
 from dtrain.data.order.skipped import NOTHING
@@ -88,9 +87,9 @@ class StepDataset(Dataset):
         self.rank, self._world_size = rank, world_size
         self._first, self._batch_size = int(skipped.ordinal(images)), data.batch_size
         self._skipped = skipped
-        self._size, self._flip, self._crop = data.image_size, data.flip, data.crop
+        self._centre_crop, self._random = Crop(data.image_size, data.scaling), data.crop == "random"
+        self._flip = data.flip
         self._replace = data.on_error == "replace"
-        self._centre_crop = partial(centre_crop, size=self._size)
         self._replaced: list[Replaced] = []
         self._counts = np.zeros(3, dtype=np.int64)
 
@@ -142,10 +141,10 @@ class StepDataset(Dataset):
 
     def _view_of(self, k: int) -> View:
         mirrored = self._flip and self._draws.uniform(Purpose.FLIP, k) < 0.5
-        if self._crop == "centre":
+        if not self._random:
             return View(self._centre_crop, mirrored)
         draws = [self._draws.uniform(Purpose.CROP, k, sub) for sub in range(3)]
-        return View(partial(random_crop, size=self._size, draws=draws), mirrored)
+        return View(self._centre_crop._replace(draws=draws), mirrored)
 
 
 def stand_in(wanted: Declared, first: int, rows: int) -> Batch:

@@ -151,8 +151,10 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
         found["reference_resize"] = reference.resize
     if "bpd" in e.metrics:
         found |= {"validation_images": e.validation_images, "bpd_clip": e.bpd_clip}
-    if reference.upright:
+    if reference.changed.upright:
         found["exif"] = "apply"
+    if reference.changed.bicubic:
+        found["scaling"] = "bicubic"
     if needs_split(e) and reference.manifest.hash != reference.hash:
         found["holdout"] = reference.manifest.hash
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.config import Config, Data, Eval, Flow, Gaussian
-from dtrain.data.fields.picture import centre_crop, decode, normalize
+from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
@@ -85,11 +85,10 @@ def picture_files(places: Iterable[str | Path]) -> list[Path]:
 
 def read_pictures(files: list[Path], data: Data) -> Tensor:
     """uint8 (n, C, H, W), turned, scaled and cropped as held-out pictures of the run are. Raises UserError."""
-    images = []
+    images, crop = [], Crop(data.image_size, data.scaling)
     for path in files:
         try:
-            picture = decode(read_bytes(path, MOST_PICTURE_BYTES), data.channels, data.exif == "apply")
-            images.append(centre_crop(picture, data.image_size))
+            images.append(crop.of(read_bytes(path, MOST_PICTURE_BYTES), data.channels, data.upright))
         except OSError as e:
             raise UserError(f"cannot read the picture {path}: {e.strerror}") from None
         except BadSample as e:
@@ -103,7 +102,8 @@ def as_pictures(images: np.ndarray, data: Data) -> Tensor:
         got = f"{images.dtype} {list(images.shape)}"
         raise UserError(f"pictures in an array are uint8 (n, height, width, {data.channels}), not {got}")
     pictures = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return torch.stack([centre_crop(picture, data.image_size) for picture in pictures])
+    crop = Crop(data.image_size, data.scaling)
+    return torch.stack([crop(picture) for picture in pictures])
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """What samples are compared with: the features of a held-out split, computed by all ranks together or read from a file.
 
-`dtrain reference SHARDS` writes `reference-<features>-<size>px.npz` beside the shards, `…px-upright.npz` where pictures
-were turned by their EXIF data. It names the data, the extractor and the preprocessing it was made from; where one of
-them has changed it is stale and refused, never used or replaced.
+`dtrain reference SHARDS` writes a file beside the shards (`reference_origin.stored_path`). It names the data, the
+extractor and the preprocessing it was made from; where one of them has changed it is stale and refused, never used or
+replaced.
 What an evaluation computes is kept too, for the next one (`reference_store`).
 """
 
@@ -21,7 +21,6 @@ from dtrain import distributed
 from dtrain.config import Config, Data, Eval
 from dtrain.data.fields.picture import normalize
 from dtrain.data.fields.samples import read_labels, read_split
-from dtrain.data.fields.upright import any_turned
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import BlockCache, cache_of
 from dtrain.data.shards.manifest import Manifest
@@ -40,39 +39,11 @@ from dtrain.evaluation.names import (
     options_of,
     resize_of_reference,
 )
+from dtrain.evaluation.reference_origin import AS_IT_IS, Changed, Origin, preprocessing, stored_path
 from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
 
 READ_BLOCK = 512  # images of the split read and embedded at a time
-
-
-UPRIGHT = "turned upright, "  # before what else was done to pictures of which some have an EXIF orientation
-
-
-def preprocessing(image_size: int, channels: int, upright: bool = False) -> str:
-    """upright: some picture of the split was turned by its EXIF data; others are the same either way."""
-    return f"{UPRIGHT if upright else ''}centre crop to {image_size} pixels, {channels} channels"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What statistics were made from."""
-
-    manifest: str  # its path, to see whether it is still the same
-    data: str  # the manifest's hash
-    extractor: str  # its fingerprint
-    preprocessing: str  # what happened to the images before the extractor
-
-    @classmethod
-    def of(cls, manifest: Manifest, features: Extractor, image_size: int, channels: int, upright: bool) -> "Origin":
-        path = str(manifest.path.resolve())
-        return cls(path, manifest.hash, features.fingerprint, preprocessing(image_size, channels, upright))
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all but the path: data may be moved."""
-        content = json.dumps([self.data, self.extractor, self.preprocessing])
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +57,7 @@ class Reference:
     labels:     int64 (M,) of the split, None without `data.holdout`
     features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
-    upright:    whether a picture of the split was turned by its EXIF data; false where data.exif makes no difference
+    changed:    what data.exif and data.scaling made of the split
     resize:     how the images behind another tool's statistics were resized for Inception; None where all is our own
     about:      a line that says what a distance to these is called, and why; None where that is no question
     kept:       a line that says where what was computed is kept; None where nothing was
@@ -99,7 +70,7 @@ class Reference:
     labels: Tensor | None = None
     features: Tensor | None = None
     validation: tuple[Tensor, Tensor] | None = None
-    upright: bool = False
+    changed: Changed = AS_IT_IS
     resize: str | None = None
     about: str | None = None
     kept: str | None = None
@@ -123,31 +94,30 @@ class Reference:
         split = distributed.agree(split_of, config)
         distributed.agree(check_metrics, e, found, None if split is None else split.samples)
         held_out: dict[str, Any] = {}
-        cache, upright = None, False
+        cache, changed = None, AS_IT_IS
         if split is not None:
             distributed.on_rank_0(manifests.check_shards, split, split.place)
             cache = distributed.agree(cache_of, data, split.place)  # its folder may be refused on one machine alone
-            upright = data.upright and distributed.on_rank_0(any_turned, split, split.place, cache)
+            changed = distributed.on_rank_0(Changed.of, split, data.image_size, data.upright, data.scaling, cache)
             held_out["labels"] = distributed.agree(_labels, split, cache, config.model.num_classes)
             first = min(e.validation_images, split.samples)
-            images, labels = distributed.agree(
-                read_split, split, split.place, data.image_size, data.channels, 0, first, cache, data.upright
-            )
+            size, channels, how = data.image_size, data.channels, (data.upright, data.scaling)
+            images, labels = distributed.agree(read_split, split, split.place, size, channels, 0, first, cache, *how)
             held_out["validation"] = normalize(images), labels
-        stored = distributed.on_rank_0(_stored, data, e, found, split, upright)
+        stored = distributed.on_rank_0(_stored, data, e, found, split, changed)
         keep = needs_reference_features(e)
         if stored is None or keep:
-            computed, features, kept = _computed(data, found, split, upright, device, keep, cache, on_block)
+            computed, features, kept = _computed(data, found, split, changed, device, keep, cache, on_block)
             held_out |= {"features": features, "kept": kept}
         statistics, hash, resize, about = stored or (computed, split.hash, None, None)
-        return cls(found, split, statistics, hash, **held_out, upright=upright, resize=resize, about=about)
+        return cls(found, split, statistics, hash, **held_out, changed=changed, resize=resize, about=about)
 
 
 def _computed(
     data: Data,
     features: Extractor,
     split: Manifest,
-    upright: bool,
+    changed: Changed,
     device: torch.device,
     keep: bool,
     cache: BlockCache | None,
@@ -158,9 +128,9 @@ def _computed(
     Of this evaluation or an earlier one. A collective.
     """
     store = ReferenceStore(
-        Origin.of(split, features, data.image_size, data.channels, upright),
+        Origin.of(split, features, data.image_size, data.channels, changed),
         split.path.parent,
-        stored_path(split.path.parent, features, data.image_size, upright).stem,
+        stored_path(split.path.parent, features, data.image_size, changed).stem,
         split.samples,
         features.dimensions,
     )
@@ -168,25 +138,24 @@ def _computed(
     if found is not None:
         path, statistics = found
         return statistics, store.features(path) if keep and distributed.rank() == 0 else None, None
-    statistics, rows = compute(
-        split, features, data.image_size, data.channels, device, keep, on_block, cache, data.upright
-    )
+    size, channels, how = data.image_size, data.channels, (data.upright, data.scaling)
+    statistics, rows = compute(split, features, size, channels, device, keep, on_block, cache, *how)
     return statistics, rows, distributed.on_rank_0(store.keep, statistics, rows)
 
 
 def _stored(
-    data: Data, e: Eval, features: Extractor, split: Manifest | None, upright: bool
+    data: Data, e: Eval, features: Extractor, split: Manifest | None, changed: Changed
 ) -> tuple[Statistics, str, str | None, str | None] | None:
     """Statistics in a file, their hash, how their images were resized, and what to say of that."""
     size, channels = data.image_size, data.channels
     path, manifest = Path(e.reference or ""), None
     if not e.reference:
-        path, manifest = stored_path(split.path.parent, features, size, upright), split
+        path, manifest = stored_path(split.path.parent, features, size, changed), split
         if not path.exists():
             return None
     resize = resize_of_reference(e, features.name, path)
-    turned = None if manifest is None else upright
-    found = read_reference(path, features, size, channels, manifest, data.upright, turned)
+    known = None if manifest is None else changed
+    found = read_reference(path, features, size, channels, manifest, data.upright, data.scaling, known)
     about = about_reference(features.name, path, resize) if OF_STATISTICS & set(e.metrics) else None
     return *found, resize, about
 
@@ -203,13 +172,6 @@ def _labels(manifest: Manifest, cache: BlockCache | None, classes: int) -> Tenso
     return labels
 
 
-def stored_path(directory: Path, features: Extractor, image_size: int, upright: bool) -> Path:
-    """upright: some picture of the split was turned by its EXIF data. Runs that turn them and runs that do not share
-    a split, and each has a file of its own.
-    """
-    return directory / f"reference-{features.name}-{image_size}px{'-upright' if upright else ''}.npz"
-
-
 def read_reference(
     path: Path,
     features: Extractor,
@@ -217,13 +179,14 @@ def read_reference(
     channels: int,
     manifest: Manifest | None = None,
     upright: bool = True,
-    turned: bool | None = None,
+    scaling: str = "bicubic",
+    changed: Changed | None = None,
 ) -> tuple[Statistics, str]:
     """(statistics, hash) of a file of ours or another tool's (which can only be held to its dimensions).
 
-    `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. upright:
-    whether the run turns pictures by their EXIF data, which matters where the data have some. turned: whether it turns
-    any of `manifest`, where that is known already. Raises UserError for a stale or damaged file.
+    `manifest` is the data it must be of; by default the one that the file itself names, if that still exists. upright,
+    scaling: how the run turns and scales pictures, which matters where it makes a difference to the data. changed: what
+    it makes of `manifest`, where that is known already. Raises UserError for a stale or damaged file.
     """
     stored, named = read(path), manifest is None
     if stored.source:
@@ -234,16 +197,18 @@ def read_reference(
         if manifest is None and Path(origin.manifest).exists():
             manifest = manifests.load(origin.manifest)
         data = origin.data if manifest is None else manifest.hash
+        said = Changed.said(origin.preprocessing)
         if manifest is None:
-            turned = upright and origin.preprocessing.startswith(UPRIGHT)
-        elif turned is None:
-            turned = upright and any_turned(manifest, manifest.place)
-        now = Origin(origin.manifest, data, features.fingerprint, preprocessing(image_size, channels, turned))
+            changed = Changed(upright and said.upright, scaling == "bicubic" and said.bicubic)
+        elif changed is None:
+            changed = Changed.of(manifest, image_size, upright, scaling, None)
+        now = Origin(origin.manifest, data, features.fingerprint, preprocessing(image_size, channels, changed))
         for part in ("data", "extractor", "preprocessing"):
             was, is_now = getattr(origin, part), getattr(now, part)
             if was != is_now:
                 ignored = "" if upright else " --exif ignore"
-                other = named and turned != origin.preprocessing.startswith(UPRIGHT)  # which has a name of its own
+                ignored += "" if scaling == "bicubic" else f" --scaling {scaling}"
+                other = named and changed != said  # which has a name of its own
                 then = "and name its file in eval.reference" if other else "again"
                 raise UserError(
                     f"{path} is stale: its {part} was {was[:40]}, is {is_now[:40]}; "
@@ -270,6 +235,7 @@ def compute(
     on_block: OnProgress = quiet,
     cache: BlockCache | None = None,
     upright: bool = True,
+    scaling: str = "bicubic",
 ) -> tuple[Statistics, Tensor | None]:
     """(statistics, kept features on rank 0) of a whole split. A collective; each rank reads its share.
 
@@ -286,7 +252,7 @@ def compute(
         bad: list[int] = []
         for done, number in enumerate(mine):
             first, end = starts[number], starts[number] + sizes[done]
-            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache, upright)
+            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache, upright, scaling)
             found = features(images.to(device))
             bad += [first + row for row in which_not_finite(found)]
             moments.update(found)
@@ -309,11 +275,12 @@ def make(
     on_block: OnProgress = quiet,
     upright: bool = True,
     resize: str | None = None,
+    scaling: str = "bicubic",
 ) -> str:
     """`dtrain reference`: write the statistics of a split; what was done, in one line. A collective.
 
     shards: a folder with a manifest.json, or the manifest. image_size: default, the shorter side of the first image.
-    upright: pictures are turned as their EXIF data say.
+    upright: pictures are turned as their EXIF data say. scaling: as `data.scaling`.
     resize: as `eval.resize`.
     """
     path = Path(shards) / "manifest.json" if Path(shards).is_dir() else Path(shards)
@@ -323,10 +290,11 @@ def make(
     size = image_size or size
     device = distributed.device()
     features = distributed.agree(extractor, name, size, channels, weights, device, resize)
-    turned = upright and distributed.on_rank_0(any_turned, manifest, manifest.place)
-    origin = Origin.of(manifest, features, size, channels, turned)
-    target = out or stored_path(path.parent, features, size, turned)
-    statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block, upright=upright)
+    changed = distributed.on_rank_0(Changed.of, manifest, size, upright, scaling, None)
+    origin = Origin.of(manifest, features, size, channels, changed)
+    target = out or stored_path(path.parent, features, size, changed)
+    how = {"upright": upright, "scaling": scaling}
+    statistics, _ = compute(manifest, features, size, channels, device, on_block=on_block, **how)
 
     def write() -> None:
         try:

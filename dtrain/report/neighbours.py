@@ -125,13 +125,19 @@ def html(run: Run, found: Found, several: bool) -> str:
     return f'{name}<p class="note">{escaped("".join(facts))}.</p><div class="neighbours">{rows}</div>'
 
 
+def _reader(manifest: Manifest, place: str, data: Data):
+    """`read_split` of a range, as the run reads pictures."""
+    how = {"upright": data.upright, "scaling": data.scaling}
+    return partial(read_split, manifest, place, data.image_size, data.channels, **how)
+
+
 def _held_out(data: Data, count: int) -> Tensor:
     if not data.holdout:
         return torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
     manifest = manifests.load_holdout(data)
     many = min(count, manifest.samples)
     cache = cache_of(data, manifest.place)
-    return read_split(manifest, manifest.place, data.image_size, data.channels, 0, many, cache, data.upright)[0]
+    return _reader(manifest, manifest.place, data)(0, many, cache)[0]
 
 
 def _sources(data: Data, manifest: Manifest) -> Iterator[tuple[Manifest, str, int]]:
@@ -173,7 +179,7 @@ def _search(
 
 def _read(manifest: Manifest, place: str, data: Data, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """(images, their numbers) from start to stop; without damaged ones where the run goes on without them."""
-    read = partial(read_split, manifest, place, data.image_size, data.channels, upright=data.upright)
+    read = _reader(manifest, place, data)
     try:
         return read(start, stop)[0], torch.arange(start, stop)
     except BadSample:
@@ -194,8 +200,7 @@ def _picture(number: int, data: Data, manifest: Manifest) -> Tensor:
     image, mirrored = divmod(number, 2)
     source = next(s for s in reversed(list(_sources(data, manifest))) if s[2] <= image)
     at = image - source[2]
-    size, channels, upright = data.image_size, data.channels, data.upright
-    picture = read_split(source[0], source[1], size, channels, at, at + 1, upright=upright)[0][0]
+    picture = _reader(source[0], source[1], data)(at, at + 1)[0][0]
     return picture.flip(-1) if mirrored else picture
 
 

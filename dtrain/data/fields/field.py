@@ -1,6 +1,6 @@
 """A field: one file of a sample, and what becomes of it in a batch. Imports no torch and no NumPy where it declares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from dtrain.data.fields.picture import Crop
+
 
 class View(NamedTuple):
     """How a sample is looked at, a function of its k: all fields that belong to the picture are looked at alike."""
 
-    crop: "Callable[[Tensor], Tensor]"  # uint8 (C, H, W) → (C, S, S)
+    crop: "Crop"  # uint8 (C, H, W) → (C, S, S)
     mirrored: bool = False
 
 
@@ -69,10 +71,8 @@ class Picture(Field):
 
     def read(self, data: bytes, view: View) -> "np.ndarray":
         """uint8 (C, S, S): `collate` makes floats of a whole batch at once."""
-        from dtrain.data.fields.picture import decode
-
         try:
-            image = view.crop(decode(data, self._channels, self._upright))
+            image = view.crop.of(data, self._channels, self._upright)
         except BadSample as e:
             raise BadSample(f"{e}; restore it, or pack the shard without it") from None
         return (image.flip(-1) if view.mirrored else image).numpy()

@@ -16,13 +16,14 @@ _EXIF_FLAG, _ANIMATION_FLAG = 8, 2  # of a WebP
 class Header(NamedTuple):
     """width and height in pixels, as stored. grey: the file has one channel; a WebP never says so.
 
-    orientation: 1 to 8, by its EXIF data, 1 where it has none.
+    orientation: 1 to 8, by its EXIF data, 1 where it has none. cmyk: a JPEG of four channels.
     """
 
     width: int
     height: int
     grey: bool
     orientation: int = exif.AS_STORED
+    cmyk: bool = False
 
 
 def header(data: bytes) -> Header:
@@ -51,7 +52,8 @@ def _jpeg(data: bytes) -> Header | None:
         marker = data[at + 1]
         if marker in _FRAME:
             width, height = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
-            return Header(width, height, data[at + 9 : at + 10] == b"\1", turned)  # the number of components
+            channels = data[at + 9 : at + 10]
+            return Header(width, height, channels == b"\1", turned, channels == b"\4")
         if marker == 0xFF:  # a fill byte
             at += 1
         elif marker == 0 or marker in _STANDALONE:

@@ -10,16 +10,20 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dtrain.data.fields.headers import PNG, RIFF, header
+from dtrain.data.fields.headers import JPEG, PNG, RIFF, Header, header
 from dtrain.data.fields.image_operator import GRAY, RGB, decode_image
+from dtrain.data.fields.jpeg import decode_jpeg
 from dtrain.errors import BadSample
 
 MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB: a header may promise more than memory holds
+MOST_HALVINGS = 3  # of a JPEG's sides while it is decoded: its blocks are of 8 × 8 pixels
+SPARE = 2  # how much larger than the square a reduced JPEG stays: what it lacks is then scaled away
 
 _MODES = {1: GRAY, 3: RGB}
 # EXIF orientation → whether rows and columns change places, and which dimensions of (C, H, W) are flipped then.
@@ -27,18 +31,19 @@ _TURNS = {2: (False, (2,)), 3: (False, (1, 2)), 4: (False, (1,))}
 _TURNS |= {5: (True, ()), 6: (True, (2,)), 7: (True, (1, 2)), 8: (True, (1,))}
 
 
-def decode(data: bytes, channels: int, upright: bool = True) -> torch.Tensor:
+def decode(data: bytes, channels: int, upright: bool = True, least: int | None = None) -> torch.Tensor:
     """Decode a JPEG, PNG or WebP to uint8 (channels, H, W); 1 channel is grey, 3 are RGB.
 
     upright: turned and mirrored as its EXIF orientation says; else the pixels as they are stored.
+    least: pixels of the shorter side down to which the sides of a JPEG may be halved; None: it comes in full.
     Raises BadSample that says what is wrong with the image; which image it was is known to the caller. The size is
     read from the header first, so that no image takes more memory than MAX_PIXELS.
     """
-    width, height, _, orientation = header(data)
-    if not 0 < width * height <= MAX_PIXELS:
-        raise BadSample(f"has {width} × {height} pixels; between 1 and {MAX_PIXELS:,} can be used")
-    image = _as_stored(data, channels)
-    return _turned(image, orientation) if upright and orientation in _TURNS else image
+    found = header(data)
+    if not 0 < found.width * found.height <= MAX_PIXELS:
+        raise BadSample(f"has {found.width} × {found.height} pixels; between 1 and {MAX_PIXELS:,} can be used")
+    image = _as_stored(data, channels, found, least)
+    return _turned(image, found.orientation) if upright and found.orientation in _TURNS else image
 
 
 def _turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
@@ -46,9 +51,13 @@ def _turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
     return (image.transpose(1, 2) if transposed else image).flip(flipped).contiguous()
 
 
-def _as_stored(data: bytes, channels: int) -> torch.Tensor:
+def _as_stored(data: bytes, channels: int, found: Header, least: int | None) -> torch.Tensor:
     if data.startswith(PNG):
         return _decode_png(data, channels)
+    if data.startswith(JPEG) and not found.cmyk:
+        pixels = decode_jpeg(data, channels, found.height, found.width, _halvings(found, least))
+        if pixels is not None:
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     # WebP has no grey of its own.
     mode = _MODES[3] if data[:4] == RIFF else _MODES[channels]
     try:
@@ -63,6 +72,11 @@ def _as_stored(data: bytes, channels: int) -> torch.Tensor:
     return image
 
 
+def _halvings(found: Header, least: int | None) -> int:
+    shorter = min(found.width, found.height)
+    return 0 if least is None else sum(shorter >> n >= least for n in range(1, MOST_HALVINGS + 1))
+
+
 def _decode_png(data: bytes, channels: int) -> torch.Tensor:
     """By Pillow: torchvision 0.29's PNG decoder crashes the process on many damaged files."""
     if data[24:25] == b"\x10":
@@ -74,6 +88,52 @@ def _decode_png(data: bytes, channels: int) -> torch.Tensor:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise BadSample(f"cannot be decoded ({reason})") from None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
+
+
+class Crop(NamedTuple):
+    """Which square of a picture is looked at, and how it is scaled: uint8 (C, H, W) to (C, size, size).
+
+    scaling: "bicubic" cuts the square out and scales it in one antialiased bicubic step (torch's, on bytes; Keys 1981
+    with a = −1/2); a JPEG that is at least 4 times too large is decoded at a half, a quarter or an eighth of its size
+    before, down to twice too large. "adm" is `centre_crop` or `random_crop`.
+    draws: three numbers in [0, 1), for scale, left and top, of a random crop as ADM's: a square of 4/5 to all of the
+    shorter side from anywhere; None: the largest square in the centre.
+    """
+
+    size: int
+    scaling: Literal["bicubic", "adm"] = "bicubic"
+    draws: Sequence[float] | None = None
+
+    def of(self, data: bytes, channels: int, upright: bool = True) -> torch.Tensor:
+        """The square of an image file. Raises BadSample as `decode` does."""
+        return self(decode(data, channels, upright, self.least))
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        if self.scaling == "adm":
+            return centre_crop(image, self.size) if self.draws is None else random_crop(image, self.size, self.draws)
+        height, width = image.shape[1:]
+        if self.draws is None:
+            side = min(height, width)
+            left, top = (width - side) // 2, (height - side) // 2
+        else:
+            side = max(1, round(min(height, width) * self.size / self._shorter))
+            left, top = (int(u * (one - side + 1)) for u, one in zip(self.draws[1:], (width, height), strict=True))
+        square = image[:, top : top + side, left : left + side]
+        # Rows of pixels, as a JPEG is decoded: what torch scales fastest, and one layout for the pictures of a batch.
+        square = square.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+        if side != self.size:
+            square = torch.nn.functional.interpolate(square, (self.size,) * 2, mode="bicubic", antialias=True)
+        return square[0]
+
+    @property
+    def least(self) -> int | None:
+        """Pixels of the shorter side that a JPEG must keep while it is decoded; None: all that it has."""
+        return SPARE * self._shorter if self.scaling == "bicubic" else None
+
+    @property
+    def _shorter(self) -> int:
+        """Pixels of the whole picture's shorter side where the square is `size` wide."""
+        return self.size + (0 if self.draws is None else int(self.draws[0] * (self.size // 4 + 1)))
 
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:

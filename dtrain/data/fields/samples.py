@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dtrain.data.fields.field import Field, Label, Picture, View
-from dtrain.data.fields.picture import centre_crop
+from dtrain.data.fields.picture import Crop
 from dtrain.data.shards.cache import BlockCache
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.reader import ShardReader
@@ -17,7 +16,7 @@ from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD,
 from dtrain.errors import BadSample
 
 ANY_LABEL = Label("label", sys.maxsize)  # of a split, whose labels a reference judges as a whole
-NO_VIEW = View(lambda image: image)
+NO_VIEW = View(Crop(1))  # of fields that are no pictures
 _LABELS = 1024  # read at a time of a remote split
 
 
@@ -60,17 +59,18 @@ def read_split(
     stop: int,
     cache: BlockCache | None = None,
     upright: bool = True,
+    scaling: str = "bicubic",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples start..stop of a split in the manifest's order: uint8 (n, C, H, W), and labels int64 (n,), 0 without.
 
-    upright: turned as their EXIF data say.
+    upright: turned as their EXIF data say. scaling: as `data.scaling`.
     """
     reader = ShardReader(manifest, directory, cache)
     samples = range(start, stop)
     reader.prefetch(samples, (*IMAGE_FIELDS, LABEL_FIELD))
     images = torch.empty((len(samples), channels, image_size, image_size), dtype=torch.uint8)
     labels = torch.zeros(len(samples), dtype=torch.int64)
-    picture, view = Picture("image", image_size, channels, upright), View(partial(centre_crop, size=image_size))
+    picture, view = Picture("image", image_size, channels, upright), View(Crop(image_size, scaling))
     for row, sample in enumerate(samples):
         data = reader.read(sample, (*IMAGE_FIELDS, LABEL_FIELD))
         images[row] = torch.from_numpy(read_field(reader, sample, data, picture, view))

@@ -197,7 +197,7 @@ def compared(holdout, folder, *overrides) -> Reference:
 
 def test_a_reference_is_another_one_where_pictures_are_turned_and_the_same_where_none_is(photographs, tmp_path):
     upright, stored = (compared(photographs, tmp_path, f"data.exif={exif}") for exif in ("apply", "ignore"))
-    assert (upright.upright, stored.upright) == (True, False)
+    assert (upright.changed.upright, stored.changed.upright) == (True, False)
     assert not np.array_equal(upright.statistics.mean, stored.statistics.mean)
     for exif, expected in (("apply", upright), ("ignore", stored)):  # each again finds its own, though both are kept
         again = compared(photographs, tmp_path, f"data.exif={exif}")

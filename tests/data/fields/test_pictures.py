@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from dtrain.data.fields.field import Picture, View
-from dtrain.data.fields.picture import centre_crop, decode, random_crop
+from dtrain.data.fields.picture import Crop, decode, random_crop
 from dtrain.data.fields.samples import SampleReader
 from dtrain.data.shards.reader import ShardReader
 from dtrain.data.stream import StepDataset
@@ -221,5 +220,5 @@ def test_a_picture_beside_the_picture_is_cropped_and_mirrored_with_it(tmp_path):
     assert {view.mirrored for view in views} == {True, False}
     rows = [reader.read(i, view) for i, view in enumerate(views)]
     assert all(np.array_equal(row["image"], row["depth"]) for row in rows)
-    plain = reader.read(0, View(partial(centre_crop, size=8)))
+    plain = reader.read(0, View(Crop(8)))
     assert not np.array_equal(plain["image"], rows[0]["image"])
