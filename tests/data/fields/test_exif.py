@@ -218,8 +218,8 @@ def test_runs_that_turn_pictures_and_runs_that_do_not_have_each_a_reference_file
     for exif in ("apply", "ignore"):
         files[exif] = make(str(folder), "pixels", None, 8, None, upright=exif == "apply").partition(": ")[0]
     assert files == {
-        "apply": f"{folder}/reference-pixels-8px-upright.npz",
-        "ignore": f"{folder}/reference-pixels-8px.npz",
+        "apply": f"{folder}/reference-pixels-8px-upright-bicubic.npz",
+        "ignore": f"{folder}/reference-pixels-8px-bicubic.npz",
     }
     for exif, file in files.items():  # neither has computed it anew
         found = compared(photographs, tmp_path, f"data.exif={exif}")

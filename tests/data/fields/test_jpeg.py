@@ -15,22 +15,8 @@ from dtrain.data.fields.image_operator import GRAY, RGB, decode_image
 from dtrain.data.fields.jpeg import decode_jpeg
 from dtrain.data.fields.picture import decode
 from dtrain.errors import BadSample, UserError
+from tests.data.scenes import encoded, scene
 from tests.data.shard_files import picture
-
-
-def scene(height: int, width: int) -> Image.Image:
-    """Smooth colours, edges and noise."""
-    rng = np.random.default_rng(height * 1000 + width)
-    coarse = Image.fromarray(rng.integers(0, 256, (max(2, height // 7), max(2, width // 7), 3), dtype=np.uint8))
-    noise = rng.integers(-12, 13, (height, width, 3))
-    levels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) + noise
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", **options)
-    return file.getvalue()
 
 
 def kinds(height: int, width: int) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.invert import as_pictures, read_pictures
 from dtrain.evaluation.reference import Reference, make
 from dtrain.report.neighbours import _held_out
-from tests.data.fields.test_jpeg import encoded, scene
+from tests.data.scenes import encoded, scene
 from tests.data.shard_files import configuration, data_set
 from tests.digits import tiny
 
