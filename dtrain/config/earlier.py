@@ -53,6 +53,7 @@ EARLIER: dict[str, Earlier] = {
     "optim.decay_start": Earlier(None),
     "optim.decay_end": Earlier(None),
     "optim.decay_share": Earlier(None),
+    "optim.fused": Earlier(False),
     "deepspeed.precision": Earlier("fp32"),
     "deepspeed.offload": Earlier("none"),
     "train.activation_checkpointing": Earlier(False),

@@ -32,6 +32,8 @@ class Optim(Section):
     """Adam's"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, decoupled from the gradient"""
+    fused: bool = True
+    """one pass over memory an update; false: PyTorch's default, which rounds otherwise"""
     warmup_steps: NonNegative = 0
     """linear from 0, times what `schedule` says"""
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0

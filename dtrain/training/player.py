@@ -114,6 +114,7 @@ class Player:
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
+            fused=optim.fused or None,  # None is PyTorch's own choice, False would forbid foreach on a GPU
         )
         alone = next(iter(self.networks.values())) if len(networks) == 1 else None
         self.engine, self.zero, _, _ = deepspeed.initialize(

@@ -59,7 +59,9 @@ class ZeroState:
         """
         for master in self.masters():
             state = self.optimizer.state[master]
-            state["step"] = torch.tensor(0.0)
+            # Where AdamW itself would put it.
+            fused = self.optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
             for key in MOMENTS:
                 state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
             for key in self.averages:

@@ -76,7 +76,13 @@ def plain_pytorch(config, steps):
 
     model = build_model(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=1e-3,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+        fused=config.optim.fused or None,
+    )
     model.micro_batch = config.data.batch_size
     norms = []
     for step in range(1, steps + 1):
@@ -98,6 +104,35 @@ def test_steps_equal_plain_pytorch_with_clipping_weight_decay_and_accumulation(d
         np.testing.assert_allclose(measured, norms, rtol=1e-5)
         for name, values in expected.items():
             np.testing.assert_allclose(tensors[f"{name}:fp32"], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_fused_and_other_steps_are_pytorchs_own_of_the_same_kind_bit_for_bit(digits, tmp_path):
+    """They differ from each other in the last bits, so that a run keeps the kind that it began with."""
+    found = {}
+    for fused in (True, False):
+        config = tiny(digits, tmp_path, "deepspeed.zero_stage=0", "optim.weight_decay=0.1", f"optim.fused={fused}")
+        expected, _ = run_ranks(plain_pytorch, 1, config, 3)[0]
+        found[fused], _, _ = assembled(config, 1)
+        assert [name for name in expected if not np.array_equal(found[fused][f"{name}:fp32"], expected[name])] == []
+    differing = [name for name in found[True] if not np.array_equal(found[True][name], found[False][name])]
+    assert differing
+    for name in found[True]:
+        np.testing.assert_allclose(found[True][name], found[False][name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def kind_of_optimizer(config):
+    player = build_player(config)
+    return player.optimizer.defaults["fused"], {str(state["step"].device) for state in player.optimizer.state.values()}
+
+
+def test_a_run_begun_before_fused_updates_goes_on_without_them(digits, tmp_path):
+    from dtrain.config import Config, with_earlier_values
+
+    config = tiny(digits, tmp_path)
+    assert run_ranks(kind_of_optimizer, 1, config)[0] == (True, {"cpu"})
+    tree = config.model_dump(mode="json")
+    del tree["optim"]["fused"]
+    assert run_ranks(kind_of_optimizer, 1, Config(**with_earlier_values(tree)))[0] == (None, {"cpu"})
 
 
 def test_without_clipping_the_norm_is_still_measured(digits, tmp_path):
