@@ -28,7 +28,7 @@ from dtrain.training import ema
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
-from dtrain.training.zero_norm import read_once
+from dtrain.training.zero_norm import clip_where_needed, measure_in_blocks, read_once
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
@@ -122,6 +122,9 @@ class Player:
         )
         if stage:
             read_once(self.zero, stage)
+            clip_where_needed(self.zero)
+            if stage != 3 and distributed.device().type == "cpu":
+                measure_in_blocks(self.zero)
         averages = ema.ema_keys(self.profiles)
         self.state = ZeroState(
             *(stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages),
@@ -238,11 +241,15 @@ class Player:
 
     def _clip_at_0(self) -> float:
         """Ranks hold the same gradients but may round differently where their devices differ: they take the largest."""
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.state.trainable], self.clip)
-        norm = torch.where(norm.isfinite(), norm, torch.inf)
+        parameters = [p for _, p in self.state.trainable]
+        own = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.where(own.isfinite(), own, torch.inf)
         if distributed.world_size() > 1:
             dist.all_reduce(norm, op=dist.ReduceOp.MAX)
-        return norm.item()
+        norm = norm.item()
+        if not 1.00001 * (norm + 2e-6) < self.clip:  # near the limit PyTorch's own rounding says whether it is over
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, own)
+        return norm
 
     # -- state -------------------------------------------------------------------------------------------------------
 
