@@ -59,6 +59,7 @@ def encode(
     dtype: Annotated[str, typer.Option(help="float32 or float16, half as large")] = "float32",
     precision: Annotated[str, typer.Option(help="fp32 or bf16, as first_stage.precision")] = "fp32",
     block: Annotated[int, typer.Option(min=1, help="pictures encoded together, as first_stage.block")] = 1,
+    scaling: Annotated[str, typer.Option(help="bicubic or adm, as data.scaling")] = "bicubic",
     statistics_only: Annotated[
         bool, typer.Option("--statistics-only", help="for first_stage.statistics, without a cache")
     ] = False,
@@ -75,7 +76,7 @@ def encode(
     from dtrain.first_stage.encoding import Request
     from dtrain.first_stage.encoding import encode as run
 
-    request = Request(first_stage, size, mirrors, dtype, precision, block)
+    request = Request(first_stage, size, mirrors, dtype, precision, block, scaling)
     with progress("encoding") as on_picture:
         done = run(shards, destination, request, statistics_only, on_picture)
     if distributed.rank() == 0:

@@ -73,9 +73,8 @@ class Reconstructions:
                 stop += 1
             first, end = held_out[at], held_out[stop - 1] + 1
             place = self.split.place
-            images, _ = read_split(
-                self.split, place, data.image_size, data.channels, first, end, self.cache, data.upright
-            )
+            how = self.cache, data.upright, data.scaling
+            images, _ = read_split(self.split, place, data.image_size, data.channels, first, end, *how)
             found.append(images)
             at = stop
         return torch.cat(found)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from dtrain import distributed
 from dtrain.config.autoencoders import described
 from dtrain.data.fields.field import Picture, View
-from dtrain.data.fields.picture import centre_crop, normalize
+from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.fields.samples import read_field
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import BlockCache
@@ -47,7 +47,8 @@ _LOCK = ".lock"
 @dataclass(frozen=True)
 class Request:
     """How pictures are encoded. first_stage: the autoencoder's folder. size: side of the pictures in pixels. mirrors:
-    whether the mirrored picture is encoded too. dtype: of the moments. block: pictures encoded together.
+    whether the mirrored picture is encoded too. dtype: of the moments. block: pictures encoded together. scaling: as
+    `data.scaling`.
     """
 
     first_stage: str
@@ -56,6 +57,7 @@ class Request:
     dtype: str = "float32"
     precision: str = "fp32"
     block: int = 1
+    scaling: str = "bicubic"
 
     def checked(self, source: Manifest) -> dict:
         """All that decides the cache's bytes, as plain data. Raises UserError for what cannot be."""
@@ -63,6 +65,8 @@ class Request:
             raise UserError(f"--dtype {self.dtype} is neither float32 nor float16")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"--precision {self.precision} is neither fp32 nor bf16; autoencoders overflow in fp16")
+        if self.scaling not in ("bicubic", "adm"):
+            raise UserError(f"--scaling {self.scaling} is neither bicubic nor adm")
         found = described(self.first_stage)
         if self.size % found.downscale:
             raise UserError(f"--size {self.size} does not divide by {found.downscale}, as {self.first_stage} needs")
@@ -77,6 +81,7 @@ class Request:
             "size": self.size,
             "channels": found.in_channels,
             "crop": "centre",
+            "scaling": self.scaling,
             "exif": "apply",
             "range": RANGE,
             "dtype": self.dtype,
@@ -125,7 +130,7 @@ class _Work:
         self._ends = np.cumsum(source.shard_sizes).tolist()
         channels = described(request.first_stage).in_channels
         self._picture = Picture("image", request.size, channels)
-        self._view = View(partial(centre_crop, size=request.size))
+        self._view = View(Crop(request.size, request.scaling))
         self._copied = [field for field in source.fields if field not in IMAGE_FIELDS]
         self._device = distributed.device()
 

@@ -85,6 +85,7 @@ def _check_made(config: Config, made: Latents, own: dict[str, Any], path: Path) 
         ("pictures of size", made.size, "data.image_size", data.image_size),
         ("pictures of channels", made.channels, "data.channels", data.channels),
         ("crop", made.crop, "data.crop", data.crop),
+        ("scaling", made.scaling, "data.scaling", data.scaling),
         ("exif", made.exif, "data.exif", data.exif),
         ("pixels in", made.range, "what the autoencoder is given", RANGE),
         ("latents of shape", tuple(made.shape), "the network's", config.shape),
@@ -169,6 +170,7 @@ def command(config: Config, pictures: str | Path, destination: str, *more: str) 
     words += ["--size", str(data.image_size)]
     words += ["--mirrors"] if data.flip else []
     words += ["--precision", section.precision] if section.precision != "fp32" else []
+    words += ["--scaling", data.scaling] if data.scaling != "bicubic" else []
     words += ["--block", str(section.block)] if section.block != 1 else []
     return shlex.join(words)
 

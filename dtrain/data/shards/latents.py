@@ -28,6 +28,7 @@ class Latents(BaseModel):
     channels: Literal[1, 3]
     """of the pictures"""
     crop: Literal["centre"]
+    scaling: Literal["bicubic", "adm"]
     exif: Literal["apply"]
     range: Annotated[list[float], Field(min_length=2, max_length=2)]
     precision: Literal["fp32", "bf16"]
