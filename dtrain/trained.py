@@ -91,7 +91,7 @@ class Trained:
         check_guidance(config.eval.guidance, config.diffusion.label_dropout)
         numbers = self._labels(n, labels)
         ready = self._generator(config)
-        return together(draw(ready, numbers, config.eval))
+        return together(draw(ready, numbers, config.eval), len(numbers))
 
     def invert(
         self,

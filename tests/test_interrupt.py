@@ -1,12 +1,14 @@
 """Ctrl-C on a real terminal: what is kept is said, the exit code tells how it ended, and there is no traceback."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.data.pack.pack import pack
@@ -167,12 +169,26 @@ def test_ctrl_c_in_packing_keeps_whole_shards_and_no_worker_shows_a_traceback(wo
     assert packed == whole
 
 
-def test_ctrl_c_while_sampling_leaves_no_file(digits, work):
+def test_ctrl_c_while_sampling_leaves_no_file_and_a_folder_says_what_it_holds(digits, work):
     trained(tiny(digits, work / "runs", "train.steps=1"), 1)
+    before = set(os.listdir(work))
     terminal = Terminal("sample", "tiny", "--n", "12000", "--steps", "50", "--out", "many.npz")
     terminal.wait_for(lambda: re.search(r"[1-9]\d*/50000", terminal.said))
     terminal.press_ctrl_c()
     assert terminal.exit_code(timeout=5) == 130
     again = "dtrain sample tiny --n 12000 --steps 50 --out many.npz"
     assert f"no image was written; start again with: {again}" in terminal.said
-    assert not (work / "many.npz").exists()
+    assert set(os.listdir(work)) == before
+
+    terminal = Terminal("sample", "tiny", "--n", "12000", "--steps", "5", "--out", "many/")
+    terminal.wait_for(lambda: len(list(Path("many").glob("*.png"))) > 30)
+    terminal.press_ctrl_c()
+    assert terminal.exit_code(timeout=5) == 130
+    (count,) = re.findall(
+        r"many holds the first ([0-9,]+) of 12,000 images, as its labels.csv says; remove", terminal.said
+    )
+    named = Path("many/labels.csv").read_text().splitlines()[1:]
+    assert 0 < int(count.replace(",", "")) <= len(named) <= len(list(Path("many").glob("*.png")))
+    for line in named:
+        with Image.open(Path("many", line.split(",")[0])) as picture:
+            picture.load()

@@ -265,7 +265,8 @@ def sample(
     settings = with_eval(directory.config(), chosen, raw)
     check_label(label, settings.model.num_classes, directory.path)
     distributed.prepare()
-    from dtrain.evaluation.sample import draw_to_file, format_of
+    from dtrain.evaluation.sample import draw_to_file
+    from dtrain.evaluation.sample_output import format_of
 
     kind = format_of(out, format)
     ctrl_c.at_once(lambda: f"no image was written; start again with: {this_command()}")

@@ -150,15 +150,32 @@ class Generator:
         )
 
 
-def grid(images: torch.Tensor, columns: int, scale: int = 1):
-    """A PIL picture of uint8 images (n, C, H, W) in rows of `columns`, a dark pixel between them."""
-    from PIL import Image
+class Grid:
+    """A picture of n uint8 images (C, H, W) in rows of `columns`, a dark pixel between them; they come in any order."""
 
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 24, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    def __init__(self, n: int, columns: int, channels: int, height: int, width: int):
+        rows = -(-n // columns)
+        self._canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 24, np.uint8)
+        self._columns = columns
+
+    def put(self, first: int, images: np.ndarray) -> None:
+        """Images uint8 (b, H, W, C) in the places from `first` on."""
+        height, width = images.shape[1:3]
+        for i, image in enumerate(images, first):
+            top, left = i // self._columns * (height + 1), i % self._columns * (width + 1)
+            self._canvas[top : top + height, left : left + width] = image
+
+    def picture(self, scale: int = 1):
+        """By PIL, each pixel `scale` pixels wide."""
+        from PIL import Image
+
+        canvas = self._canvas
+        picture = Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas)
+        return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+
+
+def grid(images: torch.Tensor, columns: int, scale: int = 1):
+    """The picture of uint8 images (n, C, H, W), as of `Grid`."""
+    found = Grid(len(images), columns, *images.shape[1:])
+    found.put(0, images.permute(0, 2, 3, 1).numpy())
+    return found.picture(scale)
