@@ -225,7 +225,7 @@ def test_links_among_checkpoints_are_not_followed_and_are_said(tmp_path):
     (folder / "step-00000002").symlink_to(elsewhere)
     with pytest.raises(Damaged, match="step-00000002 is a link"):
         Checkpoint.open(complete(folder)[-1])
-    for name in ("rank-00000.safetensors", "rank-00000.json", "manifest.json"):
+    for name in ("rank-00000.json", "rank-00000.safetensors", "manifest.json"):
         (path / name).unlink()
         (path / name).symlink_to(elsewhere / name)
         with pytest.raises(Damaged, match=name):

@@ -43,10 +43,20 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module, key: str) -> t
 
     Raises UserError when the checkpoint is damaged or holds no such weights.
     """
+    values = {}
+    for name, p in module.named_parameters():
+        tensor = f"{name}:{key if p.requires_grad else 'fp32'}"
+        values[tensor] = p, torch.empty(p.shape, dtype=torch.float32)
+        if checkpoint.tensors.get(tensor, p.numel()) != p.numel():
+            raise UserError(
+                f"{checkpoint.path} is of another model: {name} has {checkpoint.tensors[tensor]:,} elements there, "
+                f"{p.numel():,} here"
+            )
     try:
-        for name, p in module.named_parameters():
-            values = checkpoint.tensor(f"{name}:{key if p.requires_grad else 'fp32'}")
-            p.copy_(torch.from_numpy(values).view(p.shape))
+        # All at once: a file that holds pieces of many tensors is read once.
+        checkpoint.read_into((name, 0, value.flatten().numpy()) for name, (_, value) in values.items())
+        for p, value in values.values():
+            p.copy_(value)
     except Damaged as e:
         raise UserError(f"the checkpoint is damaged: {e}") from None
     except KeyError as e:

@@ -1,7 +1,7 @@
 """The checkpoint on disk: pieces of flat global tensors, one safetensors file and one JSON index a rank.
 
     step-00001000/
-        manifest.json            what is in it; names every index with its hash
+        manifest.json            what is in it, and which ranks hold it; names every index with its hash
         rank-00000.safetensors   this rank's pieces
         rank-00000.json          where each piece lies, and a checksum of every block of the file
 
@@ -11,15 +11,14 @@ Nothing is pickled, so reading runs no code; every byte is checked before it is 
 """
 
 import hashlib
+import itertools
 import json
 import os
-import re
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,27 @@ import numpy as np
 
 from dtrain import faults
 from dtrain.checkpoint.directory import LARGEST
-from dtrain.files import open_regular, parse_json, read_bytes, read_json
+from dtrain.checkpoint.index import (
+    MOST_RUNS,
+    NAME,
+    Damaged,
+    Index,
+    Indexes,
+    Runs,
+    are_runs,
+    check_covered,
+    file_stem,
+    holders,
+    is_count,
+    pieces_of,
+    plan,
+    runs_of,
+)
+from dtrain.files import open_regular, read_json
 
 FORMAT = 1
 BLOCK = 16 * 2**20  # bytes under one checksum
-
-
-class Damaged(Exception):
-    """A checkpoint is incomplete or its bytes are not those that were written. The message names file and place."""
+_PIECES = b'"pieces":'  # where they begin in an index, which has them last
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,6 @@ class Layout:
     header: bytes
     slots: tuple[Slot, ...]
     size: int
-
-
-def file_stem(rank: int) -> str:
-    return f"rank-{rank:05d}"
 
 
 def layout(pieces: Iterable[tuple[str, int, int]]) -> Layout:
@@ -130,16 +138,39 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_manifest(directory: Path, world_size: int, tensors: dict[str, int], meta: dict[str, Any]) -> None:
-    """The last file of a checkpoint. Raises Damaged when a rank's index is missing."""
-    indexes = {}
-    for rank in range(world_size):
-        name = f"{file_stem(rank)}.json"
-        try:
-            indexes[name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        except OSError as e:
-            raise Damaged(f"{directory / name}: {e.strerror}") from None
-    body = {"format": FORMAT, "indexes": indexes, "tensors": tensors, "meta": meta}
+@dataclass
+class Summary:
+    """What a manifest says of all indexes together, kept from one commit to the next: a run's pieces seldom change.
+
+    pieces: a hash of what the indexes say of pieces. runs: None where they are too many to be kept.
+    """
+
+    pieces: str = ""
+    runs: Runs | None = None
+    sizes: list[int] = field(default_factory=list)  # bytes of each rank's file
+
+
+def write_manifest(
+    directory: Path, world_size: int, tensors: dict[str, int], meta: dict[str, Any], summary: Summary
+) -> None:
+    """The last file of a checkpoint. `summary` is brought up to date. Raises Damaged when a rank's index is missing."""
+    digests, pieces = {}, hashlib.sha256()
+    try:
+        for rank in range(world_size):
+            data = (directory / f"{file_stem(rank)}.json").read_bytes()
+            digests[f"{file_stem(rank)}.json"] = hashlib.sha256(data).hexdigest()
+            pieces.update(data[data.rindex(_PIECES) :])
+        if summary.pieces != pieces.hexdigest():
+            indexes = Indexes(directory, digests)
+            runs = runs_of(map(indexes.__getitem__, range(world_size)))
+            summary.sizes = [indexes[rank].size for rank in range(world_size)]
+            summary.runs = runs if sum(map(len, runs.values())) <= MOST_RUNS else None
+            summary.pieces = pieces.hexdigest()
+    except OSError as e:
+        raise Damaged(f"{e.filename}: {e.strerror}") from None
+    body = {"format": FORMAT, "indexes": digests, "tensors": tensors, "meta": meta}
+    if summary.runs is not None:
+        body |= {"ranges": summary.runs, "bytes": summary.sizes}
     write_durably(directory / "manifest.json", json.dumps({"sha256": _hash(body), **body}, indent=1).encode())
 
 
@@ -161,48 +192,27 @@ def _manifest(path: Path) -> dict[str, Any]:
     indexes, tensors, meta = (found.get(key) for key in ("indexes", "tensors", "meta"))
     if not (
         isinstance(indexes, dict)
-        and all(re.fullmatch(r"rank-[0-9]{5,9}\.json", name) and isinstance(d, str) for name, d in indexes.items())
+        and all(NAME.fullmatch(name) and isinstance(d, str) for name, d in indexes.items())
         and isinstance(tensors, dict)
-        and all(map(_count, tensors.values()))
+        and all(map(is_count, tensors.values()))
         and isinstance(meta, dict)
-        and all(_count(meta.get(key, 0)) for key in ("step", "images", "optimizer_steps"))
+        and all(is_count(meta.get(key, 0)) for key in ("step", "images", "optimizer_steps"))
+        and ("ranges" not in found or _is_summary(found, len(indexes)))
     ):
         raise Damaged(f"{place} has not the form of a checkpoint's manifest")
     return found
 
 
-def _index(path: Path, name: str, digest: str) -> dict[str, Any]:
-    """A rank's index, of the form that `write_file` gives it. Raises OSError and Damaged."""
-    place = path / name
-    data = read_bytes(place, LARGEST, follow=False)
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise Damaged(f"{place} is not the index that was written with this checkpoint")
-    try:
-        found = parse_json(data)
-        size, block, checksums, pieces = (found[key] for key in ("bytes", "block", "crc32", "pieces"))
-        formed = (
-            found["file"] == f"{Path(name).stem}.safetensors"
-            and _count(size)
-            and _count(block)
-            and block > 0
-            and len(checksums) == -(-size // block)
-            and all(map(_count, checksums))
-            and all(type(piece[0]) is str and len(piece) == 4 and all(map(_count, piece[1:])) for piece in pieces)
-        )
-    except (ValueError, KeyError, TypeError, IndexError):
-        formed = False
-    if not formed:
-        raise Damaged(f"{place} has not the form of a rank's index")
-    end = 0
-    for piece, _, length, offset in sorted(pieces, key=itemgetter(3)):
-        if offset < end or offset + 4 * length > size:
-            raise Damaged(f"{place} places {piece} where it cannot be in a file of {size:,} bytes")
-        end = offset + 4 * length
-    return found
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _is_summary(manifest: dict[str, Any], ranks: int) -> bool:
+    """Whether what it says of all indexes together has the form that `write_manifest` gives it."""
+    sizes = manifest.get("bytes")
+    return (
+        list(manifest["indexes"]) == [f"{file_stem(rank)}.json" for rank in range(ranks)]
+        and isinstance(sizes, list)
+        and len(sizes) == ranks
+        and all(map(is_count, sizes))
+        and are_runs(manifest["ranges"], ranks)
+    )
 
 
 def _check_sizes(path: Path, tensors: dict[str, int]) -> None:
@@ -214,95 +224,68 @@ def _check_sizes(path: Path, tensors: dict[str, int]) -> None:
 
 
 @dataclass
-class _File:
-    """One rank's data file while reading: blocks are verified the first time they are touched."""
-
-    path: Path
-    size: int
-    block: int
-    checksums: list[int]
-
-    def read_block(self, number: int) -> np.ndarray:
-        """The verified bytes of one block."""
-        start = number * self.block
-        length = min(self.block, self.size - start)
-        try:
-            with open(open_regular(self.path, follow=False), "rb", buffering=0) as f:
-                data = os.pread(f.fileno(), length, start)
-        except OSError as e:
-            raise Damaged(f"{self.path}: {e.strerror}") from None
-        if len(data) != length or zlib.crc32(data) != self.checksums[number]:
-            raise Damaged(f"{self.path}: the bytes from {start} to {start + length} are not those that were written")
-        return np.frombuffer(data, np.uint8)
-
-
-@dataclass
 class Checkpoint:
     """A complete checkpoint, open for reading."""
 
     path: Path
     meta: dict[str, Any]
     tensors: dict[str, int]  # name → elements
-    _files: dict[str, _File] = field(repr=False)
-    _pieces: dict[str, list[tuple[int, int, int, str]]] = field(repr=False)  # name → (start, length, offset, file)
+    _indexes: Indexes = field(repr=False)
+    _sizes: list[int] = field(repr=False)  # bytes of each rank's file
+    _runs: Runs = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Read the manifest and all indexes, checking hashes, sizes and that the pieces cover every tensor.
+    def open(cls, path: str | Path, all_files: bool = True) -> "Checkpoint":
+        """Read the manifest, checking that the pieces cover every tensor; of an older checkpoint all indexes, too.
 
-        Raises Damaged.
+        all_files: also look whether every rank's file is there in its whole length, which of a rank that reads its own
+        share alone only that share needs. Raises Damaged.
         """
         path = Path(path)
         if path.is_symlink():
             raise Damaged(f"{path} is a link, and what lies among checkpoints is not followed; move the folder there")
         try:
             manifest = _manifest(path)
-            files, pieces = {}, defaultdict(list)
-            for name, digest in manifest["indexes"].items():
-                index = _index(path, name, digest)
-                file = _File(path / index["file"], index["bytes"], index["block"], index["crc32"])
-                if file.path.lstat().st_size != file.size:
-                    raise Damaged(f"{file.path} is {file.path.lstat().st_size:,} bytes long, not {file.size:,}")
-                files[index["file"]] = file
-                for piece, start, length, offset in index["pieces"]:
-                    pieces[piece].append((start, length, offset, index["file"]))
+            indexes = Indexes(path, manifest["indexes"])
+            ranks = range(len(indexes))
+            if "ranges" in manifest:
+                sizes, runs = manifest["bytes"], manifest["ranges"]
+            else:
+                sizes, runs = [indexes[rank].size for rank in ranks], runs_of(map(indexes.__getitem__, ranks))
+            for rank in ranks if all_files else ():
+                _check_length(indexes.data_file(rank), sizes[rank])
         except OSError as e:
             raise Damaged(f"{e.filename}: {e.strerror}") from None
         _check_sizes(path, manifest["tensors"])
-        for name, numel in manifest["tensors"].items():
-            covered = 0
-            for start, length, _, _ in sorted(pieces[name]):
-                if start > covered:
-                    break
-                covered = max(covered, start + length)
-            if covered < numel:
-                raise Damaged(f"{path}: elements {covered:,}… of {name} are missing")
-        return cls(path, manifest["meta"], manifest["tensors"], files, dict(pieces))
+        check_covered(path, runs, manifest["tensors"])
+        return cls(path, manifest["meta"], manifest["tensors"], indexes, sizes, runs)
 
     def read_into(self, wanted: Iterable[tuple[str, int, np.ndarray]]) -> None:
         """Fill each (tensor name, first element, float32 array (length,)) with the checkpoint's values.
 
-        Reads every block once, and only the blocks that hold something wanted. Raises Damaged, or KeyError for a tensor
-        the checkpoint does not have. Arrays may have been written in part when it raises.
+        Reads the indexes of the ranks that hold something wanted, and of their files every such block once. Raises
+        Damaged, or KeyError for a tensor the checkpoint does not have. Arrays may have been written in part when it
+        raises.
         """
-        copies = defaultdict(list)  # (file, block) → [(first byte in file, bytes, destination)]
+        by_name = defaultdict(list)  # → (first element, last, array)
+        ranks: set[int] = set()
         for name, start, out in wanted:
-            if start + len(out) > self.tensors[name]:
-                raise ValueError(f"{name} has {self.tensors[name]} elements; asked for {start}…{start + len(out)}")
-            for piece_start, length, offset, file_name in self._pieces[name]:
-                first, last = max(start, piece_start), min(start + len(out), piece_start + length)
-                if first >= last:
-                    continue
-                target = out[first - start : last - start].view(np.uint8)
-                at, stop = offset + 4 * (first - piece_start), offset + 4 * (last - piece_start)
-                block_size = self._files[file_name].block
-                for number in range(at // block_size, (stop - 1) // block_size + 1):
-                    low, high = max(at, number * block_size), min(stop, (number + 1) * block_size)
-                    copies[file_name, number].append((low - number * block_size, target[low - at : high - at]))
-        for (file_name, number), targets in sorted(copies.items(), key=lambda item: item[0]):
-            block = self._files[file_name].read_block(number)
-            for low, target in targets:
-                target[:] = block[low : low + len(target)]
+            stop = start + len(out)
+            if stop > self.tensors[name]:
+                raise ValueError(f"{name} has {self.tensors[name]} elements; asked for {start}…{stop}")
+            if len(out):
+                by_name[name].append((start, stop, out))
+                ranks.update(*holders(self._runs[name], start, stop))
+        for rank in sorted(ranks):
+            index = self._index(rank)
+            copies = defaultdict(list)  # block → (first byte in it, destination)
+            for name in by_name.keys() & index.rows.keys():
+                for piece, (start, stop, out) in itertools.product(index.of(name), by_name[name]):
+                    plan(copies, index.block, piece, start, stop, out)
+            for number in sorted(copies):
+                block = self._block(rank, number)
+                for low, target in copies[number]:
+                    target[:] = block[low : low + len(target)]
 
     def tensor(self, name: str) -> np.ndarray:
         """A whole flat tensor, float32."""
@@ -312,15 +295,46 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Check every block of every file. Raises Damaged at the first that is wrong."""
-        for file in self._files.values():
-            for number in range(len(file.checksums)):
-                file.read_block(number)
+        for rank in range(len(self._indexes)):
+            for number in range(len(self._index(rank).checksums)):
+                self._block(rank, number)
+
+    def _index(self, rank: int) -> Index:
+        """A rank's, which says of its pieces and its file what the manifest says. Raises Damaged."""
+        try:
+            index = self._indexes[rank]
+            _check_length(self._indexes.data_file(rank), index.size)
+        except OSError as e:
+            raise Damaged(f"{e.filename}: {e.strerror}") from None
+        if index.size != self._sizes[rank] or sorted(index.ranges()) != pieces_of(self._runs, rank):
+            raise Damaged(f"{self.path}: the index of rank {rank} has other pieces than the manifest says")
+        return index
+
+    def _block(self, rank: int, number: int) -> np.ndarray:
+        """The verified bytes of one block of a rank's file."""
+        index, path = self._indexes[rank], self._indexes.data_file(rank)
+        start = number * index.block
+        length = min(index.block, index.size - start)
+        try:
+            with open(open_regular(path, follow=False), "rb", buffering=0) as f:
+                data = os.pread(f.fileno(), length, start)
+        except OSError as e:
+            raise Damaged(f"{path}: {e.strerror}") from None
+        if len(data) != length or zlib.crc32(data) != index.checksums[number]:
+            raise Damaged(f"{path}: the bytes from {start} to {start + length} are not those that were written")
+        return np.frombuffer(data, np.uint8)
 
     @property
     def bytes(self) -> int:
-        return sum(file.size for file in self._files.values())
+        return sum(self._sizes)
 
     @property
     def files(self) -> int:
         """How many ranks wrote it."""
-        return len(self._files)
+        return len(self._indexes)
+
+
+def _check_length(path: Path, size: int) -> None:
+    """Raises OSError and Damaged."""
+    if (there := path.lstat().st_size) != size:
+        raise Damaged(f"{path} is {there:,} bytes long, not {size:,}")

@@ -35,6 +35,7 @@ class Writer:
         self._image: torch.Tensor | None = None  # the file's bytes; kept, so that a later save pays no page faults
         self._tensors: dict[str, int] = {}
         self._meta: dict[str, Any] = {}
+        self._summary = format.Summary()
 
     @torch.no_grad()
     def begin(self, step: int, pieces: list, tensors: dict[str, int], meta: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ class Writer:
         faults.at("save:commit")
         partial, final = self.partial, step_path(self.directory, self.step)
         if self.rank == 0:
-            format.write_manifest(partial, self.world_size, self._tensors, self._meta)
+            format.write_manifest(partial, self.world_size, self._tensors, self._meta, self._summary)
             faults.at("save:manifest")
             replaced = final.with_suffix(".replaced.partial")
             if os.path.lexists(final):  # of an earlier attempt, and damaged, or it would have been resumed from

@@ -167,7 +167,7 @@ def _load_on_all_ranks(load, path: Path) -> tuple[Checkpoint | None, str | None]
     """The checkpoint where `load` succeeded on every rank, else None and the first rank's problem."""
     problem, checkpoint = None, None
     try:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path, all_files=distributed.rank() == 0)
         faults.at("load")
         load(checkpoint)
         faults.at("load:done")

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from dtrain.checkpoint import format
 from dtrain.checkpoint.directory import complete, remove_partial, surplus
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.checkpoint.index import pieces_of
 from dtrain.checkpoint.writer import Writer
 from tests.checkpoint.written import Piece, save
 
@@ -136,17 +137,93 @@ def test_a_pickle_in_place_of_any_file_runs_nothing(tmp_path):
     assert not proof.exists()
 
 
+def rewrite_manifest(path, change) -> None:
+    """With a hash of its own that fits."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest.pop("sha256")
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps({"sha256": format._hash(manifest), **manifest}))
+
+
+def as_before(manifest: dict) -> None:
+    """Without what a manifest did not say of all indexes together when it named them alone."""
+    del manifest["ranges"], manifest["bytes"]
+
+
 def test_an_index_with_a_matching_hash_but_a_missing_piece_is_damage(tmp_path):
     path, _ = small(tmp_path)
     index = json.loads((path / "rank-00001.json").read_bytes())
     index["pieces"] = []
     (path / "rank-00001.json").write_text(json.dumps(index))
-    manifest = json.loads((path / "manifest.json").read_bytes())
-    manifest.pop("sha256")
-    manifest["indexes"]["rank-00001.json"] = hashlib.sha256((path / "rank-00001.json").read_bytes()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({"sha256": format._hash(manifest), **manifest}))
+    digest = hashlib.sha256((path / "rank-00001.json").read_bytes()).hexdigest()
+    rewrite_manifest(path, lambda manifest: manifest["indexes"].update({"rank-00001.json": digest}))
+    for read in (Checkpoint.verify, lambda checkpoint: checkpoint.tensor("a:fp32")):
+        with pytest.raises(Damaged, match="the index of rank 1 has other pieces than the manifest says"):
+            read(Checkpoint.open(path))
+    rewrite_manifest(path, as_before)
     with pytest.raises(Damaged, match="elements 500… of a:fp32 are missing"):
         Checkpoint.open(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(world=worlds())
+def test_a_checkpoint_whose_manifest_names_its_indexes_alone_reads_the_same(tmp_path_factory, world):
+    sizes, cuts = world
+    tensors = {f"t{i}:fp32": np.arange(n, dtype=np.float32) + i for i, n in enumerate(sizes)}
+    path = save(tmp_path_factory.mktemp("c"), tensors, cuts)
+    now = Checkpoint.open(path)
+    runs, held = now._runs, [pieces_of(now._runs, rank) for rank in range(len(cuts))]
+    assert held == [sorted((n, a, b - a) for n, (a, b) in cut.items() if b > a) for cut in cuts]
+    rewrite_manifest(path, as_before)
+    before = Checkpoint.open(path)
+    assert (before._runs, before.bytes, before.files) == (runs, now.bytes, now.files)
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(now.tensor(name), values)
+        np.testing.assert_array_equal(before.tensor(name), values)
+
+
+def test_a_share_needs_the_manifest_and_its_own_ranks_files_alone(tmp_path):
+    """As at stage 3: each of many ranks has a piece of every tensor, and the manifest a few numbers of all of them."""
+    ranks, sizes = 64, {f"t{i}:fp32": 6400 + 64 * i + i % 3 for i in range(5)}
+    tensors = {
+        n: np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, (n, s) in enumerate(sizes.items())
+    }
+    share = {name: -(-size // ranks) for name, size in sizes.items()}
+    cuts = [{n: (min(r * share[n], s), min((r + 1) * share[n], s)) for n, s in sizes.items()} for r in range(ranks)]
+    path = save(tmp_path, tensors, cuts)
+    assert max(map(len, json.loads((path / "manifest.json").read_bytes())["ranges"].values())) <= 2
+    for file in [*path.glob("rank-*.json"), *path.glob("rank-*.safetensors")]:
+        if file.stem not in ("rank-00020", "rank-00021"):
+            file.unlink()
+    with pytest.raises(Damaged, match=r"rank-00000\.safetensors"):
+        Checkpoint.open(path)
+    wanted = [(n, 20 * s + s // 2, np.empty(s, np.float32)) for n, s in share.items()]  # half of each of two ranks'
+    Checkpoint.open(path, all_files=False).read_into(wanted)
+    for name, start, got in wanted:
+        np.testing.assert_array_equal(got, tensors[name][start : start + len(got)])
+    with pytest.raises(Damaged, match="rank-00022"):
+        Checkpoint.open(path, all_files=False).read_into(
+            [(n, 22 * s, np.empty(1, np.float32)) for n, s in share.items()]
+        )
+
+
+def test_a_manifest_keeps_no_more_runs_than_pay(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "MOST_RUNS", 2)
+    path, tensors = small(tmp_path)
+    assert "ranges" not in json.loads((path / "manifest.json").read_bytes())
+    np.testing.assert_array_equal(Checkpoint.open(path).tensor("a:fp32"), tensors["a:fp32"])
+
+
+def test_a_later_save_of_other_pieces_is_told_from_the_one_before(tmp_path):
+    writer = Writer(tmp_path, 0, 1)
+    for step, sizes in enumerate(((5, 3), (5, 3), (2, 9)), start=1):
+        tensors = {
+            name: torch.arange(float(step), step + n) for name, n in zip(("a:fp32", "b:fp32"), sizes, strict=True)
+        }
+        writer.begin(step, [Piece(n, 0, v) for n, v in tensors.items()], {n: len(v) for n, v in tensors.items()}, {})
+        writer.wait()
+        found = Checkpoint.open(writer.commit())
+        assert {name: found.tensor(name).tolist() for name in tensors} == {n: v.tolist() for n, v in tensors.items()}
 
 
 def test_a_name_is_complete_only_after_every_rank_has_written(tmp_path):
