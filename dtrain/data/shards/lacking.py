@@ -54,6 +54,8 @@ def _absent(manifest: Manifest, columns: list[list[int]]) -> tuple[list[int], li
     """(how many samples have none of a group's columns, the first such sample or −1), a value for each group."""
     width = len(manifest.fields)
     counts, first = [0] * len(columns), [-1] * len(columns)
+    if manifest.complete:
+        return counts, first
     rows = max(1, _PIECE // (width * RECORD_BYTES))
     with open(manifest.side, "rb", opener=opener) as side:
         for start in range(0, manifest.samples, rows):

@@ -13,17 +13,17 @@ uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFF
 import hashlib
 import json
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain import files
 from dtrain.config import Data
-from dtrain.data.shards.cache import default_directory
+from dtrain.data.shards.checked import checked
 from dtrain.data.shards.latents import Latents
 from dtrain.data.shards.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
@@ -35,8 +35,6 @@ FORMAT = 1
 RECORD = [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")]  # of the side file, as a NumPy dtype
 RECORD_BYTES = 16
 ABSENT = 0xFFFFFFFF  # the size of a field that a sample does not have
-NOTED = 16 << 20  # bytes of a side file of which it is noted that it was checked
-
 LARGEST = 1 << 30  # bytes of a manifest
 
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
@@ -102,6 +100,7 @@ class Manifest:
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
     latents: Latents | None = None  # what a latent cache was made of
+    complete: bool = False  # whether it is known that no sample lacks a field
     remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
     @property
@@ -195,30 +194,12 @@ def load(path: str | Path) -> Manifest:
             expected = manifest.samples * len(manifest.fields) * RECORD_BYTES
             if size != expected:
                 raise UserError(f"{side} has {size:,} bytes, {path} asks for {expected:,}; {again}")
-            if not _digest_is(file, document.members.sha256):
+            found = checked(file, document.members.sha256)
+            if found is None:
                 raise UserError(f"{side} is damaged or does not belong to {path} (other sha256); {again}")
     except OSError as e:
         raise UserError(f"cannot read {side}, which {path} needs: {e.strerror}; {again}") from None
-    return manifest
-
-
-def _digest_is(file: BinaryIO, sha256: str) -> bool:
-    """Whether a side file has its digest. That a large one had is noted on this machine, until the file changes: a
-    second a gigabyte is too long for every rank of every resume, and members have their own crc32.
-    """
-    status = os.fstat(file.fileno())
-    if status.st_size < NOTED:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    known = [sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    note = default_directory() / f"checked-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}"
-    if note.exists():
-        return True
-    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-        return False
-    with suppress(OSError):  # a home that cannot be written costs time and nothing else
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
-    return True
+    return replace(manifest, complete=found)
 
 
 def check_shards(manifest: Manifest, directory: str | Path) -> None:

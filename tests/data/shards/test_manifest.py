@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dtrain.data.shards.indexing import find_shards, index, index_shards
-from dtrain.data.shards.manifest import check_shards, load
+from dtrain.data.shards.manifest import RECORD, Shard, check_shards, load
+from dtrain.data.shards.members import open_members
+from dtrain.data.shards.reader import ShardReader
 from dtrain.data.shards.tar import ABSENT, scan
 from dtrain.errors import UserError
 from tests.data.shard_files import data_set, labelled_pictures, write_shards
@@ -177,6 +180,77 @@ def test_a_damaged_manifest_is_refused(folder, damage, message):
         load(folder / "manifest.json")
     assert "dtrain index" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def _load_and_count(path: str, cache: str, barrier, results) -> None:
+    """Put (bytes that loading has read, whether it says that no sample lacks a field) into `results`."""
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    os.environ["XDG_CACHE_HOME"] = cache
+    barrier.wait()
+    before = read()
+    complete = load(path).complete
+    results.put((read() - before, complete))
+
+
+def _large(folder: Path, lacking: bool) -> Path:
+    """A manifest of a million samples whose shards are not there, and its side file of 16 MB."""
+    members = np.zeros((1 << 20) + 1, dtype=RECORD)
+    if lacking:
+        members["size"][5] = ABSENT
+    shard = {"name": "a.tar", "samples": len(members), "bytes": 512, "sha256": "0" * 64}
+    side = {"file": "manifest.members", "sha256": hashlib.sha256(members.tobytes()).hexdigest()}
+    (folder / "manifest.members").write_bytes(members.tobytes())
+    document = {"format": 1, "fields": ["jpg"], "shards": [shard], "classes": None, "members": side}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder / "manifest.json"
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_processes_of_a_node_hash_a_large_side_file_once_and_later_ones_not_at_all(tmp_path, lacking):
+    path, context = _large(tmp_path, lacking), multiprocessing.get_context("fork")
+    size = (tmp_path / "manifest.members").stat().st_size
+
+    def started(count: int) -> list[tuple[int, bool]]:
+        barrier, results = context.Barrier(count), context.Queue()
+        arguments = (str(path), str(tmp_path / "cache"), barrier, results)
+        processes = [context.Process(target=_load_and_count, args=arguments) for _ in range(count)]
+        for process in processes:
+            process.start()
+        found = [results.get(timeout=60) for _ in processes]
+        for process in processes:
+            process.join()
+        return found
+
+    assert sorted((read >= size, complete) for read, complete in started(4)) == [
+        *[(False, not lacking)] * 3,
+        (True, not lacking),
+    ]
+    assert [(read >= size, complete) for read, complete in started(1)] == [(False, not lacking)]
+    with (tmp_path / "manifest.members").open("r+b") as side:  # another file now, to the note and to its manifest
+        side.write(b"x")
+    with pytest.raises(UserError, match="damaged or does not belong"):
+        load(path)
+
+
+def test_a_sample_beyond_2_to_the_32_is_read_where_the_side_file_says(tmp_path):
+    """Of a side file with a hole of 69 GB before its last records: only what is asked for is read."""
+    write_shards(tmp_path, labelled_pictures(3))
+    small = index(str(tmp_path), tmp_path / "small.json")
+    before = Shard(name="before.tar", samples=2**32, bytes=1, sha256="0" * 64)
+    side = tmp_path / "large.members"
+    with side.open("wb") as file:
+        file.seek(2**32 * len(small.fields) * small.members.itemsize)
+        file.write(small.side.read_bytes())
+    large = replace(small, shards=[before, *small.shards], side=side)
+    assert large.samples == 2**32 + 3
+    reader = ShardReader(large, tmp_path)
+    for number in range(3):
+        assert reader.read(2**32 + number) == ShardReader(small, tmp_path).read(number)
+        with open_members(large, tmp_path) as ours, open_members(small, tmp_path) as theirs:
+            assert ours.of(2**32 + number) == theirs.of(number)
 
 
 def test_shards_that_are_missing_or_of_another_size_are_named(folder):
