@@ -35,11 +35,15 @@ class Order:
             raise ValueError(f"streams must lie between 1 and the {self.samples} samples, got {streams}")
         if window < 1:
             raise ValueError(f"a window holds at least 1 sample, got {window}")
-        if self.samples > 2**32:
-            raise ValueError(f"{self.samples} samples exceed 2^32, the most that windows and streams are numbered for")
         self.streams = int(streams)
         self.stream_length = self.samples // self.streams
         self.window = min(int(window), self.stream_length)
+        # `_permute_window` numbers each by 32 bits, whatever the number of samples is.
+        if max(self.streams, self.window, -(-self.stream_length // self.window)) > 2**32:
+            raise ValueError(
+                f"{self.samples} samples in {self.streams} streams, in windows of {self.window}: there are at most "
+                "2^32 streams, windows in one, and samples in a window"
+            )
         self._sizes = sizes
         self._starts = np.cumsum(sizes) - sizes  # first sample of each shard, manifest order
         self._draws = Draws(seed)

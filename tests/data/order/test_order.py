@@ -43,11 +43,12 @@ def sample_by_hand(seed: int, sizes: list[int], streams: int, window: int, k: in
     shuffled = w * window + sorted(range(places), key=words.__getitem__)[i - w * window]
     rotation = philox_words(seed, 2, epoch, 0, 1)[0] % total
     words = philox_words(seed, 1, epoch, 0, len(sizes))
-    concatenation = []
-    for shard in sorted(range(len(sizes)), key=words.__getitem__):
-        start = sum(sizes[:shard])
-        concatenation += range(start, start + sizes[shard])
-    return concatenation[(stream * length + shuffled + rotation) % total]
+    place = (stream * length + shuffled + rotation) % total
+    for shard in sorted(range(len(sizes)), key=words.__getitem__):  # one after the other
+        if place < sizes[shard]:
+            return sum(sizes[:shard]) + place
+        place -= sizes[shard]
+    raise AssertionError("a place of the data set lies in a shard")
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,6 +57,31 @@ def test_the_order_is_the_formula_of_the_design(parameters, k):
     seed, sizes, streams, window = parameters
     by_hand = [sample_by_hand(seed, sizes, streams, min(window, sum(sizes) // streams), one) for one in k]
     assert Order(*parameters).sample(np.array(k)).tolist() == by_hand
+
+
+def test_the_formula_holds_for_more_samples_than_32_bits_count():
+    sizes = [2**31 + 977 * n for n in range(11)]  # 2.4e10 samples
+    samples, rng = sum(sizes), np.random.default_rng(0)
+    order = Order(7, sizes, 256, 4096)
+    edges = [
+        edge + near for edge in (2**31, 2**32, samples, 256 * (samples // 256), 3 * samples) for near in (-1, 0, 1)
+    ]
+    k = np.array([0, *edges, *rng.integers(0, 5 * samples, 40).tolist()])
+    found = order.sample(k)
+    assert found.tolist() == [sample_by_hand(7, sizes, 256, 4096, one) for one in k.tolist()]
+    assert found.max() > 2**34
+    window = order.sample(
+        np.arange(256 * 4096) + 2 * 256 * order.stream_length
+    )  # the first of each stream, third epoch
+    assert len(np.unique(window)) == len(window)
+
+
+def test_what_32_bits_must_number_is_refused_beyond_them():
+    huge = [2**40]
+    Order(0, huge, 2**10, 2**10)
+    for streams, window in ((2**33, 1), (1, 2**7), (1, 2**33)):
+        with pytest.raises(ValueError, match=r"at most 2\^32 streams, windows in one, and samples in a window"):
+            Order(0, huge, streams, window)
 
 
 def test_the_order_never_changes():
