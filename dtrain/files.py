@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 MOST_DEPTH = 32  # of JSON that is taken; what dtrain writes nests to 6
 MOST_BYTES = 1 << 20  # of a small file, unless a caller says another number
 
+_NODES = {dict, list}
+
 LONGEST_NAME = 100  # characters, each of up to 2 bytes; file systems take 255 bytes with what is put around it
 
 
@@ -137,17 +139,13 @@ def within(root: Path, name: Any) -> Path | None:
 
 
 def _depth_over(tree: Any, most: int) -> bool:
-    level = [tree]
+    level = [tree] if type(tree) in _NODES else []
     for _ in range(most):
-        level = [
-            inner
-            for node in level
-            if isinstance(node, dict | list)
-            for inner in (node.values() if isinstance(node, dict) else node)
-        ]
+        children = (node.values() if type(node) is dict else node for node in level)
+        level = [child for some in children for child in some if type(child) in _NODES]
         if not level:
             return False
-    return any(isinstance(node, dict | list) for node in level)
+    return True
 
 
 def _not_regular(path: str) -> OSError:

@@ -95,8 +95,8 @@ class Indexes:
         try:
             found = parse_json(data)
             size, block, checksums, listed = (found[key] for key in ("bytes", "block", "crc32", "pieces"))
-            names = tuple(piece[0] for piece in listed)
-            pieces = np.array([piece[1:] for piece in listed] or np.empty((0, 3), np.int64))
+            names, *columns = zip(*listed, strict=True) if listed else ((),) * 4
+            pieces = np.stack([np.array(column, None if listed else np.int64) for column in columns], axis=1)
             formed = (
                 found["file"] == f"{Path(name).stem}.safetensors"
                 and is_count(size)
@@ -104,7 +104,7 @@ class Indexes:
                 and block > 0
                 and len(checksums) == -(-size // block)
                 and all(map(is_count, checksums))
-                and all(type(tensor) is str for tensor in names)
+                and {str}.issuperset(map(type, names))
                 and pieces.dtype == np.int64
                 and pieces.shape == (len(names), 3)
                 and not (pieces < 0).any()

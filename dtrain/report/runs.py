@@ -154,7 +154,7 @@ class Run:
         here, under = Path(os.path.abspath(self.directory.path)), Path(str(self.setting("run.dir", "runs")))
         depth = len(under.parts)
         known = not under.is_absolute() and here.parent.parts[-depth:] == under.parts
-        return [*([here.parents[depth]] if known else []), Path.cwd()]
+        return list(dict.fromkeys([*([here.parents[depth]] if known else []), Path.cwd()]))
 
     @property
     def profiles(self) -> list[dict[str, Any]]:

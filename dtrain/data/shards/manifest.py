@@ -47,7 +47,8 @@ class _Record(BaseModel):
 
 def _below(name: str) -> str:
     """Raises ValueError for a name that leads out of the folder it is looked for in."""
-    if not is_pipe(name) and (not name or name.startswith("/") or "\0" in name or ".." in name.split("/")):
+    leads_out = not name or name[0] == "/" or "\0" in name or (".." in name and ".." in name.split("/"))
+    if leads_out and not is_pipe(name):
         raise ValueError(f"{name!r} leads out of the folder of the shards")
     return name
 
