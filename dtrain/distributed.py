@@ -42,18 +42,20 @@ def _number(name: str, default: int) -> int:
     return int(match[1]) if match else default
 
 
+def cores() -> int:
+    """Those that this process may use; of a SLURM job's where SLURM has counted but not bound them."""
+    bound = len(os.sched_getaffinity(0))
+    return min(bound, _number("SLURM_CPUS_PER_TASK", 0) or bound)
+
+
 def set_thread_counts() -> None:
     """Give each local rank its share of the cores, unless the user has set OMP_NUM_THREADS (design, decision 10).
-
-    Of a SLURM job's cores, where SLURM has counted but not bound them.
 
     The launcher sets OMP_NUM_THREADS=1 itself where it was unset; that counts as not set when a rank has more cores.
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0))
-    cores = min(cores, _number("SLURM_CPUS_PER_TASK", 0) or cores)
-    share = max(1, cores // local_world_size())
+    share = max(1, cores() // local_world_size())
     asked = _number("OMP_NUM_THREADS", 0)
     torch.set_num_threads(asked if asked > 1 else share)
 

@@ -83,7 +83,9 @@ def _training(words: list[str], request):
     about = check_start(config, request.ranks)
     if request.after is None:
         check_free(RunDirectory(config.run.path))
-    return slurm.training(Path(words[0]), words[1:], config.run.path, config.data.workers), about
+    # A job that does not say how many has as many as its CPUs allow: two a rank are one for the step and one for data.
+    asked = 1 if config.data.workers is None else config.data.workers
+    return slurm.training(Path(words[0]), words[1:], config.run.path, asked), about
 
 
 def _evaluation(run: str, words: list[str], after: str | None):

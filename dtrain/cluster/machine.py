@@ -77,7 +77,7 @@ def shared_memory(config: Config) -> Finding:
         world_size, ranks = distributed.world_size(), distributed.ranks_here()
     else:
         world_size = ranks = max(1, torch.cuda.device_count())
-    workers, batch = config.data.workers, shm.of_batch(config, world_size)
+    workers, batch = shm.loader_processes(config, world_size, ranks), shm.of_batch(config, world_size)
     needed, there = shm.of_ranks(ranks, workers, batch), shm.free()
     found = shm.shown(ranks, workers, batch, there)
     nodes = distributed.gather_objects((there - needed, needed, found))

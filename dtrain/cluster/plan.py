@@ -62,6 +62,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     Raises UserError where the batch does not divide.
     """
     gpus = nodes * gpus_per_node
+    workers = shared_memory.loader_processes(config, gpus, gpus_per_node)
     rows, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, gpus)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
@@ -114,7 +115,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         evaluation=evaluation,
         checkpoint=memory.checkpoint_bytes(sizes, averages),
         kept=config.train.keep_last + 1,
-        shared_memory=shared_memory.of_ranks(gpus_per_node, config.data.workers, shared_memory.of_batch(config, gpus)),
+        shared_memory=shared_memory.of_ranks(gpus_per_node, workers, shared_memory.of_batch(config, gpus)),
         shared_memory_here=shared_memory.free(),
         hours=images * (flops + checkpointing * repeated) / speed / 3600,
         fits=own.needed <= usable,

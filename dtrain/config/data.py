@@ -67,8 +67,8 @@ class Data(Section):
     """places read at once; null: one per 1,024 samples, at most 256; stays for the life of the run"""
     shuffle_window: Positive = 4096
     """samples of one stream that are shuffled among each other"""
-    workers: NonNegative = 1
-    """loader processes a rank"""
+    workers: NonNegative | None = None
+    """loader processes a rank; null: its share of the node's cores but one, at least 1 and at most 8"""
     crop: Literal["centre", "random"] = "centre"
     """random: scaled by up to 5/4 and cut anywhere, as ADM does"""
     scaling: Literal["bicubic", "adm"] = "bicubic"

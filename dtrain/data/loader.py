@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from dtrain import distributed
 from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.data import shared_memory
@@ -124,8 +125,9 @@ class Batches(Iterator[Batch]):
 
 
 def train_batches(config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
-    """The `Batches` of `StepDataset` from index 0 on, made ahead in `data.workers` processes."""
-    return Batches(StepDataset(config, manifest, rank, world_size, images, skipped), config.data.workers)
+    """The `Batches` of `StepDataset` from index 0 on, made ahead in `shared_memory.loader_processes`."""
+    workers = shared_memory.loader_processes(config, world_size, distributed.local_world_size())
+    return Batches(StepDataset(config, manifest, rank, world_size, images, skipped), workers)
 
 
 class _WorkerDied(Exception):

@@ -10,14 +10,29 @@ from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
+from dtrain import distributed
 from dtrain.config import Config
 from dtrain.data.declared import declared
 from dtrain.errors import UserError
 
 PLACE = Path("/dev/shm")
 PREFETCH = 2  # batches that a worker makes ahead
+MOST_WORKERS = 8  # of a rank that are started without being asked for: a GPU's step seldom wants more
 PAGE = 4096
 MIB, GIB = 2**20, 2**30
+
+
+def loader_processes(config: Config, world_size: int, ranks: int) -> int:
+    """How many each of `ranks` ranks on this machine has: data.workers.
+
+    Where that is null, the cores that this process may use are shared among the ranks, one of each share is left to the
+    step, and no more are taken than have room in half of /dev/shm; at least 1, at most MOST_WORKERS.
+    """
+    if config.data.workers is not None:
+        return config.data.workers
+    batch, room = of_batch(config, world_size), size() // 2
+    fitting = [n for n in range(1, MOST_WORKERS + 1) if of_ranks(ranks, n, batch) <= room]
+    return max(1, min(distributed.cores() // ranks - 1, len(fitting)))
 
 
 def of_ranks(ranks: int, workers: int, batch: int) -> int:
@@ -59,9 +74,18 @@ def free() -> int:
     return found.f_bavail * found.f_frsize
 
 
+def size() -> int:
+    """Bytes that all processes together can take: the same whatever other ranks have taken. 0 without /dev/shm."""
+    try:
+        found = os.statvfs(PLACE)
+    except OSError:
+        return 0
+    return found.f_blocks * found.f_frsize
+
+
 def check(config: Config, world_size: int, ranks: int) -> None:
     """Raises UserError where this machine has too little for its `ranks` ranks."""
-    workers, batch = config.data.workers, of_batch(config, world_size)
+    workers, batch = loader_processes(config, world_size, ranks), of_batch(config, world_size)
     needed, there = of_ranks(ranks, workers, batch), free()
     if there < needed:
         raise UserError(f"{shown(ranks, workers, batch, there)}: {advice(needed)}")

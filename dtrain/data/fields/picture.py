@@ -57,7 +57,7 @@ def _as_stored(data: bytes, channels: int, found: Header, least: int | None) -> 
     if data.startswith(JPEG) and not found.cmyk:
         pixels = decode_jpeg(data, channels, found.height, found.width, _halvings(found, least))
         if pixels is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+            return torch.from_numpy(pixels.transpose(2, 0, 1))
     # WebP has no grey of its own.
     mode = _MODES[3] if data[:4] == RIFF else _MODES[channels]
     try:
@@ -111,7 +111,9 @@ class Crop(NamedTuple):
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         if self.scaling == "adm":
             return centre_crop(image, self.size) if self.draws is None else random_crop(image, self.size, self.draws)
-        height, width = image.shape[1:]
+        channels, height, width = image.shape
+        if height == width == self.size and self.draws is None and image.stride(2) == channels:
+            return image  # in the layout below already
         if self.draws is None:
             side = min(height, width)
             left, top = (width - side) // 2, (height - side) // 2
