@@ -74,6 +74,9 @@ EARLIER: dict[str, Earlier] = {
     "eval.decode_batch": Earlier(None),
 }
 
+# Key → its former default, where only the default has changed: a run that began with it keeps it.
+FORMER_DEFAULTS: dict[str, Any] = {"eval.batch_size": 250}
+
 
 def with_earlier_values(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree of an older run's config, with every key of the table that it lacks."""

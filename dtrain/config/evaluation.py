@@ -50,7 +50,7 @@ class Sampling(Section):
     """first_3 only to repeat published DiT results"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the network while sampling; the samples' states stay fp32"""
-    batch_size: Positive = 250
+    batch_size: Positive = 64
     """block of sample ids drawn together; part of the result's identity"""
     decode_batch: Positive | None = None
     """latents that first_stage kl decodes together, which bounds memory; null: 8"""

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from dtrain.addresses import one_config
 from dtrain.config.addresses import problem_of
 from dtrain.config.chosen import Chosen
-from dtrain.config.earlier import EARLIER, missing, with_earlier_values
+from dtrain.config.earlier import EARLIER, FORMER_DEFAULTS, missing, with_earlier_values
 from dtrain.config.run import Tracking
 from dtrain.config.tree import Config
 from dtrain.credentials import hide, lacks
@@ -66,21 +66,31 @@ def load_kept(path: str | Path) -> Config:
 def continued(config: Config, kept: str | Path) -> Config:
     """`config` for a run that goes on and whose config.yaml is `kept`.
 
-    A key that neither names means what was done before the key existed: only a new run takes today's default.
+    A key that neither names means what was done before the key existed, and one that has a former default, which only
+    `kept` names, keeps it: only a new run takes today's default.
     """
+    tree = read_tree(Path(kept))
+    values = {name: EARLIER[name].value for name in missing(tree)}
+    values |= {name: was for name, was in FORMER_DEFAULTS.items() if _value(tree, name) == was}
     earlier: dict[str, dict[str, Any]] = {}
-    for name in missing(read_tree(Path(kept))):
+    for name, value in values.items():
         section, _, key = name.partition(".")
         if not key:
             continue  # a whole section, whose earlier meaning is its default
         ours = getattr(config, section)
         if key in type(ours).model_fields and key not in ours.model_fields_set:
-            earlier.setdefault(section, {})[key] = EARLIER[name].value
+            earlier.setdefault(section, {})[key] = value
     for section, values in earlier.items():
         ours = getattr(config, section)
         given = ours.model_dump(include=ours.model_fields_set) | values
         config = config.model_copy(update={section: type(ours).model_validate(given)})
     return config
+
+
+def _value(tree: dict, name: str) -> Any:
+    section, _, key = name.partition(".")
+    keys = tree.get(section)
+    return keys.get(key) if isinstance(keys, dict) else None
 
 
 def read_tree(path: Path) -> dict:

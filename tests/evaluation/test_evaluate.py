@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain.config import Eval
 from dtrain.errors import SharedError, UserError
-from dtrain.evaluation.evaluate import evaluate, labels_of, scratch_of
+from dtrain.evaluation.evaluate import blocks_of_a_rank, evaluate, labels_of, scratch_of
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
@@ -120,6 +121,21 @@ def test_evaluations_that_end_disturb_none_that_goes_on(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 16, 32])
+def test_ranks_share_a_small_evaluation_evenly_in_blocks_that_do_not_follow_their_number(monkeypatch, ranks):
+    e = Eval()
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    drawn, first_ids = [], set()
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        starts, mine = blocks_of_a_rank(e)
+        first_ids.add(starts)
+        drawn.append([starts[number] for number in mine])
+    assert first_ids == {range(0, 2000, 64)}
+    assert sorted(start for starts in drawn for start in starts) == list(range(0, 2000, 64))
+    assert max(map(len, drawn)) * 64 <= 1.06 * 2000 / ranks
 
 
 def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path):

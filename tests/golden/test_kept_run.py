@@ -136,6 +136,21 @@ def test_a_new_default_binds_new_runs_only_and_what_a_user_names_binds_all(kept,
     assert continued(other, load("kept.yaml", ["run.name=other"])).train.spike_factor == 10
 
 
+def test_a_run_keeps_a_default_that_has_changed_since_unless_another_value_is_named(kept):
+    """The default of eval.batch_size was 250; other blocks round otherwise, so that a curve would move by that."""
+    tree = yaml.safe_load(kept.config_file.read_text())
+    wanted = tree | {"eval": {key: value for key, value in tree["eval"].items() if key != "batch_size"}}
+    Path("unnamed.yaml").write_text(yaml.safe_dump(wanted))
+    for began, size in ((250, 250), (100, 64)):  # 100 was named then, and is named no more
+        tree["eval"]["batch_size"] = began
+        kept.config_file.write_text(yaml.safe_dump(tree))
+        assert kept.config().eval.batch_size == began  # sample, evaluate
+        assert continued(kept, load("unnamed.yaml", ["run.name=kept"])).eval.batch_size == size
+        assert continued(kept, load("unnamed.yaml", ["run.name=kept", "eval.batch_size=12"])).eval.batch_size == 12
+    other = RunDirectory("runs/other")
+    assert continued(other, load("unnamed.yaml", ["run.name=other"])).eval.batch_size == 64
+
+
 if __name__ == "__main__":
     import os
     import tempfile
