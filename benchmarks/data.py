@@ -20,7 +20,7 @@ import webdataset
 from dtrain.config import validate
 from dtrain.data.shards.indexing import index
 from dtrain.data.shards.manifest import Manifest, load
-from dtrain.data.stream import StepDataset
+from dtrain.data.stream import Completion, StepDataset
 
 BATCH = 250
 
@@ -48,10 +48,10 @@ def webdataset_rate(urls: list[str], seconds: float) -> float:
     return done / (time.perf_counter() - started)
 
 
-def dtrain_rate(dataset: StepDataset, seconds: float, randomness: bool) -> float:
+def dtrain_rate(dataset: StepDataset, seconds: float, complete: Completion | None) -> float:
     step, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        dataset[step] if randomness else dataset.read(step)
+        complete(dataset[step]) if complete else dataset.read(step)
         step += 1
     return step * BATCH / (time.perf_counter() - started)
 
@@ -105,11 +105,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         manifest = index(str(options.shards), Path(folder) / "manifest.json")
         dataset = StepDataset(config_of(str(options.shards)), manifest, 0, 1, 0)
+        complete = Completion(config_of(str(options.shards)))
         runs = {name: [] for name in ("read", "full", "peer", "resume", "peer resume")}
         for _ in range(options.repetitions):
-            runs["read"].append(dtrain_rate(dataset, options.seconds_per_run, randomness=False))
+            runs["read"].append(dtrain_rate(dataset, options.seconds_per_run, complete=None))
             runs["peer"].append(webdataset_rate(urls, options.seconds_per_run))
-            runs["full"].append(dtrain_rate(dataset, options.seconds_per_run, randomness=True))
+            runs["full"].append(dtrain_rate(dataset, options.seconds_per_run, complete=complete))
             runs["resume"].append(resume_seconds(manifest, str(options.shards)))
             runs["peer resume"].append(webdataset_resume_seconds(urls, manifest.samples))
         throttled = throttled_seconds(Path(folder) / "large", options.repetitions)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.normals import tables
+from dtrain.randomness import Draws
 
 _MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -87,6 +88,18 @@ def normals(seed: int, purpose: int, k: Tensor, shape: tuple[int, ...], sub: int
             made = make(k[row : row + high], first, min(wide, blocks - first), seed, purpose, sub, _on(k.device))
             part.copy_(made[:, : part.shape[1]])
     return values.view(len(k), *shape)
+
+
+def normals_on(
+    draws: Draws, purpose: int, k: Tensor, shape: tuple[int, ...], sub: int = 0, compiled: bool = False
+) -> Tensor:
+    """What `draws.normals` gives for k int64 (n,), on k's device: made there where the generator is the same there."""
+    if k.device.type != "cpu" and draws.generator == 2:
+        return normals(draws.seed, purpose, k, shape, sub, compiled)
+    drawn = torch.from_numpy(draws.normals(purpose, k.tolist(), shape, sub))
+    if k.device.type == "cpu":
+        return drawn
+    return drawn.pin_memory().to(k.device, non_blocking=True)
 
 
 @cache

@@ -12,11 +12,11 @@ from dtrain import device_draws
 from dtrain.draws import Draw, Purpose
 from dtrain.normals import GRID, TABLE, from_words, tables
 from dtrain.randomness import Draws, drawn, purpose_of
+from tests.devices import DEVICES
 from tests.normal_table import MOMENTS, table
 from tests.normality import exact_law, scores
 
 SHA256 = "a560a8b1920e5d65f2816ca55433780fec939e7d008dc646a9b9864c8c92e40e"
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 M = 2**64 - 1
 # Philox-4x64-10 in the known-answer file of Random123 (Salmon et al. 2011): counter, key, words.
 KNOWN = [

@@ -25,6 +25,7 @@ _GAUSSIAN, _FLOW = ("process", "gaussian"), ("process", "flow")
 EARLIER: dict[str, Earlier] = {
     "run.init_from": Earlier(None),
     "run.init_weights": Earlier(None),
+    "run.generator": Earlier(1),
     "data.weight": Earlier(1.0),
     "data.mix": Earlier([]),
     "data.arrays": Earlier({}),

@@ -37,9 +37,11 @@ class Run(Section):
     """the folder that holds the runs"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the order of the samples and all random draws"""
+    generator: Literal[1, 2] = 2
+    """how noise is made of random words. 2: the same bits on every device; 1: as runs before it did, on CPUs"""
 
     def identity_keys(self) -> list[str]:
-        return ["seed"]
+        return ["seed", "generator"]
 
     @model_validator(mode="after")
     def _begins_with(self):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dtrain.config import Config, Data
+from dtrain.config import Config
 from dtrain.data.fields.picture import Crop, decode, normalize
 from dtrain.data.shards.manifest import check_all, load_all
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
-from dtrain.data.stream import StepDataset
+from dtrain.data.stream import Completion, StepDataset
 from dtrain.errors import UserError
 from dtrain.randomness import drawn
 
@@ -28,7 +28,7 @@ def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
     torch.set_num_threads(1)
     try:
         dataset = StepDataset(config, manifest, 0, 1, 0)
-        return _stages(config.data, dataset, seconds / 7)
+        return _stages(config, dataset, seconds / 7)
     finally:
         torch.set_num_threads(threads)
 
@@ -40,7 +40,8 @@ def report(rates: dict[str, float]) -> str:
     return "\n".join([*rows, f"{slowest} limits: {stages[slowest]:,.0f} images per second of a core"])
 
 
-def _stages(data: Data, dataset: StepDataset, seconds: float) -> dict[str, float]:
+def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, float]:
+    data, complete = config.data, Completion(config)
     k = np.arange(min(data.batch_size, 256))
     sources, samples = dataset._order.samples(k)
     places = list(zip(sources.tolist(), samples.tolist(), strict=True))
@@ -60,7 +61,7 @@ def _stages(data: Data, dataset: StepDataset, seconds: float) -> dict[str, float
     cropped = [crop(image) for image in images]
 
     def randomness() -> None:
-        for draw in dataset._declared_draws:
+        for draw in dataset._wanted.draws:
             drawn(draw, dataset._draws, k.tolist(), k, 0, len(k))
 
     each, steps, without_draws = len(k), iter(range(10**9)), iter(range(10**9))
@@ -71,7 +72,7 @@ def _stages(data: Data, dataset: StepDataset, seconds: float) -> dict[str, float
         "randomness": _rate(randomness, each, seconds),
         "collate": _rate(lambda: normalize(torch.stack(cropped)), each, seconds),
         "pictures": _rate(lambda: dataset.read(next(without_draws)), data.batch_size, seconds),
-        "whole": _rate(lambda: dataset[next(steps)], data.batch_size, seconds),
+        "whole": _rate(lambda: complete(dataset[next(steps)]), data.batch_size, seconds),
     }
 
 

@@ -13,10 +13,20 @@ from dtrain.errors import UserError
 
 
 class Declared(NamedTuple):
-    """fields: read from each sample. draws: random numbers of each row. Both come in a batch under their names."""
+    """fields: read from each sample. draws: random numbers of each row. Both are in a batch under their names.
+
+    generator: the run's, which says where normals are drawn. flip: whether a row says if it is to be mirrored.
+    """
 
     fields: tuple[Field, ...]
     draws: tuple[Draw, ...]
+    generator: int
+    flip: bool
+
+    @property
+    def sent(self) -> tuple[Draw, ...]:
+        """The draws that come with a batch. As many numbers as a picture has are drawn on its device instead."""
+        return tuple(draw for draw in self.draws if self.generator == 1 or draw.law != "normal")
 
     @property
     def extensions(self) -> list[tuple[str, ...]]:
@@ -25,8 +35,9 @@ class Declared(NamedTuple):
 
     @property
     def row_bytes(self) -> list[int]:
-        """The bytes of a row of each tensor of a batch, `k` included."""
-        return [8, *(field.row_bytes for field in self.fields), *(draw.row_bytes for draw in self.draws)]
+        """The bytes of a row of each tensor of a batch on its way to its device, `k` included."""
+        mirrored = [1] if self.flip else []
+        return [8, *mirrored, *(field.row_bytes for field in self.fields), *(draw.row_bytes for draw in self.sent)]
 
 
 def declared(config: Config) -> Declared:
@@ -50,7 +61,7 @@ def declared(config: Config) -> Declared:
         fields.append(Moments("moments", config.shape))
     else:
         fields.append(Picture("image", data.image_size, data.channels, data.upright))  # the dearest is read last
-    names = ["k", *(field.name for field in fields), *(draw.name for draw in draws)]
+    names = ["k", "mirrored", *(field.name for field in fields), *(draw.name for draw in draws)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two parts of this config call something in a batch {min(twice)!r}; rename one")
-    return Declared(tuple(fields), tuple(draws))
+    return Declared(tuple(fields), tuple(draws), config.run.generator, data.flip)

@@ -61,8 +61,7 @@ def columns_bytes(rows: int, row_bytes: Iterable[int]) -> int:
 
 def pictures_bytes(rows: int, channels: int, side: int) -> int:
     """Bytes of a batch of pictures with labels: what `declared` says of a config that is still to be written."""
-    pixels = 4 * channels * side**2
-    return columns_bytes(rows, [pixels, pixels, 8, 8, 8, 8])  # image, noise, k, label, time, drop
+    return columns_bytes(rows, [channels * side**2, 1, 8, 8, 8, 8])  # image, mirrored, k, label, time, drop
 
 
 def free() -> int:

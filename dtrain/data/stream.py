@@ -1,5 +1,7 @@
 """From the order, the shards and the seed to batches: `dataset[step]` is everything this rank needs for that step.
 
+A batch travels small, from a worker through /dev/shm to its device; `Completion` makes the whole of it there.
+
 Nothing here has a state to save: a batch is a pure function of (config, manifest, images seen before it), so loader
 workers and ranks may come and go (design, decisions 1 and 2).
 """
@@ -22,6 +24,7 @@ from dtrain.data.order.skipped import NOTHING
 from dtrain.data.shards.cache import cache_of
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.reader import OPEN_SHARDS, ShardReader
+from dtrain.device_draws import normals_on
 from dtrain.errors import BadSample, UserError
 from dtrain.randomness import Draws, Purpose, drawn
 
@@ -58,12 +61,12 @@ class StepDataset(Dataset):
     images: the images seen before index 0, its first k; skipped: the images left out. Item i is the i-th batch from
     there on, as n = batch_size / world_size rows of `k` int64 (n,), which image of the run, and of every field and
     draw that the config's parts declare (`data/declared.py`), such as
-        image  float32 (n, C, H, W)   pixels in [−1, 1], flipped by chance where data.flip is set
-        label  int64   (n,)           of a model with classes
-        time   float64 (n,)           in [0, 1)
-        noise  float32 (n, C, H, W)   standard normal
-    Every number is drawn by the key (seed, purpose, k). Raises UserError for data that cannot be used; with
-    data.on_error "replace" a BadSample gives way to another sample of its stream instead.
+        image     uint8   (n, C, H, W)   pixels
+        mirrored  bool    (n,)           where data.flip is set: whether it is to be
+        label     int64   (n,)           of a model with classes
+        time      float64 (n,)           in [0, 1)
+    but for the draws that `Completion` makes. Every number is drawn by the key (seed, purpose, k). Raises UserError for
+    data that cannot be used; with data.on_error "replace" a BadSample gives way to another sample of its stream.
     """
 
     def __init__(self, config: Config, manifest: Manifest, rank: int, world_size: int, images: int, skipped=NOTHING):
@@ -75,15 +78,15 @@ class StepDataset(Dataset):
                 f"the nearest that does is {nearest}"
             )
         check_fields(config, manifest)
-        self._fields, self._declared_draws = declared(config)
+        self._wanted = declared(config)
         self._order = of_run(data, config.run.seed, manifest)
         self._readers, self._samples = [], []
         sources = list(zip((manifest, *manifest.mixed), (data, *data.mix), strict=True))
         for one, source in sources:
             cache = cache_of(data, source.shards)
             self._readers.append(ShardReader(one, source.shards, cache, max(1, OPEN_SHARDS // len(sources))))
-            self._samples.append(SampleReader(self._readers[-1], self._fields))
-        self._draws = Draws(config.run.seed)
+            self._samples.append(SampleReader(self._readers[-1], self._wanted.fields))
+        self._draws = Draws(config.run.seed, config.run.generator)
         self.rank, self._world_size = rank, world_size
         self._first, self._batch_size = int(skipped.ordinal(images)), data.batch_size
         self._skipped = skipped
@@ -97,7 +100,7 @@ class StepDataset(Dataset):
         k, batch = self.read(index)
         first, keys = self._first + index * self._batch_size, k.tolist()
         ordinals = self._skipped.ordinal(k)
-        for draw in self._declared_draws:
+        for draw in self._wanted.sent:
             values = drawn(draw, self._draws, keys, ordinals, first, self._batch_size)
             batch[draw.name] = torch.from_numpy(values)
         return batch
@@ -109,9 +112,12 @@ class StepDataset(Dataset):
         sources, samples = self._order.samples(k)
         for source, reader in enumerate(self._readers):
             reader.prefetch(samples[sources == source].tolist(), self._samples[source].extensions)
-        keys = zip(k.tolist(), sources.tolist(), samples.tolist(), strict=True)
-        rows = [self._read(key, source, sample) for key, source, sample in keys]
-        batch = {field.name: field.collate([row[field.name] for row in rows]) for field in self._fields}
+        views = [self._view_of(key) for key in k.tolist()]
+        places = zip(k.tolist(), views, sources.tolist(), samples.tolist(), strict=True)
+        rows = [self._read(*place) for place in places]
+        batch = {field.name: field.collate([row[field.name] for row in rows]) for field in self._wanted.fields}
+        if self._flip:
+            batch["mirrored"] = torch.tensor([view.mirrored for view in views])
         return k, {"k": torch.from_numpy(k)} | batch
 
     def take_report(self) -> Report:
@@ -121,8 +127,7 @@ class StepDataset(Dataset):
         self._counts, self._replaced = counts, []
         return report
 
-    def _read(self, k: int, source: int, sample: int) -> dict[str, np.ndarray]:
-        view = self._view_of(k)
+    def _read(self, k: int, view: View, source: int, sample: int) -> dict[str, np.ndarray]:
         try:
             return self._samples[source].read(sample, view)
         except BadSample as e:
@@ -147,13 +152,33 @@ class StepDataset(Dataset):
         return View(self._centre_crop._replace(draws=draws), mirrored)
 
 
+class Completion:
+    """The rest of a batch, on the device that it has come to, such as
+        image  float32 (n, C, H, W)   pixels in [−1, 1], mirrored where the row says so
+        noise  float32 (n, C, H, W)   standard normal
+    the same bits on every device. compiled: noise by torch.compile, where the device is none of NumPy's.
+    """
+
+    def __init__(self, config: Config, compiled: bool = False):
+        self._wanted, self._compiled = declared(config), compiled
+        self._draws = Draws(config.run.seed, config.run.generator)
+
+    def __call__(self, batch: Batch) -> Batch:
+        whole = {name: column for name, column in batch.items() if name != "mirrored"}
+        for one in self._wanted.fields:
+            whole[one.name] = one.complete(batch[one.name], batch.get("mirrored"))
+        for draw in set(self._wanted.draws) - set(self._wanted.sent):
+            at = draw.purpose, batch["k"], draw.shape
+            whole[draw.name] = normals_on(self._draws, *at, compiled=self._compiled)
+        return whole
+
+
 def stand_in(wanted: Declared, first: int, rows: int) -> Batch:
-    """Rows of the shapes that `StepDataset` gives, whose loss and gradient are not numbers."""
-    fields, draws = wanted
+    """Rows of the shapes of a completed batch, whose loss and gradient are not numbers."""
     batch = {"k": first + torch.arange(rows)}
-    for one in fields:
-        column = torch.zeros(rows, *one.shape, dtype=getattr(torch, one.dtype))
+    for one in wanted.fields:
+        column = one.complete(torch.zeros(rows, *one.shape, dtype=getattr(torch, one.dtype)), None)
         batch[one.name] = column.fill_(torch.nan) if column.is_floating_point() else column
-    for draw in draws:
+    for draw in wanted.draws:
         batch[draw.name] = torch.full((rows, *draw.shape), draw.typical, dtype=getattr(torch, draw.dtype))
     return batch

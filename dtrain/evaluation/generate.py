@@ -1,6 +1,6 @@
 """Images from a model, each a pure function of (seed, id): the same on any rank, in any order of blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,6 +13,7 @@ from dtrain.batch import Condition
 from dtrain.conditions.build import Conditions
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
+from dtrain.device_draws import normals_on
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import network_evaluations, sample
 from dtrain.diffusion.solvers import Denoiser
@@ -55,6 +56,7 @@ class Generator:
     conditions: Conditions
     first_stage: FirstStage
     device: torch.device
+    noise: int  # by which generator it is drawn, `run.generator`
     reconstructs = False  # its images are new ones
 
     @classmethod
@@ -67,7 +69,8 @@ class Generator:
         first_stage: FirstStage = Pixels(),  # noqa: B008 (it has no state)
     ) -> "Generator":
         assert config.first_stage.kind == "pixels" or not isinstance(first_stage, Pixels)
-        return cls(model, process, config.shape, build_conditions(config), first_stage, device)
+        conditions = build_conditions(config)
+        return cls(model, process, config.shape, conditions, first_stage, device, config.run.generator)
 
     def evaluations(self, how: Eval) -> int:
         """How often the network is asked for a block of images."""
@@ -85,14 +88,7 @@ class Generator:
         Raises NotFinite, with the ids, where x_0 is not.
         """
         faults.at("eval:draw")
-        draws = Draws(how.seed)
-
-        def normals(purpose: Purpose, sub: int = 0) -> torch.Tensor:
-            drawn = torch.from_numpy(np.stack([draws.normal(purpose, i, self.shape, sub) for i in ids]))
-            if self.device.type == "cpu":
-                return drawn
-            return drawn.pin_memory().to(self.device, non_blocking=True)  # while it computes the step before
-
+        normals = self.normals(how.seed, ids)
         x_0 = sample(
             self.denoiser(self.condition(ids, labels), how, on_evaluation),
             self.process,
@@ -110,6 +106,15 @@ class Generator:
                 "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
             )
         return self.first_stage.decode(x_0).cpu()
+
+    def normals(self, seed: int, ids: Sequence[int]) -> Callable[..., torch.Tensor]:
+        """(purpose, sub=0) → standard normals of these ids, float32 (n, C, H, W) on the model's device."""
+        draws, keys = Draws(seed, self.noise), torch.tensor(ids, device=self.device)
+
+        def drawn(purpose: Purpose, sub: int = 0) -> torch.Tensor:
+            return normals_on(draws, purpose, keys, self.shape, sub)
+
+        return drawn
 
     def denoiser(self, condition: Condition, how: Eval, on_evaluation: Callable[[], None] = lambda: None) -> Denoiser:
         """What a sampler asks for rows of this condition: the model's output with guidance and precision as `how` says.

@@ -11,7 +11,7 @@ from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.objectives.objective import Objective
-from dtrain.randomness import Draws, Purpose
+from dtrain.randomness import Purpose
 
 BLOCK = 128  # held-out images at a time
 
@@ -27,10 +27,6 @@ def _held_out(
     """(x_0, what the network is told) of these held-out images, on the generator's device."""
     pixels, own = images[rows.start : rows.stop].to(generator.device), labels[rows.start : rows.stop]
     return generator.first_stage.encode(pixels), generator.condition(list(rows), own)
-
-
-def _normals(draws: Draws, rows: range, shape: tuple[int, ...], sub: int) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(draws.normal(Purpose.VALIDATION_NOISE, i, shape, sub)) for i in rows])
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
@@ -53,7 +49,7 @@ def bits_per_dim(
     clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
     generator.model.eval()
-    process, draws = generator.process, Draws(seed)
+    process = generator.process
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
     of = len(_blocks(images)) * process.schedule.timesteps
 
@@ -66,10 +62,7 @@ def bits_per_dim(
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
             x0, condition = _held_out(generator, images, labels, rows)
-
-            def noise(t: int, rows: range = rows) -> torch.Tensor:
-                return _normals(draws, rows, generator.shape, sub=t).to(generator.device)
-
+            noise = partial(generator.normals(seed, rows), Purpose.VALIDATION_NOISE)  # of timestep t
             terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
             total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
@@ -88,15 +81,16 @@ def losses_by_level(
     images (M, C, H, W) in [−1, 1], labels (M,). Collective.
     """
     generator.model.eval()
-    draws, places = Draws(seed), middles()
+    places = middles()
     total = torch.zeros(len(places), dtype=torch.float64)
 
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
             x0, condition = _held_out(generator, images, labels, rows)
+            normals = generator.normals(seed, rows)
             for level, place in enumerate(places):
-                noise = _normals(draws, rows, generator.shape, sub=2**32 + level).to(generator.device)
+                noise = normals(Purpose.VALIDATION_NOISE, 2**32 + level)
                 at = torch.full((len(rows),), place, dtype=torch.float64, device=generator.device)
                 total[level] += objective.losses_at(generator.model, x0, noise, at, condition).double().sum().cpu()
 

@@ -18,7 +18,7 @@ from dtrain.data.declared import declared
 from dtrain.data.loader import Batches, LoaderFailure, train_batches
 from dtrain.data.order.skipped import Skipped
 from dtrain.data.shards.manifest import Manifest
-from dtrain.data.stream import Report, stand_in
+from dtrain.data.stream import Completion, Report, stand_in
 from dtrain.errors import SharedError, SharedFailure, UserError
 from dtrain.files import opener
 from dtrain.run import RunDirectory
@@ -41,6 +41,7 @@ class Feed:
     def __init__(self, config: Config, manifest: Manifest):
         self._config, self._manifest = config, manifest
         self._batches: Batches | None = None
+        self._complete = Completion(config, compiled=bool(config.train.compile))
         self._upload = None if distributed.device().type == "cpu" else Upload(distributed.device())
         self._made: _Made | None = None  # ahead
         self._seconds_ahead = 0.0
@@ -87,7 +88,8 @@ class Feed:
             return _Made(None, error=e)
         except LoaderFailure as e:
             return _Made(None, error=self._kept(e))
-        return _Made(batch if self._upload is None else self._upload.begin(batch), self._batches.report)
+        made = self._complete(batch) if self._upload is None else self._upload.begin(batch, self._complete)
+        return _Made(made, self._batches.report)
 
     def _kept(self, error: LoaderFailure) -> LoaderFailure:
         """The error with the file that its details were written to."""

@@ -1,5 +1,6 @@
 """Batches on their way to a GPU, beside what it computes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,16 @@ class Sent(NamedTuple):
 
 
 class Upload:
-    """Copies pinned batches to a GPU on a stream of its own: neither the host nor what computes waits for them."""
+    """Copies pinned batches to a GPU, and completes them there, on a stream of its own: neither the host nor what
+    computes waits for them.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def begin(self, batch: Batch) -> Sent:
+    def begin(self, batch: Batch, complete: Callable[[Batch], Batch]) -> Sent:
         with torch.cuda.stream(self._stream):
-            sent = {name: column.to(self._device, non_blocking=True) for name, column in batch.items()}
+            sent = complete({name: column.to(self._device, non_blocking=True) for name, column in batch.items()})
             return Sent(sent, self._stream.record_event())
 
     def end(self, sent: Sent) -> Batch:

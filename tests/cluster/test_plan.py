@@ -215,11 +215,11 @@ def planned_in(size, *arguments):
 
 @needs_root
 def test_what_batches_made_ahead_take_of_dev_shm_is_said_and_what_to_do_where_this_machine_has_less(digits, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path, "data.batch_size=6144", "data.workers=2").dump())
+    (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path, "data.batch_size=32768", "data.workers=2").dump())
     asks = ["plan", tmp_path / "tiny.yaml", "--nodes", 2, "--gpus-per-node", 4]
-    rows, pages = 6144 // 8, 4096
-    image, number = (-(-rows * size // pages) * pages for size in (8 * 8 * 4, 8))
-    batch = 2 * image + 4 * number  # image and noise; k, label, time and drop
+    rows, pages = 32768 // 8, 4096
+    image, number = (-(-rows * size // pages) * pages for size in (8 * 8, 8))
+    batch = image + 4 * number  # image; k, label, time and drop
     node = 4 * ((2 * 2 + 1) * batch + 14 * pages)  # and a page for each of 14 locks
     ((code, text),) = run_ranks(planned_in, 1, "2m", *asks, "--json")
     assert (code, json.loads(text)["shared_memory"], json.loads(text)["shared_memory_here"]) == (0, node, 2 * 2**20)

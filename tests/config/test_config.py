@@ -113,7 +113,14 @@ def test_numbers_like_1e_minus_4_are_numbers():
 
 def test_identity_holds_what_makes_the_run_and_nothing_free():
     keys = identity(load(DIGITS))
-    assert {"run.seed", "data.streams", "data.image_size", "model.depth", "diffusion.timesteps"} <= keys.keys()
+    assert {
+        "run.seed",
+        "run.generator",
+        "data.streams",
+        "data.image_size",
+        "model.depth",
+        "diffusion.timesteps",
+    } <= keys.keys()
     free = (
         "train.",
         "deepspeed.",

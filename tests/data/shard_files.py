@@ -69,9 +69,9 @@ def rewrite_side(folder: Path, table: np.ndarray) -> None:
     (folder / "manifest.members").write_bytes(table.tobytes())
 
 
-def configuration(folder: Path, batch_size: int = 8, num_classes: int = 3, seed: int = 5, **data) -> Config:
+def configuration(folder: Path, batch_size: int = 8, num_classes: int = 3, generator: int = 2, **data) -> Config:
     tree = {
-        "run": {"name": "test", "seed": seed},
+        "run": {"name": "test", "seed": 5, "generator": generator},
         "data": {"shards": str(folder), "image_size": 8, "batch_size": batch_size} | data,
         "model": {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 2, "num_classes": num_classes},
         "train": {"steps": 1},

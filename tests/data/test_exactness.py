@@ -17,7 +17,7 @@ from dtrain.data.order.streams import default_streams
 from dtrain.data.shards.indexing import index_shards
 from dtrain.data.shards.manifest import Document, Shard, SideFile, check_all, load, load_all
 from dtrain.data.shards.tar import MEMBER
-from dtrain.data.stream import StepDataset
+from dtrain.data.stream import Completion, StepDataset
 from dtrain.errors import UserError
 from tests.data.shard_files import configuration, labelled_pictures, write_shards
 
@@ -51,17 +51,19 @@ def test_stops_resizes_and_workers_leave_the_sequence_as_it_was(shards, tmp_path
         steps = data.draw(st.integers(1, 3), "steps")
         workers = data.draw(st.sampled_from(WORKERS), "workers")
         config = configuration(folder, batch_size, workers=workers, **options)
+        complete = Completion(config)
         for rank in range(world_size):
             batches = train_batches(config, manifest, rank, world_size, images)
             for _ in range(steps):
-                batch = next(batches)
+                batch = complete(next(batches))
                 for row, k in enumerate(batch["k"].tolist()):
                     assert k not in seen
                     seen[k] = tuple(batch[name][row].numpy().tobytes() for name in ("label", "image", "noise", "time"))
             batches.close()
         images += steps * batch_size
     assert sorted(seen) == list(range(images))
-    whole = StepDataset(configuration(folder, images, **options), manifest, 0, 1, 0)[0]
+    config = configuration(folder, images, **options)
+    whole = Completion(config)(StepDataset(config, manifest, 0, 1, 0)[0])
     for row, k in enumerate(whole["k"].tolist()):
         assert seen[k] == tuple(whole[name][row].numpy().tobytes() for name in ("label", "image", "noise", "time"))
     labels = [int.from_bytes(seen[k][0], "little") for k in range(images)]

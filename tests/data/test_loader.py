@@ -193,7 +193,7 @@ def overflowing(config, manifest_path, size):
 
 @needs_root
 def test_a_worker_that_finds_dev_shm_full_says_so_at_once_and_leaves_nothing_there(folder):
-    config = configuration(folder, 500, workers=2)  # batches of 0.8 MB
+    config = configuration(folder, 4000, workers=2)  # batches of 0.9 MB
     ((said, seconds, left),) = run_ranks(overflowing, 1, config, folder / "manifest.json", "1m")
     assert "is full (No space left on device), so a data worker could not hand over its batch" in said
     assert all(word in said for word in ("--shm-size", "--ipc=host", "data.workers=0"))
@@ -220,7 +220,7 @@ def test_workers_that_end_in_order_leave_nothing_in_dev_shm(folder):
 
 @needs_root
 def test_what_does_not_fit_is_refused_with_what_to_do_and_what_fits_is_not(folder):
-    config = configuration(folder, 2000, workers=2)
+    config = configuration(folder, 8000, workers=2)
     ((said, none),) = run_ranks(checked, 1, config, "4m")
     needed = shared_memory.of_ranks(2, 2, shared_memory.of_batch(config, 2)) / 2**20
     assert f"has 4.0 MiB free, and batches made ahead take up to {needed:,.1f} MiB (5 of" in said

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dtrain.data.declared import declared
 from dtrain.data.loader import train_batches
 from dtrain.data.order.order import Order
 from dtrain.data.shards.manifest import load
-from dtrain.data.stream import StepDataset, read_split
+from dtrain.data.stream import Completion, StepDataset, read_split, stand_in
 from dtrain.errors import UserError
 from dtrain.randomness import Draws, Purpose
 from tests.data.batches import rows_of
@@ -34,16 +35,17 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_row_is_its_image_its_label_and_draws_keyed_by_its_number(folder):
+@pytest.mark.parametrize("generator", [1, 2])
+def test_a_row_is_its_image_its_label_and_draws_keyed_by_its_number(folder, generator):
     """Against Pillow and draws taken one by one."""
-    config = configuration(folder, streams=4, shuffle_window=5, flip=True)
+    config = configuration(folder, streams=4, shuffle_window=5, flip=True, generator=generator)
     manifest = load(folder / "manifest.json")
-    order, draws = Order(5, [10] * 5 + [7], 4, 5), Draws(5)
+    order, draws, complete = Order(5, [10] * 5 + [7], 4, 5), Draws(5, generator), Completion(config)
     samples = labelled_pictures(SAMPLES)
     dataset = StepDataset(config, manifest, rank=1, world_size=2, images=1000)
     flips = 0
     for index in (0, 3, 11):
-        batch = dataset[index]
+        batch = complete(dataset[index])
         k = order.rows(1000 + 8 * index, 8, 1, 2)
         assert batch["k"].tolist() == k.tolist()
         for row, (key, number) in enumerate(zip(k.tolist(), order.sample(k).tolist(), strict=True)):
@@ -83,10 +85,32 @@ def test_rows_do_not_depend_on_world_size_batch_size_or_workers(folder, workers,
     assert rows == expected
 
 
+@pytest.mark.parametrize(("generator", "most"), [(1, 1_000_000), (2, 200_000)])
+def test_a_row_on_its_way_to_its_device_has_the_bytes_that_are_declared(tmp_path, generator, most):
+    manifest = data_set(tmp_path, [{"png": picture(i, 256), "cls": b"1"} for i in range(4)])
+    config = configuration(tmp_path, 4, image_size=256, flip=True, generator=generator)
+    batch = StepDataset(config, manifest, 0, 1, 0)[0]
+    each = sorted(column.nbytes // 4 for column in batch.values())
+    assert each == sorted(declared(config).row_bytes)
+    assert sum(each) <= most
+    assert (sum(each) > 200_000) == ("noise" in batch) == (generator == 1)
+
+
+def test_what_stands_in_for_a_batch_is_as_a_completed_one_and_no_number(folder):
+    config = configuration(folder, flip=True)
+    whole = Completion(config)(StepDataset(config, load(folder / "manifest.json"), 0, 1, 0)[0])
+    there = stand_in(declared(config), 8, 8)
+    assert {name: (column.dtype, column.shape) for name, column in there.items()} == {
+        name: (column.dtype, column.shape) for name, column in whole.items()
+    }
+    assert there["image"].isnan().all()
+
+
 def test_streams_follow_the_size_of_the_data_unless_they_are_set(folder, tmp_path):
     manifest = load(folder / "manifest.json")
     k = np.arange(8)
-    chosen = StepDataset(configuration(folder, num_classes=0), manifest, 0, 1, 0)[0]
+    config = configuration(folder, num_classes=0)
+    chosen = Completion(config)(StepDataset(config, manifest, 0, 1, 0)[0])
     pictures = labelled_pictures(SAMPLES)
     expected = [pictures[i]["png"] for i in Order(5, manifest.shard_sizes, 1, 4096).sample(k)]
     pixels = [np.asarray(Image.open(io.BytesIO(png))).transpose(2, 0, 1) / 127.5 - 1 for png in expected]

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -40,7 +41,7 @@ def published(generator, images, labels, clip: bool) -> float:
     """calc_bpd_loop of guided-diffusion, clip_denoised as asked, in float64 and with torch's own normals."""
     abar = generator.process.schedule.alpha_bar.double()
     previous = torch.cat([torch.ones(1).double(), abar[:-1]])
-    beta, x_0, draws = 1 - abar / previous, images.double(), Draws(0)
+    beta, x_0, draws = 1 - abar / previous, images.double(), Draws(0, generator.noise)
     beta_tilde = beta * (1 - previous) / (1 - abar)
     log_small = torch.cat([beta_tilde[1:2], beta_tilde[1:]]).log()
     end = Normal(abar[-1].sqrt() * x_0, (1 - abar[-1]).sqrt())
@@ -77,6 +78,19 @@ def test_bits_per_dim_are_those_of_the_published_loop_clipped_or_not(digits, tmp
     expected = {c: published(generator, images, labels, c) for c in (True, False)}
     assert found["bpd"] == pytest.approx(expected[clip], rel=1e-5)
     assert expected[True] < 0.95 * expected[False]
+
+
+@pytest.mark.parametrize("generator", [1, 2])
+def test_the_noise_of_an_evaluation_is_of_the_runs_generator(digits, tmp_path, generator):
+    found = overshooting(tiny(digits, tmp_path, *LEARNED, f"run.generator={generator}")).normals(7, [3, 2**40])
+    for purpose, sub in ((Purpose.SAMPLE_NOISE, 0), (Purpose.SAMPLE_STEP_NOISE, 9)):
+        for row, key in zip(found(purpose, sub), (3, 2**40), strict=True):
+            alone = Draws(7, generator)
+            if generator == 1:  # NumPy's own
+                expected = alone.at(purpose, key, sub).standard_normal((1, 8, 8), dtype=np.float32)
+            else:
+                expected = alone.normal(purpose, key, (1, 8, 8), sub)
+            assert np.array_equal(row.numpy(), expected)
 
 
 def _train(config):

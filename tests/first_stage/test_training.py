@@ -53,13 +53,13 @@ def test_x_0_is_the_posteriors_sample_by_the_image_of_the_run(digits, tmp_path, 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from dtrain.data.shards.manifest import load_all
-    from dtrain.data.stream import StepDataset
+    from dtrain.data.stream import Completion, StepDataset
     from dtrain.first_stage.build import build
 
     config = latent(digits, tmp_path, autoencoder)
     manifest = load_all(config.data)
-    batch = StepDataset(config, manifest, 0, 1, images=48)[0]
-    noise = np.stack([Draws(config.run.seed).normal(Purpose.POSTERIOR, k, (4, 4, 4)) for k in batch["k"].tolist()])
+    batch = Completion(config)(StepDataset(config, manifest, 0, 1, images=48)[0])
+    noise = np.stack([Draws(config.run.seed, 2).normal(Purpose.POSTERIOR, k, (4, 4, 4)) for k in batch["k"].tolist()])
     assert batch["k"].min() == 48
     with torch.no_grad():
         posterior = AutoencoderKL.from_pretrained(autoencoder).encode(batch["image"]).latent_dist

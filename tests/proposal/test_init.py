@@ -216,13 +216,13 @@ def test_every_size_on_every_machine_gives_a_config_that_is_valid():
 def test_loader_processes_are_as_many_as_dev_shm_has_room_for():
     data = DataSet("x", "data/x/train")
     pictures, batch = facts(100_000, 64, False, 10), 128
-    one = batch * 3 * 64 * 64 * 4 * 2 + 4 * 4096  # images and noise; k, label, time and drop
+    one = batch * 3 * 64 * 64 + 5 * 4096  # images; mirrored, k, label, time and drop
     for room, workers in ((None, 8), (2**40, 8), (5 * one, 2), (5 * one - 1, 1), (3 * one - 1, 0)):
         chosen = Choices(data, pictures, Machine(1, 16, room), 64)
         assert chosen.batch == batch
         assert yaml.safe_load(document(["x"], chosen.sections("x")))["data"]["workers"] == workers
     small = yaml.safe_load(
-        document(["x"], Choices(data, facts(500, 32, False, 2), Machine(0, 2, 2**20), 32).sections("x"))
+        document(["x"], Choices(data, facts(500, 32, False, 2), Machine(0, 2, 2**18), 32).sections("x"))
     )
     assert small["data"]["workers"] == 0
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dtrain.checkpoint.export import export, load_weights, open_checkpoint
 from dtrain.data.shards.manifest import load_all
-from dtrain.data.stream import StepDataset
+from dtrain.data.stream import Completion, StepDataset
 from dtrain.errors import UserError
 from dtrain.models.build import allocate, build
 from dtrain.run import RunDirectory
@@ -31,9 +31,9 @@ def by_hand(config, steps, batch_size):
     """Plain PyTorch: AdamW on the mean of |x − x̂| + w·KL of every picture of the same batches."""
     model = build(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=config.optim.betas, weight_decay=0.0)
-    data, found = StepDataset(config, load_all(config.data), 0, 1, 0), []
+    data, complete, found = StepDataset(config, load_all(config.data), 0, 1, 0), Completion(config), []
     for step in range(steps):
-        batch = data[step]
+        batch = complete(data[step])
         x = batch["image"]
         pixels, mean, log_variance = model(x, batch["posterior"])
         posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())

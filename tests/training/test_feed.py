@@ -18,8 +18,8 @@ from tests.ranks import run_ranks
 class Copies:
     """In the place of `Upload`: the CPU is the device, and a batch that is read before it arrived is not there."""
 
-    def begin(self, batch):
-        return Sent({name: column.clone() for name, column in batch.items()}, None)
+    def begin(self, batch, complete):
+        return Sent(complete({name: column.clone() for name, column in batch.items()}), None)
 
     def end(self, sent):
         return sent.batch
@@ -84,11 +84,11 @@ def test_what_was_sent_ahead_is_trained_on_as_what_was_not(tmp_path, broken):
 def test_a_gpu_reads_what_was_sent():
     device = torch.device("cuda", 0)
     upload, batches = Upload(device), [{"x": torch.randn(64, 3, 64, 64).pin_memory()} for _ in range(8)]
-    sums, sent = [], upload.begin(batches[0])
+    sums, sent = [], upload.begin(batches[0], dict)
     for after in [*batches[1:], None]:
         here = upload.end(sent)
         torch.cuda._sleep(10_000_000)
-        sent = upload.begin(after) if after else None
+        sent = upload.begin(after, dict) if after else None
         sums.append(here["x"].sum(dtype=torch.float64))
         del here
     for one, batch in zip(sums, batches, strict=True):

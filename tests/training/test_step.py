@@ -62,7 +62,7 @@ def steps_of_three_turns(config, refused):
     from dtrain import distributed
     from dtrain.conditions.build import build as build_conditions
     from dtrain.data.shards.manifest import load_all
-    from dtrain.data.stream import StepDataset
+    from dtrain.data.stream import Completion, StepDataset
     from dtrain.position import Position
     from dtrain.training.players import build as build_players
     from dtrain.training.record.levels import StepLosses, named_sums
@@ -73,14 +73,14 @@ def steps_of_three_turns(config, refused):
     players = build_players(config, objective, 6)
     step = Step(first_stage, build_conditions(config), objective, players, config.model.draws())
     rank, ranks = distributed.rank(), distributed.world_size()
-    batches = StepDataset(config, load_all(config.data), rank, ranks, 0)
+    batches, complete = StepDataset(config, load_all(config.data), rank, ranks, 0), Completion(config)
     bad, found = BadSteps(config.train, config.data.batch_size, None, None, list(objective.turns)), []
     for number, turn in enumerate(refused):
         before = {(p.name, p.start): p.values.clone() for p in players.pieces()}
         objective.called.clear()
         seen = StepLosses(objective, torch.device("cpu"))
         norms, taken = step.take(
-            batches[number],
+            complete(batches[number]),
             Position(number, number * BATCH),
             learning_rate=lambda turn: 1e-3,
             judge=lambda own, norm, limit, n=number: bad.judge(norm, limit, [(n * BATCH, n * BATCH + BATCH)], own),

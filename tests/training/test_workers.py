@@ -121,7 +121,7 @@ def command_in(size, *arguments):
 
 @needs_root
 def test_too_small_a_dev_shm_is_refused_before_anything_is_written(digits, tmp_path):
-    config = tiny(digits, tmp_path / "runs", "data.workers=4", "data.batch_size=720")
+    config = tiny(digits, tmp_path / "runs", "data.workers=4", "data.batch_size=1440")
     (tmp_path / "tiny.yaml").write_text(config.dump())
     results = run_ranks(command_in, 2, "1m", "train", tmp_path / "tiny.yaml")
     assert [code for code, _ in results] == [2, 2]

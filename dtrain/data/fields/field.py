@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class View(NamedTuple):
-    """How a sample is looked at, a function of its k: all fields that belong to the picture are looked at alike."""
+    """How a sample is looked at, a function of its k: all fields that belong to the picture are looked at alike.
+
+    mirrored: of a field that `read` mirrors; one that `complete` mirrors is told there.
+    """
 
     crop: "Crop"  # uint8 (C, H, W) → (C, S, S)
     mirrored: bool = False
@@ -25,7 +28,7 @@ class Field:
     """What fields of all kinds have; a plug-in's own is a subclass with `read`.
 
     name: in the batch. extensions: of the files that it may be, the first that a sample has is read. shape, dtype: of
-    a row of the batch, dtype as NumPy calls it. described: as a message calls it.
+    a row of the batch that a worker makes, dtype as NumPy calls it. described: as a message calls it.
     """
 
     name: str
@@ -54,12 +57,19 @@ class Field:
 
         return torch.from_numpy(np.stack(rows))
 
+    def complete(self, column: "Tensor", mirrored: "Tensor | None") -> "Tensor":
+        """(n, *shape) on the device of the training, of what `collate` gave: what can be computed there.
+
+        mirrored: bool (n,), or None where no row is.
+        """
+        return column
+
 
 class Picture(Field):
-    """An image file, cropped and mirrored as the view says: float32 (C, S, S) in [−1, 1]."""
+    """An image file, cropped as the view says: uint8 (C, S, S), completed to float32 in [−1, 1], mirrored by chance."""
 
     remedy = "pack the shard without it"
-    dtype = "float32"
+    dtype = "uint8"
 
     def __init__(self, name: str, size: int, channels: int, upright: bool = True, extensions=IMAGE_FIELDS):
         self.name, self.extensions, self.shape = name, extensions, (channels, size, size)
@@ -70,17 +80,17 @@ class Picture(Field):
         return "a jpg, jpeg, png or webp" if self.extensions == IMAGE_FIELDS else f"a {self.extensions[0]}"
 
     def read(self, data: bytes, view: View) -> "np.ndarray":
-        """uint8 (C, S, S): `collate` makes floats of a whole batch at once."""
+        """uint8 (C, S, S): a quarter of the bytes that `complete` makes of it."""
         try:
             image = view.crop.of(data, self._channels, self._upright)
         except BadSample as e:
             raise BadSample(f"{e}; restore it, or pack the shard without it") from None
-        return (image.flip(-1) if view.mirrored else image).numpy()
+        return image.numpy()
 
-    def collate(self, rows: "Sequence[np.ndarray]") -> "Tensor":
-        from dtrain.data.fields.picture import normalize
+    def complete(self, column: "Tensor", mirrored: "Tensor | None") -> "Tensor":
+        from dtrain.data.fields.picture import mirror, normalize
 
-        return normalize(super().collate(rows))
+        return normalize(column if mirrored is None else mirror(column, mirrored))
 
 
 class Label(Field):

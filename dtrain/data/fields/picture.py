@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -178,10 +179,27 @@ def _cut(picture: Image.Image, left: int, top: int, size: int) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
 
 
+def mirror(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """(n, C, H, W), left and right exchanged in the rows where mirrored, bool (n,), is true."""
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
 def normalize(image: torch.Tensor) -> torch.Tensor:
-    """uint8 levels to float32 in [−1, 1]."""
+    """uint8 levels to float32 in [−1, 1], the same bits on every device."""
+    if image.device.type != "cpu":
+        return looked_up(image)  # a GPU divides by multiplying with a rounded reciprocal
     # In place: fresh pages for two more copies would cost more than the arithmetic.
     return image.to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+
+def looked_up(image: torch.Tensor) -> torch.Tensor:
+    """What `normalize` computes on a CPU, out of a table of the 256 levels."""
+    return _levels(image.device).index_select(0, image.flatten().int()).view(image.shape)
+
+
+@cache
+def _levels(device: torch.device) -> torch.Tensor:
+    return normalize(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
 def quantize(image: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dtrain.data.fields.picture import centre_crop, decode, normalize
 from dtrain.data.fields.upright import any_turned
 from dtrain.data.pack.pack import pack
 from dtrain.data.shards.manifest import load
-from dtrain.data.stream import StepDataset, read_split
+from dtrain.data.stream import Completion, StepDataset, read_split
 from dtrain.errors import UserError
 from dtrain.evaluation.metrics.statistics import read
 from dtrain.evaluation.reference import Reference, make
@@ -117,7 +117,7 @@ def photographs(tmp_path):
 def as_trained(manifest, **data) -> dict[int, torch.Tensor]:
     """Orientation → the picture of a batch, found by its blue."""
     config = configuration(manifest.path.parent, 8, num_classes=0, **data)
-    batch = StepDataset(config, manifest, 0, 1, 0)[0]["image"]
+    batch = Completion(config)(StepDataset(config, manifest, 0, 1, 0)[0])["image"]
     return {round(float((image[2].mean() + 1) * 127.5 / 20)): image for image in batch}
 
 

@@ -207,18 +207,34 @@ def test_arrays_of_another_kind_are_bad_samples_and_run_no_code(tmp_path, data, 
         with_arrays(tmp_path, change)[0]
 
 
+class Read(Picture):
+    """A field that mirrors while it reads, as its view says."""
+
+    def read(self, data, view):
+        pixels = super().read(data, view)
+        return pixels[..., ::-1].copy() if view.mirrored else pixels
+
+    def complete(self, column, mirrored):
+        return super().complete(column, None)
+
+
 def test_a_picture_beside_the_picture_is_cropped_and_mirrored_with_it(tmp_path):
-    """A second file of the same pixels stays equal to the first under random crops and mirroring."""
+    """A second file of the same pixels stays equal to the first under random crops and mirroring, wherever that is."""
     samples = [{"png": picture(i, 24), "depth.png": picture(i, 24), "cls": b"0"} for i in range(12)]
     manifest = data_set(tmp_path, samples)
     config = configuration(tmp_path, 12, crop="random", flip=True)
-    reader = SampleReader(
-        ShardReader(manifest, tmp_path), [Picture("image", 8, 3), Picture("depth", 8, 3, extensions=("depth.png",))]
-    )
+    fields = [Picture("image", 8, 3), *(kind("depth", 8, 3, extensions=("depth.png",)) for kind in (Picture, Read))]
+    readers = [SampleReader(ShardReader(manifest, tmp_path), [one]) for one in fields]
     dataset = StepDataset(config, manifest, 0, 1, 0)
     views = [dataset._view_of(k) for k in range(12)]
     assert {view.mirrored for view in views} == {True, False}
-    rows = [reader.read(i, view) for i, view in enumerate(views)]
-    assert all(np.array_equal(row["image"], row["depth"]) for row in rows)
-    plain = reader.read(0, View(Crop(8)))
-    assert not np.array_equal(plain["image"], rows[0]["image"])
+    mirrored, seen = torch.tensor([view.mirrored for view in views]), []
+    for one, reader in zip(fields, readers, strict=True):
+        rows = [reader.read(i, view)[one.name] for i, view in enumerate(views)]
+        seen.append(one.complete(one.collate(rows), mirrored))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    batch = StepDataset(config, manifest, 0, 1, 0)[0]
+    assert torch.equal(batch["mirrored"], torch.tensor([dataset._view_of(k).mirrored for k in batch["k"].tolist()]))
+    plain = readers[0].read(0, View(Crop(8)))["image"]
+    assert not np.array_equal(plain, readers[0].read(0, views[0])["image"])

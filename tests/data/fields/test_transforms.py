@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dtrain.data.fields.picture import centre_crop, decode, normalize, quantize
+from dtrain.data.fields.picture import centre_crop, decode, looked_up, mirror, normalize, quantize
 from dtrain.errors import UserError
 from tests.data.shard_files import picture
+from tests.devices import DEVICES
 
 
 def as_pillow_reads(data: bytes, mode: str) -> np.ndarray:
@@ -122,6 +123,16 @@ def test_levels_go_from_minus_one_to_one_and_back_exactly():
     assert normal[[0, 255]].tolist() == [-1, 1]
     assert torch.allclose(normal.double(), levels.double() * 2 / 255 - 1, atol=1e-7)
     assert torch.equal(quantize(normal), levels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_normalizes_and_mirrors_to_the_same_bits(device):
+    levels = torch.arange(256, dtype=torch.uint8).view(2, 2, 8, 8)
+    mirrored = torch.tensor([True, False])
+    expected = torch.stack([levels[0].flip(-1), levels[1]]).to(torch.float32) / 127.5 - 1
+    there = mirror(levels.to(device), mirrored.to(device))
+    for found in (normalize(there), looked_up(there)):
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_floats_go_to_the_nearest_level_and_are_clipped():
