@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain import distributed
@@ -24,11 +23,10 @@ from dtrain.models.compiled import compile_blocks
 from dtrain.models.layers import initialize
 from dtrain.objectives.objective import Held
 from dtrain.randomness import key_of
-from dtrain.training import ema
+from dtrain.training import ema, zero_norm
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
-from dtrain.training.zero_norm import clip_where_needed, measure_in_blocks, read_once
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
@@ -121,10 +119,7 @@ class Player:
             model=alone or Networks(self.networks), optimizer=self.optimizer, config=options
         )
         if stage:
-            read_once(self.zero, stage)
-            clip_where_needed(self.zero)
-            if stage != 3 and distributed.device().type == "cpu":
-                measure_in_blocks(self.zero)
+            zero_norm.own_ways(self.zero, stage)
         averages = ema.ema_keys(self.profiles)
         self.state = ZeroState(
             *(stage, self.zero, self.optimizer, [one for group in groups for one in group], frozen, averages),
@@ -227,7 +222,7 @@ class Player:
         for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
             group["lr"] = lr * factor
         if self.stage == 0:
-            self._norm_at_0 = self._clip_at_0()
+            self._norm_at_0 = zero_norm.clip_at_0([p for _, p in self.state.trainable], self.clip)
         self._refusal.begin(limit)
         self.engine.step()
         self._idle = self.networks.keys() - self.held.keys()
@@ -238,18 +233,6 @@ class Player:
     def _norm(self) -> float:
         """The gradient norm of this step. DeepSpeed's own has been reduced by the time the optimizer is called."""
         return self._norm_at_0 if self.stage == 0 else float(self.zero._global_grad_norm)
-
-    def _clip_at_0(self) -> float:
-        """Ranks hold the same gradients but may round differently where their devices differ: they take the largest."""
-        parameters = [p for _, p in self.state.trainable]
-        own = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = torch.where(own.isfinite(), own, torch.inf)
-        if distributed.world_size() > 1:
-            dist.all_reduce(norm, op=dist.ReduceOp.MAX)
-        norm = norm.item()
-        if not 1.00001 * (norm + 2e-6) < self.clip:  # near the limit PyTorch's own rounding says whether it is over
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, own)
-        return norm
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The gradient's norm under ZeRO: measured block by block, read once, and clipped by only where it clips.
+"""The gradient's norm: measured block by block, read once, and clipped by only where it clips.
 
 DeepSpeed asks twice whether it is finite, and whoever judges the step once more; each would wait for the device again,
 the last for the whole optimizer. So what DeepSpeed's functions give is on the host already: it clips by it as well, as
@@ -10,13 +10,38 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from dtrain import distributed
 
 BLOCK = 2**16  # elements; in float64 they stay in a core's cache
 
 
+def clip_at_0(parameters: list[nn.Parameter], limit: float) -> float:
+    """At stage 0, where DeepSpeed does not: the norm over all, by which gradients over the limit are clipped.
+
+    Ranks hold the same gradients but may round differently where their devices differ: they take the largest norm.
+    """
+    own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    largest = torch.where(own.isfinite(), own, torch.inf)
+    if distributed.world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    norm = largest.item()
+    if not 1.00001 * (norm + 2e-6) < limit:  # near the limit PyTorch's own rounding says whether it is over
+        nn.utils.clip_grads_with_norm_(parameters, limit, own)
+    return norm
+
+
+def own_ways(zero, stage: int) -> None:
+    """Let `zero`, DeepSpeed's optimizer of stage 1, 2 or 3, do all of the following that holds there."""
+    read_once(zero, stage)
+    clip_where_needed(zero)
+    if stage != 3 and distributed.device().type == "cpu":
+        measure_in_blocks(zero)
+
+
 def read_once(zero, stage: int) -> None:
-    """Let the norm of `zero`, DeepSpeed's optimizer of stage 1, 2 or 3, be a tensor of the CPU, and so all made of it.
+    """Let the norm be a tensor of the CPU, and so all that is made of it.
 
     The values are the device's own, bit for bit. Only this instance is changed.
     """
