@@ -60,19 +60,47 @@ def set_thread_counts() -> None:
     torch.set_num_threads(asked if asked > 1 else share)
 
 
+# What a user tells glibc's malloc about the same, by a variable of its own or in GLIBC_TUNABLES.
+MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+MALLOC_TUNABLES = re.compile(r"(^|:)glibc\.malloc\.(mmap_max|mmap_threshold|trim_threshold|top_pad)=")
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # glibc's malloc.h
+
+
 def keep_freed_memory() -> None:
-    """On the CPU, let glibc keep what is freed for the next tensor; by default it gives large blocks back to the system
-    and has every page of the next one zeroed again, which costs EfficientNet's features half of their time.
+    """On the CPU, let glibc keep what is freed for the next tensor, unless the user has told it otherwise.
+
+    By default it gives large blocks back to the system and has every page of the next one zeroed again, which costs
+    EfficientNet's features half of their time.
     """
+    if (libc := _malloc()) is not None:
+        libc.mallopt(MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
+        libc.mallopt(TRIM_THRESHOLD, 2**29)
+        libc.mallopt(TOP_PAD, 2**24)
+
+
+def keep_all_freed_memory() -> None:
+    """Before the first step, and after what lies between steps: what is free now goes back to the system, and from then
+    on every block, of whatever size, is kept for the next tensors.
+
+    ZeRO's flat tensors and the temporaries of a step are above the largest threshold of `keep_freed_memory`, and come
+    again in every step. The state of the training has been allocated by then, outside of what is kept.
+    """
+    if (libc := _malloc()) is not None:
+        libc.malloc_trim(0)
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never
+
+
+def _malloc():
+    """The C library, where it is glibc, tensors are its memory, and nobody has told it what to keep."""
     import torch
 
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or torch.cuda.is_available():
-        return
-    mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # glibc's malloc.h
-    mallopt(mmap_threshold, 32 * 2**20)  # the largest it takes
-    mallopt(trim_threshold, 2**29)
-    mallopt(top_pad, 2**24)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version") or torch.cuda.is_available():
+        return None
+    if any(map(os.environ.get, MALLOC_VARIABLES)) or MALLOC_TUNABLES.search(os.environ.get("GLIBC_TUNABLES", "")):
+        return None
+    return libc
 
 
 def prepare() -> None:

@@ -1,6 +1,7 @@
 """What a process sets for itself before it computes."""
 
 import gc
+import os
 import socket
 import subprocess
 import sys
@@ -14,27 +15,62 @@ from dtrain import distributed
 from dtrain.errors import SharedFailure, message_of
 from tests.ranks import run_ranks
 
-FAULTS = """
+MEMORY = """
 import resource
+import sys
+import psutil
 import torch
 from dtrain import distributed
 
-def faults():
+def made(mib):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        [torch.ones(7 * 2**20) for _ in range(10)]
+    for _ in range(4):
+        [torch.ones(mib * 2**18) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+mib, stepping = int(sys.argv[1]), sys.argv[2] == "stepping"
 distributed.prepare()
-faults()
-print(faults())
+made(24)
+resident = psutil.Process().memory_info().rss
+if stepping:
+    distributed.keep_all_freed_memory()
+given_back = resident - psutil.Process().memory_info().rss
+made(mib)
+print(made(mib), given_back // 2**20)
 """
+PAGES = 256  # of a MiB
+
+
+def pages_and_mib(mib: int, stepping: bool, **environment: str) -> list[int]:
+    """(pages that the system gave a process for 4 times 4 tensors of so many MiB, after 16 of them; MiB given back).
+
+    stepping: after `keep_all_freed_memory`.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(mib), "stepping" if stepping else ""],
+        **{"capture_output": True, "text": True, "check": True, "env": own | environment},
+    )
+    return [int(number) for number in done.stdout.split()]
 
 
 def test_the_memory_of_freed_tensors_is_used_again():
-    """10 times 10 tensors of 28 MiB: each 7,168 pages, where they are asked of the system every time."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 7168
+    pages, _ = pages_and_mib(28, stepping=False)
+    assert pages < 28 * PAGES
+
+
+def test_steps_use_the_memory_of_tensors_of_any_size_again_and_none_that_the_start_has_freed():
+    """Of 40 MiB, above malloc's largest threshold: without, all 16 come from the system."""
+    pages, given_back = pages_and_mib(40, stepping=True)
+    assert pages < 40 * PAGES
+    assert given_back > 3 * 24
+
+
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_MMAP_MAX_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=65536"}], ids=str
+)
+def test_what_a_user_has_told_malloc_stays(environment):
+    assert pages_and_mib(40, stepping=True, **environment)[0] >= 16 * 40 * PAGES
 
 
 def refused():

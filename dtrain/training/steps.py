@@ -92,7 +92,7 @@ class Steps:
                 done = "" if self.position.step < steps else f", and train.steps is {steps}: nothing is left to train"
                 self._progress.say(f"{self.run.path}: going on after step {self.position.step}{done}")
             self.goodput.train()
-            self._meter.restart()
+            self._go_on()
             try:
                 if self._evaluation_due() and distributed.on_rank_0(self._lacks_evaluation):
                     self._evaluate()
@@ -268,7 +268,7 @@ class Steps:
                 of_run = self.run, self.config, self.first_stage, self.objective, self.tracker
                 self._evaluation = evaluation_of(*of_run, self._progress, self._stop_wanted)
             self._stopping = not self._evaluation.open(self.position) or self._stopping
-        self._meter.restart()
+        self._go_on()
 
     def _evaluation_due(self) -> bool:
         every, step, steps = self.config.eval.every, self.position.step, self.config.train.steps
@@ -292,6 +292,11 @@ class Steps:
             with self.watchdog.during("evaluation") as now, self.goodput.during("evaluation_s"):
                 self._owes_evaluation = self._stopping = not self._evaluation.run(self.players, self.position)
                 now.whole = self._evaluation.gave_numbers
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """With steps, after something else, whose time and memory are none of theirs."""
+        distributed.keep_all_freed_memory()
         self._meter.restart()
 
     def _go_back(self) -> None:
@@ -317,7 +322,7 @@ class Steps:
             self._progress.say(f"back from step {left} to {self.position.step}, to leave out images: {why}")
             self._begin({}, back_from=left, why=why)
         self.goodput.train()
-        self._meter.restart()
+        self._go_on()
 
     def _end(self) -> None:
         """Commit a checkpoint of where the steps ended."""
