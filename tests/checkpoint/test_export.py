@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMPipeline, DiffusionPipeline
 from diffusers import logging as diffusers_logging
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from safetensors.torch import load_file
 
-from dtrain.checkpoint.diffusers import to_diffusers
+from dtrain.checkpoint.diffusers import autoencoder_config, to_diffusers
 from dtrain.checkpoint.export import WRITERS, export, load_weights, open_checkpoint
 from dtrain.conditions.classes import Classes
 from dtrain.config import load
@@ -123,6 +123,12 @@ def test_every_shipped_config_has_a_model_that_diffusers_has_too(path, monkeypat
     """All its weights, by name and shape."""
     monkeypatch.setenv("DTRAIN_CIFAR10", "/photographs")
     config = load(path)
+    if config.model.name == "kl_autoencoder":
+        with torch.device("meta"):
+            model = allocate(config)
+            theirs = AutoencoderKL.from_config(autoencoder_config(model, config.data.image_size)).state_dict()
+        assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in model.state_dict().items()}
+        return
     with torch.device("meta"):
         exported = to_diffusers(allocate(config), build_process(config.diffusion), config.eval)
         theirs = CLASSES[exported.folder].from_config(exported.config).state_dict()
