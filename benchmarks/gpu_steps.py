@@ -49,14 +49,14 @@ def batch_of(config, rows: int, device: torch.device) -> dict[str, torch.Tensor]
     """Rows of what the config's parts declare, on the device."""
     from dtrain.data.declared import declared
 
-    fields, draws = declared(config)
+    wanted = declared(config)
     batch = {"k": torch.arange(rows, device=device)}
-    for one in fields:
+    for one in wanted.fields:
         dtype = getattr(torch, one.dtype)
         normal = dtype.is_floating_point
         shape = (rows, *one.shape)
         batch[one.name] = torch.randn(shape, device=device) if normal else torch.ones(shape, dtype=dtype, device=device)
-    for draw in draws:
+    for draw in wanted.draws:
         make = torch.randn if draw.law == "normal" else torch.rand
         batch[draw.name] = make(rows, *draw.shape, device=device, dtype=getattr(torch, draw.dtype))
     return batch

@@ -196,6 +196,7 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     if not isinstance(tree, dict) or "train" not in tree:
         raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
     source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names", "trained_with")}
+    generator = {"generator": tree.pop("generator")} if "generator" in tree else {}
     names = source["class_names"]
     complete = all(type(source[key]) is int for key in ("step", "images"))
     complete &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
@@ -205,7 +206,7 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     if step not in (None, source["step"]) or ema not in (0, _profile(source["weights"])):
         asked = f"ema {ema}" if step is None else f"ema {ema} of step {step}"
         raise UserError(f"{folder} holds {source['weights']} of step {source['step']} alone, not {asked}")
-    tree = configuration.with_earlier_values(tree | {"run": {"name": source["run"]}})
+    tree = configuration.with_earlier_values(tree | {"run": {"name": source["run"], **generator}})
     config = configuration.validate(tree, f"{folder}/config.json")
     model = allocate(config)
     try:

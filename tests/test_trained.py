@@ -124,4 +124,4 @@ def test_models_come_with_the_initial_weights_of_a_run():
 def test_the_package_says_that_it_is_typed():
     assert (importlib.resources.files("dtrain") / "py.typed").is_file()
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["dtrain"] == ["py.typed"]
+    assert project["tool"]["setuptools"]["package-data"]["dtrain"] == ["py.typed", "normals.npy"]

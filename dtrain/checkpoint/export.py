@@ -126,6 +126,7 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
 def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
     tree, names = config.model_dump(mode="json"), class_names_of(config.data, config.model.num_classes)
     sections = {name: section for name, section in tree.items() if name not in ("run", "tracking")}  # `run`: its name
+    sections["generator"] = config.run.generator
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(readme.of_safetensors(config, source, names), encoding="utf-8")
     _save_json(source | sections | {"class_names": names}, out / "config.json")

@@ -27,9 +27,10 @@ if __name__ == "__main__":
 else:
     from dtrain.checkpoint import format
 
-    def read_block(file, number):
-        start = number * file.block
-        with open(file.path, "rb") as f:
-            return np.frombuffer(os.pread(f.fileno(), min(file.block, file.size - start), start), np.uint8)
+    def block(checkpoint, rank, number):
+        index, path = checkpoint._indexes[rank], checkpoint._indexes.data_file(rank)
+        start = number * index.block
+        with open(path, "rb") as f:
+            return np.frombuffer(os.pread(f.fileno(), min(index.block, index.size - start), start), np.uint8)
 
-    format._File.read_block = read_block
+    format.Checkpoint._block = block

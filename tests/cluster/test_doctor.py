@@ -62,7 +62,9 @@ def shared_memory_in(size, config):
 @needs_root
 def test_too_small_a_dev_shm_is_bad_alone_and_under_a_launcher_and_says_what_to_do(work):
     for ranks in (1, 2):
-        config = tiny(work / "digits", work / "runs", f"data.batch_size={720 * ranks}", "data.workers=2")
+        config = tiny(
+            work / "digits", work / "runs", f"data.batch_size={720 * ranks}", "data.workers=2", "run.generator=1"
+        )
         unsaid = {"LOCAL_WORLD_SIZE": "1"}  # as where a launcher leaves it out
         found = run_ranks(shared_memory_in, ranks, "1m", config, environment=unsaid)[0]
         assert (found.check, found.status) == ("shared memory", "bad")

@@ -68,7 +68,7 @@ def reckoned(config, size):
 @pytest.mark.parametrize("expected", [1, 2, 5])
 def test_no_more_than_half_of_dev_shm_has_room_for(folder, expected):
     """Batches of two ranks, of each 2 for a process and the one that the step is at."""
-    config = configuration(folder, 2000, workers=None)
+    config = configuration(folder, 2000, generator=1, workers=None)
     batches = 2 * (2 * expected + 1) * shared_memory.of_batch(config, 2)
     ((number, refused),) = run_ranks(reckoned, 1, config, str(int(2.1 * batches)))
     assert (number, refused) == (expected, None)

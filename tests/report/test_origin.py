@@ -155,6 +155,8 @@ def test_each_columns_class_is_the_one_that_training_draws_there(classes, digits
     from dtrain.training.evaluation import draw_grid
 
     class Painter:
+        reconstructs = False
+
         def draw(self, ids, labels, how):
             return (20 * labels).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
