@@ -55,7 +55,8 @@ def batch_of(config, rows: int, device: torch.device) -> dict[str, torch.Tensor]
         dtype = getattr(torch, one.dtype)
         normal = dtype.is_floating_point
         shape = (rows, *one.shape)
-        batch[one.name] = torch.randn(shape, device=device) if normal else torch.ones(shape, dtype=dtype, device=device)
+        column = torch.randn(shape, device=device) if normal else torch.ones(shape, dtype=dtype, device=device)
+        batch[one.name] = one.complete(column, None)
     for draw in wanted.draws:
         make = torch.randn if draw.law == "normal" else torch.rand
         batch[draw.name] = make(rows, *draw.shape, device=device, dtype=getattr(torch, draw.dtype))

@@ -69,7 +69,7 @@ def test_too_small_a_dev_shm_is_bad_alone_and_under_a_launcher_and_says_what_to_
         found = run_ranks(shared_memory_in, ranks, "1m", config, environment=unsaid)[0]
         assert (found.check, found.status) == ("shared memory", "bad")
         assert "has 1.0 MiB free, and batches made ahead take up to" in found.found
-        assert f"(5 of 0.4 MiB for each of {ranks} ranks)" in found.found
+        assert f"(5 of 0.3 MiB for each of {ranks} ranks)" in found.found
         assert all(word in found.advice for word in ("--shm-size=1g", "--ipc=host", "data.workers=0"))
         assert run_ranks(shared_memory_in, ranks, "9m", config)[0].status == "ok"
 
