@@ -61,12 +61,20 @@ class Pending:
         return True
 
     def drain(self, run: Run, deadline: float = float("inf")) -> None:
-        while (self.lines or self.poll()) and time.monotonic() < deadline:
-            with self._lock:
-                lines = self.lines[:METRICS_PER_BATCH]
-            sent = run.send(lines)
-            with self._lock:
-                del self.lines[:sent]
+        """Send what was polled and, where more waited in the files, that too; not what is written meanwhile.
+
+        A training that writes faster than MLflow answers would else keep one round going for ever.
+        """
+        behind = True
+        while behind:
+            behind = len(self.lines) >= MOST_LINES
+            while self.lines and time.monotonic() < deadline:
+                with self._lock:
+                    lines = self.lines[:METRICS_PER_BATCH]
+                sent = run.send(lines)
+                with self._lock:
+                    del self.lines[:sent]
+            behind = behind and not self.lines and self.poll()
 
     def count(self) -> int:
         """How many are pending, in memory and behind it; nothing can be sent any more then."""
