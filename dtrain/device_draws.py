@@ -1,11 +1,12 @@
 """The numbers of `randomness.Draws` in torch operations, for devices that NumPy does not reach: the same bits.
 
-Philox-4x64-10 (Salmon et al. 2011) as NumPy counts it, in int64 arithmetic modulo 2^64, and the normals of
+Philox-4x64-10 (Salmon et al. 2011) as NumPy counts it, in int64 operations that never overflow, and the normals of
 `dtrain/normals.py`. Every operation is exact, so eager or compiled makes no difference. On a CPU NumPy's own is faster.
 """
 
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,34 +23,40 @@ _NUMBERS = 8  # of a block of four words
 _MOST_BLOCKS = 1 << 20  # at a time: 8 MiB an intermediate tensor, which a GPU's cache holds
 
 
-def philox4x64(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four words of a counter and a key below 2^64: int64 tensors of shapes that broadcast, read as unsigned."""
+class Word(NamedTuple):
+    """64 bits: the upper and the lower 32, int64 tensors from 0 to 2^32 − 1."""
+
+    high: Tensor
+    low: Tensor
+
+
+def philox4x64(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Four words of a counter, of shapes that broadcast, and a key of two numbers below 2^64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         high0, low0 = _product(c0, _MULTIPLIERS[0])
         high1, low1 = _product(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ _signed(k0), low1, high0 ^ c3 ^ _signed(k1), low0
+        c0, c1, c2, c3 = _xor(high1, c1, k0), low1, _xor(high0, c3, k1), low0
         k0, k1 = (k0 + _WEYL[0]) % 2**64, (k1 + _WEYL[1]) % 2**64
     return c0, c1, c2, c3
 
 
-def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """The upper and the lower 64 bits of the unsigned product, by halves of 32 bits."""
-    high, low = constant >> 32, constant & _LOW
-    x_high, x_low = _upper(x), x & _LOW
-    middle = x_high * low + _upper(x_low * low)
-    other = x_low * high + (middle & _LOW)
-    return x_high * high + _upper(middle) + _upper(other), x * _signed(constant)
+def _product(x: Word, constant: int) -> tuple[Word, Word]:
+    """The upper and the lower word of the unsigned product with a constant whose halves are at least 2^31.
+
+    No product and no sum leaves the range of int64, where C++ promises nothing and compilers make use of that: with
+    c' = c − 2^32, x c is x c' + 2^32 x, whose upper half is x + (x c' >> 32) and whose lower one is that of x c'.
+    """
+    high, low = (constant >> 32) - 2**32, (constant & _LOW) - 2**32
+    a, b, c, d = x.low * low, x.high * low, x.low * high, x.high * high
+    middle = x.low + (a >> 32) + (b & _LOW) + (c & _LOW)
+    upper = (d & _LOW) + x.high + (b >> 32) + x.low + (c >> 32) + (middle >> 32)
+    return Word(x.high + (d >> 32) + (upper >> 32), upper & _LOW), Word(middle & _LOW, a & _LOW)
 
 
-def _upper(x: Tensor) -> Tensor:
-    """The upper 32 bits: torch's shift brings the sign down."""
-    return (x >> 32) & _LOW
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
+def _xor(one: Word, other: Word, number: int) -> Word:
+    return Word(one.high ^ other.high ^ (number >> 32), one.low ^ other.low ^ (number & _LOW))
 
 
 @cache
@@ -59,16 +66,15 @@ def _on(device: torch.device) -> _Tables:
     return lower, upper
 
 
-def _normals(k: Tensor, first: int, blocks: int, seed: int, purpose: int, sub: int, tables: _Tables) -> Tensor:
-    """float32 (n, 8·blocks): the numbers of the blocks from `first` on of each row's stream."""
+def _normals(k: Tensor, block: Tensor, seed: int, purpose: int, sub: int, tables: _Tables) -> Tensor:
+    """float32 (n, 8·m): the numbers of these blocks, int64 (m,), of each row's stream."""
     lower, upper = tables
-    block = torch.arange(first + 1, first + blocks + 1, device=k.device)[None]  # NumPy counts before it computes
-    nothing = torch.zeros_like(block[:, :1])
-    words = philox4x64((block, k[:, None], nothing + sub, nothing), (seed, purpose))
-    numbers = [
-        lower[(word >> shift) & 0xFFFF] + upper[(word >> (shift + 16)) & 0xFFFF] for word in words for shift in (0, 32)
-    ]
-    return torch.stack(numbers, -1).flatten(1)
+    column, row = block[None], k[:, None]
+    zero = torch.zeros_like(column[:, :1])
+    place = Word((row >> 32) & _LOW, row & _LOW), Word(zero + (sub >> 32), zero + (sub & _LOW)), Word(zero, zero)
+    words = philox4x64((Word(zero, column), *place), (seed, purpose))
+    halves = [half for word in words for half in (word.low, word.high)]
+    return torch.stack([lower[half & 0xFFFF] + upper[half >> 16] for half in halves], -1).flatten(1)
 
 
 def normals(seed: int, purpose: int, k: Tensor, shape: tuple[int, ...], sub: int = 0, compiled: bool = False) -> Tensor:
@@ -85,7 +91,10 @@ def normals(seed: int, purpose: int, k: Tensor, shape: tuple[int, ...], sub: int
     for row in range(0, len(k), high):
         for first in range(0, blocks, wide):
             part = values[row : row + high, first * _NUMBERS : (first + wide) * _NUMBERS]
-            made = make(k[row : row + high], first, min(wide, blocks - first), seed, purpose, sub, _on(k.device))
+            # Counted from 1, as NumPy counts before it computes; out here, as torch.compile multiplies the elements of
+            # an arange in 32 bits (torch 2.14, on CPUs).
+            block = torch.arange(first + 1, min(first + wide, blocks) + 1, device=k.device)
+            made = make(k[row : row + high], block, seed, purpose, sub, _on(k.device))
             part.copy_(made[:, : part.shape[1]])
     return values.view(len(k), *shape)
 

@@ -48,9 +48,9 @@ def test_the_table_is_the_one_that_its_program_makes():
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_torchs_philox_gives_the_known_answers(counter, key, words):
-    as_int64 = [torch.from_numpy(np.array([c], dtype=np.uint64).view(np.int64)) for c in counter]
-    found = device_draws.philox4x64(tuple(as_int64), key)
-    assert " ".join(f"{int(word) % 2**64:016x}" for word in found) == words
+    halves = tuple(device_draws.Word(torch.tensor([c >> 32]), torch.tensor([c & 0xFFFFFFFF])) for c in counter)
+    found = device_draws.philox4x64(halves, key)
+    assert " ".join(f"{int(word.high):08x}{int(word.low):08x}" for word in found) == words
 
 
 @pytest.mark.parametrize("device", DEVICES)
