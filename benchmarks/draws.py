@@ -58,7 +58,7 @@ def row_bytes(generator: int, size: int) -> int:
     """Of a picture with a class, mirrored by chance, as it goes to the device."""
     tree = {
         "run": {"name": "benchmark", "generator": generator},
-        "data": {"shards": ".", "image_size": size, "flip": True},
+        "data": {"shards": ".", "image_size": size, "batch_size": 1, "flip": True},
         "model": {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 2, "num_classes": 10},
         "train": {"steps": 1},
     }
