@@ -28,7 +28,7 @@ import webdataset
 from PIL import Image
 
 from dtrain.config import validate
-from dtrain.data.fields import jpeg, picture
+from dtrain.data.fields import jpeg
 from dtrain.data.shards.indexing import index
 from dtrain.data.stream import StepDataset
 
@@ -138,7 +138,6 @@ def main() -> int:
     parser.add_argument("--seconds-per-run", type=float, default=0.5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    picture.normalize = lambda levels: levels  # made on a batch's device
     missed = []
     columns = ("kB", 7), ("dtrain", 9), ("best", 9), ("bound", 8), ("former", 9), ("webdataset", 12), ("ratio", 8)
     print(f"{'pictures per second of a core':30}" + "".join(f"{name:>{width}}" for name, width in columns))
