@@ -6,8 +6,8 @@ Photographs are made by a seed: noise with a photograph's spectrum (amplitude fa
 then JPEG by Pillow with 4:2:0 chroma. Three sets: 32 × 32 (quality 95), 256 × 256 (quality 90), and 500 × 375
 (quality 93) made into 256 × 256. Both sides give uint8 pictures and class numbers, one process, one thread, shards on
 the local disk; floats and what is drawn (t, noise, flips) are made on a batch's device and are not here.
-They take turns; seconds are the process's own; ratios are of medians. Another load on the same core's second thread
-slows both sides, so rates are bounded by the repetition that was disturbed least, ours / theirs by the medians.
+They take turns; seconds are the process's own; ratios are of medians. Another load on the machine counts in them,
+too, so rates are bounded by the repetition that was disturbed least, ours / theirs by the medians.
 "former" is ADM's scaling with torchvision's decoder, as runs from before data.scaling were fed.
 Exit code 1 where a bound is missed.
 """
