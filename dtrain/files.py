@@ -97,8 +97,10 @@ def read_json(path: str | Path, most: int = MOST_BYTES, follow: bool = True) -> 
     return parse_json(read_bytes(path, most, follow))
 
 
-def parse_json(text: bytes | str) -> Any:
-    """Plain data that nests to at most MOST_DEPTH. Raises ValueError for anything else."""
+def parse_json(text: bytes | str, most_depth: int | None = MOST_DEPTH) -> Any:
+    """Plain data that nests to at most `most_depth`; None: as deep as can be read, for a caller who knows each value's
+    form. Raises ValueError for anything else.
+    """
     from pydantic_core import from_json  # in a third of the time; whoever reads no JSON does not wait for its import
 
     try:
@@ -109,8 +111,8 @@ def parse_json(text: bytes | str) -> Any:
         except RecursionError:
             raise ValueError(f"it nests deeper than {MOST_DEPTH}") from None
     brackets = ("{", "[") if isinstance(text, str) else (b"{", b"[")
-    if sum(map(text.count, brackets)) > MOST_DEPTH and _depth_over(found, MOST_DEPTH):
-        raise ValueError(f"it nests deeper than {MOST_DEPTH}")
+    if most_depth is not None and sum(map(text.count, brackets)) > most_depth and _depth_over(found, most_depth):
+        raise ValueError(f"it nests deeper than {most_depth}")
     return found
 
 

@@ -93,7 +93,7 @@ class Indexes:
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged(f"{place} is not the index that was written with this checkpoint")
         try:
-            found = parse_json(data)
+            found = parse_json(data, most_depth=None)
             size, block, checksums, listed = (found[key] for key in ("bytes", "block", "crc32", "pieces"))
             names, *columns = zip(*listed, strict=True) if listed else ((),) * 4
             pieces = np.stack([np.array(column, None if listed else np.int64) for column in columns], axis=1)

@@ -56,10 +56,10 @@ def curves(runs: list[Run]) -> dict[str, list[Curve]]:
     groups: dict[tuple[str, int, str], dict[tuple, Line]] = {}
     for number, run in enumerate(runs):
         for line in run.of("eval"):
-            context = settings_of(line)
+            context = json.dumps(settings_of(line), sort_keys=True)
             for metric in metrics_of(line):
                 if math.isfinite(line["metrics"][metric]):
-                    group = groups.setdefault((metric, number, json.dumps(context, sort_keys=True)), {})
+                    group = groups.setdefault((metric, number, context), {})
                     group[line["images"]] = line  # repeated: the last one counts
     found: dict[str, list[Curve]] = {}
     for (metric, number, context), lines in groups.items():
