@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from dtrain.errors import UserError
+from dtrain.tracking import journal as journal_module
 from dtrain.tracking.journal import Journal, read
 from dtrain.tracking.mlflow import Shipper, default_uri, sync
+from dtrain.tracking.mlflow import shipper as shipper_module
 from tests.tracking.mlflow.destinations import EXPERIMENT, destination
 
 
@@ -104,6 +106,28 @@ def test_what_arrives_is_the_journal(run):
     assert found.info.end_time == round(1000 * read(run / "journal.jsonl")[-1]["time"])
     assert found.data.params == {"model.width": "96", "optim.lr": "0.001"}
     assert found.data.tags["git.commit"] == "abc"
+
+
+def test_of_many_lines_few_wait_in_memory_and_all_that_count_arrive(run, monkeypatch):
+    """Also those of an attempt whose end a later part of the journal makes void."""
+    monkeypatch.setattr(shipper_module, "MOST_LINES", 4)
+    monkeypatch.setattr(journal_module, "_CHUNK", 1000)
+    journal = Journal(run / "journal.jsonl")
+    for begin, end in ((0, 30), (20, 45), (45, 60)):
+        journal.begin_attempt(begin, 8 * begin)
+        write_steps(journal, range(begin + 1, end + 1))
+    held, poll = [], shipper_module.Pending.poll
+
+    def watched(pending) -> bool:
+        found = poll(pending)
+        held.append(len(pending.lines))
+        return found
+
+    monkeypatch.setattr(shipper_module.Pending, "poll", watched)
+    assert sync(destination(run)) == 60
+    assert 0 < max(held) < 20  # a part of the file at a time
+    assert arrived(run) == journalled(run)
+    assert shipper_module.Pending(destination(run)).count() == 60
 
 
 def test_a_restarted_run_goes_on_in_its_mlflow_run_and_sends_nothing_twice(run):
