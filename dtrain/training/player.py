@@ -27,6 +27,7 @@ from dtrain.training import ema, zero_norm
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
+from dtrain.training.zero_blocks import fetched_by_blocks
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
@@ -115,9 +116,10 @@ class Player:
             fused=optim.fused or None,  # None is PyTorch's own choice, False would forbid foreach on a GPU
         )
         alone = next(iter(self.networks.values())) if len(networks) == 1 else None
-        self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=alone or Networks(self.networks), optimizer=self.optimizer, config=options
-        )
+        with fetched_by_blocks(self.networks.values()) if stage == 3 else nullcontext():
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=alone or Networks(self.networks), optimizer=self.optimizer, config=options
+            )
         if stage:
             zero_norm.own_ways(self.zero, stage)
         averages = ema.ema_keys(self.profiles)
