@@ -156,7 +156,8 @@ class KLAutoencoder(nn.Module):
     """The constructor only allocates; `layers.initialize` gives the weights.
 
     widths: channels of each level, from the full side down; each level after the first halves the side. attention: at
-    the lowest resolution, of one head. groups: of the norms.
+    the lowest resolution, of one head. groups: of the norms, 32 or fewer with at least four channels each: a group of
+    one channel would take a picture's brightness away.
     """
 
     def __init__(
@@ -165,7 +166,8 @@ class KLAutoencoder(nn.Module):
         super().__init__()
         self.channels, self.widths, self.res_blocks = channels, list(widths), res_blocks
         self.latent_channels, self.attention, self.downscale = latent_channels, attention, 2 ** (len(widths) - 1)
-        self.groups = math.gcd(32, *widths)
+        assert not any(width % 4 for width in widths)
+        self.groups = math.gcd(32, *(width // 4 for width in widths))
         self.activation_checkpointing = False  # recompute each level's activations in backward
         self.encoder = Encoder(channels, widths, res_blocks, 2 * latent_channels, self.groups, attention)
         self.decoder = Decoder(latent_channels, widths, res_blocks, channels, self.groups, attention)

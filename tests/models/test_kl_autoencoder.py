@@ -17,7 +17,7 @@ def theirs(channels, widths, res_blocks, latent_channels, attention=True):
         block_out_channels=tuple(widths),
         layers_per_block=res_blocks,
         latent_channels=latent_channels,
-        norm_num_groups=min(32, min(widths)),
+        norm_num_groups=min(32, min(widths) // 4),
         mid_block_add_attention=attention,
     )
 
