@@ -10,11 +10,12 @@ from dtrain.config.sections import NonNegative, Place, Positive, Probability, Se
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
-# bpd: the bound on held-out images, in bits/dim
-Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd"]
+# bpd: the bound on held-out images, in bits/dim; nats_per_dim_latent: the bound on the density of their latents
+Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd", "nats_per_dim_latent"]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
 HIGHER_IS_BETTER = {"precision", "recall", "is", "rprecision", "rrecall", "ris", "psnr", "ssim"}
+OF_THE_MODEL = {"bpd", "nats_per_dim_latent"}  # without samples and features; `evaluate` asks the model itself
 
 
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
@@ -71,7 +72,7 @@ class Eval(Sampling):
     num_samples: Positive = 2000
     """images drawn for an evaluation"""
     metrics: list[Metric] = Field(["fd"], min_length=1)
-    """fd: Fréchet distance; bpd: the bound on held-out images in bits/dim; is: Inception score"""
+    """fd: Fréchet distance; bpd: bound on held-out images, nats_per_dim_latent on their latents; is: Inception score"""
     validation_images: Positive = 256
     """the first held-out images, for bpd and the loss by noise level"""
     features: Place = "auto"

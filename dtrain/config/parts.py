@@ -21,6 +21,11 @@ class FirstStageSection(PartSection):
         """Whether the shards hold what the network is to see, and no pictures."""
         return False
 
+    @property
+    def is_continuous(self) -> bool:
+        """Whether what the network sees has a density, as latents have and 8-bit pixels have not."""
+        return False
+
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """(C, H, W) of what the network sees of a picture of these channels and this side."""
         return channels, image_size, image_size
@@ -80,6 +85,10 @@ class KL(FirstStageSection):
     @property
     def reads_cache(self) -> bool:
         return self.cached
+
+    @property
+    def is_continuous(self) -> bool:
+        return True
 
     def identity_keys(self) -> list[str]:
         """Where the weights lie may change; what they are is held by their fingerprint."""

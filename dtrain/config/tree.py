@@ -10,7 +10,7 @@ from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.chosen import Chosen
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
-from dtrain.config.evaluation import SAMPLERS, Eval
+from dtrain.config.evaluation import OF_THE_MODEL, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
@@ -153,10 +153,18 @@ class Config(Section):
                     "eval.spacing must list timesteps that fall, "
                     f"from at most {self.diffusion.timesteps - 1} to at least 0"
                 )
-        if "bpd" in e.metrics and flow:
-            raise ValueError("eval.metrics bpd is the bound of a gaussian process, and diffusion.process is flow")
-        if "bpd" in e.metrics and self.first_stage.kind != "pixels":
-            raise ValueError(f"eval.metrics bpd is of pixels, and first_stage.kind is {self.first_stage.kind}")
+        kind, bounds = self.first_stage.kind, [name for name in e.metrics if name in OF_THE_MODEL]
+        if bounds and flow:
+            raise ValueError(
+                f"eval.metrics {bounds[0]} is the bound of a gaussian process, and diffusion.process is flow"
+            )
+        if "bpd" in bounds and kind != "pixels":
+            more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""
+            raise ValueError(f"eval.metrics bpd is of pixels, which have levels, and first_stage.kind is {kind}{more}")
+        if "nats_per_dim_latent" in bounds and not self.first_stage.is_continuous:
+            raise ValueError(f"eval.metrics nats_per_dim_latent is of latents, and first_stage.kind is {kind}")
+        if e.clip and self.first_stage.is_continuous:
+            raise ValueError(f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {kind}; leave it out")
         if e.decode_batch is not None and self.first_stage.kind == "pixels":
             raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
         if e.guidance != 1 and not self.model.num_classes and not self.conditions:

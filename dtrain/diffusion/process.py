@@ -6,12 +6,16 @@ from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import named
 
 
-def build(config: Gaussian | Flow) -> GaussianDiffusion | RectifiedFlow:
-    """The process of the `diffusion` section. Raises UserError for a schedule that cannot be."""
+def build(config: Gaussian | Flow, decoder: str = "discretised") -> GaussianDiffusion | RectifiedFlow:
+    """The process of the `diffusion` section. Raises UserError for a schedule that cannot be.
+
+    decoder: of its bound; see `GaussianDiffusion`.
+    """
     if config.process == "flow":
         return RectifiedFlow(config.time_scale)
     return GaussianDiffusion(
         named(config.schedule, config.timesteps, config.zero_terminal_snr),
         config.prediction,
         config.variance,
+        decoder,
     )

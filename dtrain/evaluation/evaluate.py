@@ -14,15 +14,16 @@ from torch import Tensor
 
 from dtrain import distributed, faults
 from dtrain.config import Config, Eval, Sampling
+from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
-from dtrain.evaluation.likelihood import bits_per_dim
+from dtrain.evaluation.likelihood import bits_per_dim, nats_per_dim
 from dtrain.evaluation.metrics import build as metrics
 from dtrain.evaluation.metrics.kept import KeptFeatures
 from dtrain.evaluation.metrics.moments import MomentStream
-from dtrain.evaluation.names import OF_THE_MODEL, reconstructed
+from dtrain.evaluation.names import reconstructed
 from dtrain.evaluation.opened import weights_name
 from dtrain.evaluation.reconstructions import Quality, Reconstructions, mean_quality
 from dtrain.evaluation.reference import Reference
@@ -129,6 +130,8 @@ def evaluate(
             found = {reconstructed(name): value for name, value in found.items()} | mean_quality(qualities)
     if "bpd" in e.metrics:
         found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress)
+    if "nats_per_dim_latent" in e.metrics:
+        found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress)
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,
@@ -149,8 +152,10 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if reference.resize is not None:
         found["reference_resize"] = reference.resize
+    if OF_THE_MODEL & set(e.metrics):
+        found["validation_images"] = e.validation_images
     if "bpd" in e.metrics:
-        found |= {"validation_images": e.validation_images, "bpd_clip": e.bpd_clip}
+        found["bpd_clip"] = e.bpd_clip
     if reference.changed.upright:
         found["exif"] = "apply"
     if reference.changed.bicubic:

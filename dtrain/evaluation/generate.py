@@ -42,6 +42,16 @@ def named(ids: list[int]) -> str:
     return ", ".join([*shown, *(["…"] if len(ids) > MOST_NAMED else [])])
 
 
+def encoded(first_stage: FirstStage, pixels: torch.Tensor, first: int) -> torch.Tensor:
+    """x_0 (n, C, H, W) of held-out pictures in [−1, 1], numbered from `first`. Raises NotFinite with their numbers."""
+    x_0 = first_stage.encode(pixels)
+    if bad := [first + row for row in which_not_finite(x_0)]:
+        raise NotFinite(
+            f"the first stage gives no finite latent of {len(bad)} held-out pictures (numbers {named(bad)})"
+        )
+    return x_0
+
+
 def quiet(done: int, of: int, what: str | None = None) -> None:
     """Shows nothing."""
 

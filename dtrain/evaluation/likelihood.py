@@ -1,6 +1,7 @@
 """What the model says of held-out images: bits per dimension, and its loss at fixed noise levels."""
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,7 +10,8 @@ from dtrain import distributed
 from dtrain.batch import Condition
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
-from dtrain.evaluation.generate import Generator, OnProgress, quiet
+from dtrain.evaluation.generate import Generator, OnProgress, encoded, quiet
+from dtrain.evaluation.names import BOUND_PARTS
 from dtrain.objectives.objective import Objective
 from dtrain.randomness import Purpose
 
@@ -26,7 +28,7 @@ def _held_out(
 ) -> tuple[torch.Tensor, Condition]:
     """(x_0, what the network is told) of these held-out images, on the generator's device."""
     pixels, own = images[rows.start : rows.stop].to(generator.device), labels[rows.start : rows.stop]
-    return generator.first_stage.encode(pixels), generator.condition(list(rows), own)
+    return encoded(generator.first_stage, pixels, rows.start), generator.condition(list(rows), own)
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,6 @@ def _summed(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(distributed.gather_objects(values.cpu())).sum(0)
 
 
-@torch.inference_mode()
 def bits_per_dim(
     generator: Generator,
     images: torch.Tensor,
@@ -48,6 +49,38 @@ def bits_per_dim(
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
     clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
+    return _named("bpd", _bound(generator, images, labels, seed, clip, "bits", on_progress))
+
+
+def nats_per_dim(
+    generator: Generator,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+    on_progress: OnProgress = quiet,
+) -> dict[str, float]:
+    """The bound on −log p of the latents of held-out images, normalised as the network sees them, by the density's last
+    term: `nats_per_dim_latent` and its parts. Collective. It may be negative, and says nothing of pixels.
+    """
+    parts = _bound(generator, images, labels, seed, False, "nats", on_progress)
+    return _named("nats_per_dim_latent", [part / likelihood.BITS for part in parts])
+
+
+def _named(metric: str, parts: Sequence[float]) -> dict[str, float]:
+    return {metric: sum(parts)} | {f"{metric}_{name}": part for name, part in zip(BOUND_PARTS, parts, strict=True)}
+
+
+@torch.inference_mode()
+def _bound(
+    generator: Generator,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+    clip: bool,
+    unit: str,
+    on_progress: OnProgress,
+) -> list[float]:
+    """L_T, Σ L_t and L_0 in bits per dimension; unit: as `on_progress` calls it."""
     generator.model.eval()
     process = generator.process
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
@@ -55,7 +88,7 @@ def bits_per_dim(
 
     def evaluated(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         answer = generator.model(x, t, **condition)
-        on_progress(next(evaluations), of, f"bits per dimension of {len(images):,} images")
+        on_progress(next(evaluations), of, f"{unit} per dimension of {len(images):,} images")
         return answer
 
     def add_up() -> None:
@@ -68,8 +101,7 @@ def bits_per_dim(
             total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
 
     distributed.agree(add_up)  # one rank may give way to a stop
-    prior, chain, decoder = (_summed(total) / len(images)).tolist()
-    return {"bpd": prior + chain + decoder, "bpd_prior": prior, "bpd_chain": chain, "bpd_decoder": decoder}
+    return (_summed(total) / len(images)).tolist()
 
 
 @torch.inference_mode()

@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 from dtrain.config import Eval
+from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.errors import UserError
 
-OF_THE_MODEL = {"bpd"}  # metrics without samples and features; `evaluate` asks the model itself
 OF_STATISTICS = {"fd", "fd_infinity"}  # those that a file of another tool may stand behind
 OF_PAIRS = ("psnr", "ssim")  # of each reconstruction and its original
-BOUND_PARTS = ("bpd_prior", "bpd_chain", "bpd_decoder")
+BOUND_PARTS = ("prior", "chain", "decoder")  # of a metric OF_THE_MODEL, behind its name
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
 
 CLEAN, TENSORFLOW, UNKNOWN = "clean", "tensorflow", "unknown"
@@ -27,7 +27,7 @@ CLEAN_FID = re.compile(r"_(clean|legacy_tensorflow|legacy_pytorch)_[^_]+_(?:\d+|
 
 
 def metric_name(metric: str, features: str, suffix: str = "", comparable: bool = True) -> str:
-    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels`; `bpd` is of no features.
+    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels`; a bound is of no features.
 
     comparable: whether what is compared with is known to have been resized as the samples are; only then the Fréchet
     distance of Inception's features is called `fid`. A suffix names what belongs to the value: `kid_inception_std`.
@@ -51,7 +51,7 @@ def metric_names(e: Eval, features: str, comparable: bool, reconstructs: bool = 
     for metric in e.metrics:
         found.append(metric_name(metric, features, "", comparable))
         if metric in OF_THE_MODEL:
-            found += BOUND_PARTS
+            found += [f"{metric}_{part}" for part in BOUND_PARTS]
         elif metric != "fd" or e.bootstrap:
             found += [metric_name(metric, features, suffix, comparable) for suffix in SPREADS.get(metric, ())]
     return found

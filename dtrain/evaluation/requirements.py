@@ -7,6 +7,7 @@ from typing import Protocol
 
 from dtrain import plugins
 from dtrain.config import Config, Data, Eval
+from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.manifest import Manifest
@@ -16,7 +17,6 @@ from dtrain.evaluation.features.torchscript import read_program
 from dtrain.evaluation.names import (
     CLEAN,
     OF_STATISTICS,
-    OF_THE_MODEL,
     RESIZING,
     TENSORFLOW,
     about_reference,

@@ -15,18 +15,21 @@ def build(config: Config) -> Objective:
     """
     objective = config.objective
     if objective.kind == "denoising":
-        return denoising(config.diffusion)
+        return denoising(config.diffusion, "continuous" if config.first_stage.is_continuous else "discretised")
     if objective.kind == "autoencoding":
         return Autoencoding(objective.reconstruction, objective.kl_weight)
     return objective.build(config)
 
 
-def denoising(config: Gaussian | Flow) -> Denoising:
-    """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be."""
+def denoising(config: Gaussian | Flow, decoder: str = "discretised") -> Denoising:
+    """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
+
+    decoder: of the bound; continuous for data that are not 8-bit pixels.
+    """
     if config.process == "flow":
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None
-    return Denoising(process.build(config), config.loss, gamma, _times(config))
+    return Denoising(process.build(config, decoder), config.loss, gamma, _times(config))
 
 
 def _times(config: Gaussian | Flow) -> Uniform | LogitNormal | SecondMoment:

@@ -12,7 +12,7 @@ from dtrain.cli.arguments import with_eval
 from dtrain.diffusion.process import build as build_process
 from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import Generator
-from dtrain.evaluation.likelihood import bits_per_dim
+from dtrain.evaluation.likelihood import bits_per_dim, nats_per_dim
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
 from dtrain.randomness import Draws, Purpose
@@ -132,3 +132,36 @@ def test_first_3_of_a_grey_image_with_a_learned_variance_is_all_of_it(digits, tm
         drawn.append(overshooting(config).draw(list(range(8)), torch.arange(8), config.eval))
     assert torch.equal(*drawn)
     assert drawn[0].float().std() > 1
+
+
+class Standard(torch.nn.Module):
+    """What is best for x_0 of unit variance: E[ε | x_t] = σ_t x_t."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.sigma = (1 - process.schedule.alpha_bar).sqrt().float()
+
+    def forward(self, x, t, y):
+        return self.sigma[t].view(-1, 1, 1, 1) * x
+
+
+class Given:
+    """A first stage whose latents are what it is given."""
+
+    fingerprint = "given"
+
+    def encode(self, pixels):
+        return pixels
+
+
+def test_the_bound_on_latents_of_unit_variance_is_their_density(digits, tmp_path):
+    """Where x_0 is standard normal, x_{t−1} given x_t is N(√(1 − β_t) x_t, β_t), as fixed_large has it."""
+    keys = ("variance=fixed_large", "timesteps=50", "schedule=linear", "prediction=eps")
+    config = tiny(digits, tmp_path, *(f"diffusion.{key}" for key in keys))
+    process = build_process(config.diffusion, "continuous")
+    x_0 = torch.randn(2048, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = Generator.of(Standard(process), process, config, torch.device("cpu"), Given())
+    found = nats_per_dim(generator, x_0, torch.zeros(2048, dtype=torch.int64), seed=0)
+    ratio = process.schedule.beta[0] / process.log_beta_tilde[0].exp()  # the last step alone has a narrower variance
+    expected = -Normal(0.0, 1.0).log_prob(x_0).mean() + 0.5 * (ratio - 1 - ratio.log())
+    assert found["nats_per_dim_latent"] == pytest.approx(float(expected), abs=0.01)  # of 131,072 values
