@@ -87,6 +87,7 @@ def evaluate(
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
+    from dtrain.evaluation import floor
     from dtrain.evaluation.evaluate import differences, scratch_of
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
     from dtrain.evaluation.opened import open_generator, open_published, weights_name
@@ -108,6 +109,8 @@ def evaluate(
         of = f"of {settings.eval.num_samples:,} samples"
         ctrl_c.kept(lambda: f"{scratch.count():,} {of} are kept; go on with: {this_command()}")
     with progress("sampling, evaluations of the network") as on_progress:
+        known = (lambda: floor.lines_of(directory)) if directory else list
+        lowest = floor.measure(opened.generator.first_stage, settings, compared, known, device, on_progress)
         found, context = run_evaluation(opened.generator, settings, compared, on_progress, scratch)
 
     def conclude() -> None:
@@ -116,9 +119,11 @@ def evaluate(
         if directory is not None:
             changed = differences(training_evaluations(directory.journal_file), own.eval, settings.eval, context)
             how = context | ({"differs": changed} if changed else {})
-            unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how)
+            unsent = record_evaluation(directory, Position(opened.step, opened.images), found, how, lowest)
             scratch.remove()
             which, about = f"{directory.path} step {opened.step}", {"step": opened.step, "images": opened.images}
+        if lowest:
+            say(str(lowest))
         shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
         say(f"{which}: {shown}  ({how['n']} samples{'' if init else ' of ' + how['ema']})")
         if unsent:

@@ -52,6 +52,10 @@ class KL:
         """By the posterior's mean: held-out pictures are looked at without noise."""
         return self._normalised(self.moments(pixels)[:, 0])
 
+    def shown(self, moments: Tensor) -> Tensor:
+        """Pictures uint8 (n, channels, S, S) of what a cache holds of them, (n, 2, C, h, w)."""
+        return self.decode(self._normalised(moments[:, 0]))
+
     def decode(self, x_0: Tensor) -> Tensor:
         latents = x_0.float() * self._deviation.to(x_0.device) + self._mean.to(x_0.device)
         pixels = self._autoencoder.pixels(latents, self._decode_block)

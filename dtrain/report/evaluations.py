@@ -7,7 +7,8 @@ import json
 import math
 from dataclasses import dataclass
 
-from dtrain.evaluation.names import FRECHET
+from dtrain.config.evaluation import OF_THE_MODEL
+from dtrain.evaluation.names import BOUND_PARTS, FRECHET, reconstructed
 from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.markup import details, escaped, plural
 from dtrain.report.markup import table as make_table
@@ -17,7 +18,7 @@ from dtrain.tracking.best import NOT_SETTINGS, better, higher_is_better, setting
 
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
-NOT_METRICS = ("seconds", "bpd_prior", "bpd_chain", "bpd_decoder")
+NOT_METRICS = ("seconds", *(f"{bound}_{part}" for bound in OF_THE_MODEL for part in BOUND_PARTS))
 MOST_NUMBERS = 8  # of one metric, where no line has several points
 LONGEST = 200  # characters of a setting
 HASHES = ("extractor", "reference")
@@ -93,12 +94,32 @@ def charts(runs: list[Run]) -> list[Chart]:
             dash += order if len(runs) > 1 else 0
             points = [_point(line, metric) for line in curve.lines]
             series.append(Series(name, points, colour, dash, dots=True))
+        if is_distance(metric):
+            series += _floors(drawn, metric, len(runs) > 1)
         apart = len(all_curves) - len(drawn)
         notes = [_spread_note(drawn, metric), _bound_note(drawn) if metric == "bpd" else ""]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]
         which = "higher" if higher_is_better(metric) else "lower"
         found.append(Chart(metric, series, y_name=f"{which} is better", note=" ".join(filter(None, notes)), wide=True))
     return found
+
+
+def _floors(drawn: list[Curve], metric: str, several_runs: bool) -> list[Series]:
+    """What the reconstructions of these runs' first stages alone are at: a level line through the chart for each."""
+    images = [line["images"] for curve in drawn for line in curve.lines]
+    ends = sorted({min(images), max(images)}) if any(len(curve.lines) > 1 for curve in drawn) else images[:1]
+    found: dict[tuple, Series] = {}
+    for curve in drawn:
+        for line in curve.run.of("floor"):
+            value, n = line["metrics"].get(reconstructed(metric), math.nan), _size(line["context"])
+            alike = all(line["context"].get(key) == curve.context.get(key) for key in ("reference", "first_stage"))
+            if alike and math.isfinite(value):
+                name = f"first stage alone ({reconstructed(metric)}) · N {n:,}"
+                colour, _ = line_of(curve.number if several_runs else len(drawn))
+                found[curve.number, n] = Series(
+                    f"{curve.run.name} · {name}" if several_runs else name, [Point(x, value) for x in ends], colour, 3
+                )
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.config import Config, Data
-from dtrain.data.fields.samples import read_split
+from dtrain.data.fields.samples import read_moments, read_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import cache_of
 from dtrain.data.shards.manifest import Manifest
@@ -24,6 +24,7 @@ from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
 from dtrain.evaluation.opened import open_generator, weights_name
 from dtrain.evaluation.requirements import check_generates
+from dtrain.first_stage.pixels import FirstStage
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
 from dtrain.report.pictures import data_uri
@@ -35,6 +36,7 @@ BLOCK = 512  # training images in memory at a time
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
 SHOWN = 96  # pixels, of one picture in the page
 
+PicturesOf = Callable[[Manifest, str, int, int], Tensor]  # (manifest, place, start, stop) → uint8 (n, C, H, W)
 OnBlock = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[OnBlock]]  # of what is done → what to tell of each block
 
@@ -85,8 +87,9 @@ def nearest(
     wanted = torch.cat([measure(part.to(device)) for part in (samples, held_out) if len(part)])
     check_finite(which_not_finite(wanted), len(wanted), "samples and held-out images", measure.name)
     with progress("searching the training images") as on_block:
-        distances, numbers = _search(wanted, measure, data, manifest, on_block)
-    pictures = torch.stack([_picture(n, data, manifest) for n in numbers[:count].flatten().tolist()])
+        pictures_of = _pictures_of(config, generator.first_stage, device)
+        distances, numbers = _search(wanted, measure, data, manifest, pictures_of, on_block)
+    pictures = torch.stack([_picture(n, data, manifest, pictures_of) for n in numbers[:count].flatten().tolist()])
     return Found(
         step,
         measure.name,
@@ -148,8 +151,29 @@ def _sources(data: Data, manifest: Manifest) -> Iterator[tuple[Manifest, str, in
         first += one.samples
 
 
+def _pictures_of(config: Config, first_stage: FirstStage, device: torch.device) -> PicturesOf:
+    """What reads training images; those of a latent cache are decoded."""
+    data = config.data
+    if not config.first_stage.reads_cache:
+
+        def read(manifest: Manifest, place: str, start: int, stop: int) -> Tensor:
+            return _reader(manifest, place, data)(start, stop)[0]
+
+        return read
+
+    def decoded(manifest: Manifest, place: str, start: int, stop: int) -> Tensor:
+        return first_stage.shown(read_moments(manifest, place, config.shape, start, stop).to(device)).cpu()
+
+    return decoded
+
+
 def _search(
-    wanted: Tensor, measure: Extractor, data: Data, manifest: Manifest, on_block: OnBlock
+    wanted: Tensor,
+    measure: Extractor,
+    data: Data,
+    manifest: Manifest,
+    pictures_of: PicturesOf,
+    on_block: OnBlock,
 ) -> tuple[Tensor, Tensor]:
     """(distances, numbers), both (N, k) by rising distance, on the CPU.
 
@@ -160,7 +184,7 @@ def _search(
     for one, place, first in _sources(data, manifest):
         for start in range(0, one.samples, BLOCK):
             stop = min(start + BLOCK, one.samples)
-            images, rows = _read(one, place, data, start, stop)
+            images, rows = _read(one, place, data, pictures_of, start, stop)
             if not len(images):
                 continue
             # By differences: by products, an exact copy would not be at distance 0.
@@ -177,30 +201,31 @@ def _search(
     return nearest.cpu(), numbers
 
 
-def _read(manifest: Manifest, place: str, data: Data, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _read(
+    manifest: Manifest, place: str, data: Data, pictures_of: PicturesOf, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
     """(images, their numbers) from start to stop; without damaged ones where the run goes on without them."""
-    read = _reader(manifest, place, data)
     try:
-        return read(start, stop)[0], torch.arange(start, stop)
+        return pictures_of(manifest, place, start, stop), torch.arange(start, stop)
     except BadSample:
         if data.on_error != "replace":
             raise
     images, rows = [], []
     for number in range(start, stop):
         try:
-            images.append(read(number, number + 1)[0])
+            images.append(pictures_of(manifest, place, number, number + 1))
             rows.append(number)
         except BadSample:
             continue
     return torch.cat(images) if images else torch.empty(0), torch.tensor(rows, dtype=torch.int64)
 
 
-def _picture(number: int, data: Data, manifest: Manifest) -> Tensor:
+def _picture(number: int, data: Data, manifest: Manifest, pictures_of: PicturesOf) -> Tensor:
     """uint8 (C, H, W) of a training image, mirrored where its number is odd."""
     image, mirrored = divmod(number, 2)
     source = next(s for s in reversed(list(_sources(data, manifest))) if s[2] <= image)
     at = image - source[2]
-    picture = _reader(source[0], source[1], data)(at, at + 1)[0][0]
+    picture = pictures_of(source[0], source[1], at, at + 1)[0]
     return picture.flip(-1) if mirrored else picture
 
 

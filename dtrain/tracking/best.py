@@ -8,9 +8,10 @@ from typing import Any
 from dtrain.config.evaluation import HIGHER_IS_BETTER
 from dtrain.tracking.history import History
 
-# The size of a block changes no more than the rounding. What the resizing of a reference matters to, a distance, is in
-# its name, and evaluations of one reference were made before its context said it.
-NOT_SETTINGS = ("artifact", "differs", "batch_size", "reference_resize")
+# The size of a block, and how many latents are decoded together, change no more than the rounding. What the resizing of
+# a reference matters to, a distance, is in its name, and evaluations of one reference were made before its context said
+# it.
+NOT_SETTINGS = ("artifact", "differs", "batch_size", "decode_batch", "reference_resize")
 
 
 def higher_is_better(metric: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtrain.tracking.journal import highest_attempt, outline, valid
 
-KEPT = ("attempt", "config", "eval", "eval_failed")
+KEPT = ("attempt", "config", "eval", "eval_failed", "floor")
 _REACH = ("attempt", "train", "checkpoint")  # events whose step the run had got to
 
 

@@ -35,7 +35,7 @@ from dtrain.tracking.lines import MOST_COUNT, MOST_LINE, parse, parse_combinatio
 SYNCED = {"attempt", "checkpoint", "eval", "eval_failed"}  # worth an fsync: rare, and decisions are taken by them
 EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
 OTHER_RANKS = "journal-rank-*.jsonl"
-NEVER_VOID = {"system", "sweep"}  # true of the machines, or of a checkpoint, whatever steps are gone through again
+NEVER_VOID = {"system", "sweep", "floor"}  # true of machines, a checkpoint or a first stage, of no steps
 _CHUNK = 1 << 18  # bytes read at a time: lines that are passed over stay in the processor's cache
 _END = 1 << 22  # bytes in which a last line is looked for
 _TRAIN, _WHOLE = b'{"event": "train", ', ord("}")  # how the lines begin that are most of a journal, and end

@@ -134,14 +134,21 @@ class Tracker:
 
 
 def record_evaluation(
-    run: RunDirectory, position: Position, metrics: dict[str, float], context: dict[str, Any]
+    run: RunDirectory,
+    position: Position,
+    metrics: dict[str, float],
+    context: dict[str, Any],
+    floor: tuple[dict[str, float], dict[str, Any]] | None = None,
 ) -> str | None:
     """Write an evaluation of the checkpoint at `position` beside the run's journal, and ship it.
 
-    Returns what to tell the user where it could not be shipped.
+    floor: metrics and context of what the first stage alone is at, where that was measured with it. Returns what to
+    tell the user where it could not be shipped.
     """
     journal = evaluation_journal(run.journal_file)
     try:
+        if floor is not None:
+            journal.append("floor", position.step, position.images, *floor)
         journal.append("eval", position.step, position.images, metrics, context)
     except OSError as e:
         raise UserError(f"cannot write {journal.path}: {e.strerror}; the result is {json.dumps(metrics)}") from None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from dtrain import distributed, faults
 from dtrain.config import Config
 from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
+from dtrain.evaluation import floor
 from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress, grid
 from dtrain.evaluation.likelihood import losses_by_level
@@ -61,7 +63,7 @@ class Evaluation:
         What the user can mend ends a run that has just begun. All else is said, and each evaluation tries it again.
         """
         try:
-            return self._unless_stopped("reading the reference", self._read)
+            return self._unless_stopped("reading the reference", partial(self._read, position))
         except (SharedError, SharedFailure) as e:
             if position.step <= 1 and not isinstance(e, (NotFinite, SharedFailure)):
                 raise
@@ -104,12 +106,21 @@ class Evaluation:
                 return False
         return True
 
-    def _read(self, on_progress: OnProgress) -> None:
+    def _read(self, position: Position, on_progress: OnProgress) -> None:
         self._reference = Reference.open(self._config, distributed.device(), on_progress)
         if self._reference.kept:
             self._progress.say(self._reference.kept)
         if self._reference.about and not self._config.eval.reference:  # of a named one the start has said it
             self._progress.say(self._reference.about)
+        self._measure_floor(position, on_progress)
+
+    def _measure_floor(self, position: Position, on_progress: OnProgress) -> None:
+        """Journal the distance of the first stage's own reconstructions, unless the run's journal has it."""
+        known = partial(self._tracker.history.counting, floor.EVENT)
+        of = self._first_stage, self._config, self._reference
+        if found := floor.measure(*of, known, distributed.device(), on_progress):
+            self._tracker.write(floor.EVENT, position, *found)
+            self._progress.say(str(found))
 
     def _failed(self, position: Position, error: SharedError | SharedFailure) -> None:
         """Write down and say that there are no numbers of this step, and why."""
@@ -127,7 +138,7 @@ class Evaluation:
     def _evaluate(self, players: Players, position: Position, on_progress: OnProgress) -> None:
         faults.at("eval", position.step)
         if self._reference is None:
-            self._read(on_progress)
+            self._read(position, on_progress)
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(lambda: allocate(config).to(device))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dtrain.data.fields.field import Field, Label, Picture, View
+from dtrain.data.fields.moments import Moments
 from dtrain.data.fields.picture import Crop
 from dtrain.data.shards.cache import BlockCache
 from dtrain.data.shards.manifest import Manifest
@@ -77,6 +78,16 @@ def read_split(
         if LABEL_FIELD in manifest.fields:
             labels[row] = int(read_field(reader, sample, data, ANY_LABEL, view))
     return images, labels
+
+
+def read_moments(
+    manifest: Manifest, directory: str | Path, shape: Sequence[int], start: int, stop: int
+) -> torch.Tensor:
+    """Moments float32 (n, 2, *shape) of samples start..stop of a latent cache, of the pictures as they are."""
+    reader, samples, field = ShardReader(manifest, directory), range(start, stop), Moments("moments", shape)
+    reader.prefetch(samples, field.extensions)
+    rows = [read_field(reader, i, reader.read(i, field.extensions), field, NO_VIEW) for i in samples]
+    return torch.from_numpy(np.stack(rows))
 
 
 def label_of(reader: ShardReader, sample: int) -> int:
