@@ -93,6 +93,13 @@ def _show(p, nodes: int, mfu: float) -> None:
     console.print(
         f"the average gathered for evaluation takes {gib(p.gathered)} GiB; while sampling {gib(p.evaluation)}"
     )
+    if p.first_stage.weights:
+        f = p.first_stage
+        each = f"; it encodes in each step: {f.flops_per_image / 1e9:,.1f} GFLOPs an image" if f.flops_per_image else ""
+        console.print(
+            f"the first stage takes {gib(f.weights)} GiB, {gib(f.encoding)} more while it encodes a block and "
+            f"{gib(f.decoding)} while it decodes one{each}"
+        )
     usable = f"of {gib(p.usable)} GiB usable"
     if not p.fits:
         console.print(f"does not fit: {gib(own.needed)} {usable}")

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.conditions.build import typical_forward
 from dtrain.config import Config
+from dtrain.first_stage.build import DECODE_BATCH
 from dtrain.models.build import allocate
 
 aten = torch.ops.aten
@@ -80,6 +81,46 @@ def sampling_bytes(config: Config, rows: int) -> int:
     with torch.no_grad(), LiveBytes() as live, _Accelerator(False, "cuda"):
         forward()
     return live.peak
+
+
+@dataclass(frozen=True)
+class FirstStageCost:
+    """An autoencoder on a device: bytes of its weights, and what comes and goes while it encodes and decodes a block.
+
+    flops_per_image: of encoding a picture in each step; none with a cache. precision: of its convolutions, which nearly
+    all of them are: fp32, tf32 or bf16.
+    """
+
+    weights: int = 0
+    encoding: int = 0
+    decoding: int = 0
+    flops_per_image: int = 0
+    precision: str = "fp32"
+
+
+def first_stage_cost(config: Config) -> FirstStageCost:
+    """Nothing of pixels, and of what a plug-in brings. Raises UserError where the autoencoder's folder is not there."""
+    section, data = config.first_stage, config.data
+    if section.kind != "kl":
+        return FirstStageCost()
+    from dtrain.first_stage.autoencoder import DTYPES, on_meta
+
+    dtype, module = DTYPES[section.precision], on_meta(section.source, section.precision)
+
+    def cost_of(function: Callable[[torch.Tensor], object], rows: int, *shape: int) -> tuple[int, int]:
+        """(bytes, operations)."""
+        given = torch.zeros(rows, *shape, dtype=dtype, device="meta")
+        counter = FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION)
+        with torch.no_grad(), counter, LiveBytes() as live, _Accelerator(False, "cuda"):
+            function(given)
+        return live.peak, counter.get_total_flops()
+
+    picture = data.channels, data.image_size, data.image_size
+    encoding, flops = cost_of(module.encode, section.block, *picture)
+    decoding, _ = cost_of(module.decode, config.eval.decode_batch or DECODE_BATCH, *config.shape)
+    each = 0 if section.cached else flops // section.block
+    precision = "tf32" if section.precision == "fp32" and config.train.tf32 != "none" else section.precision
+    return FirstStageCost(sum(p.nbytes for p in module.parameters()), encoding, decoding, each, precision)
 
 
 def _model(config: Config, rows: int, dtype: torch.dtype) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dtrain.cluster import memory
-from dtrain.cluster.cost import activations, flops_per_image, sampling_bytes
+from dtrain.cluster.cost import FirstStageCost, activations, first_stage_cost, flops_per_image, sampling_bytes
 from dtrain.cluster.memory import Sizes, State
 from dtrain.config import Config, DeepSpeed
 from dtrain.data import shared_memory
@@ -13,7 +13,7 @@ from dtrain.models.build import allocate
 from dtrain.training.division import rows_per_rank
 
 USABLE = 0.92  # of a device's memory; the rest goes to its context, NCCL, library workspaces and fragmentation
-PEAK_TFLOPS = {"fp32": 67.0, "bf16": 989.0, "bf16_autocast": 989.0}  # an H100's, dense
+PEAK_TFLOPS = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.0, "bf16_autocast": 989.0}  # an H100's, dense
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Plan:
     stages: list[Stage]
     gathered: int  # the average in a plain module, for evaluation
     evaluation: int  # all that a rank holds while it samples
+    first_stage: FirstStageCost
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
     shared_memory: int  # of a node's /dev/shm, for batches made ahead
@@ -68,12 +69,14 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         sizes = Sizes.of(allocate(config))
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
     deepspeed, averages = config.deepspeed, len(config.ema)
+    first_stage = first_stage_cost(config)
+    encoding = 0 if config.first_stage.reads_cache else first_stage.encoding
     held = {c: ActivationBytes(config, rows, c) for c in (False, True)}
 
     def needed(stage: int, micro_batch: int, checkpointing: bool) -> int:
         backward = held[checkpointing](micro_batch) + memory.in_backward(deepspeed, sizes, gpus, stage)
-        transient = max(backward, memory.in_step(deepspeed, sizes, gpus, stage))
-        return memory.state(deepspeed, averages, sizes, gpus, stage).device + transient
+        transient = max(backward, memory.in_step(deepspeed, sizes, gpus, stage), encoding)
+        return memory.state(deepspeed, averages, sizes, gpus, stage).device + first_stage.weights + transient
 
     def largest(stage: int, checkpointing: bool) -> int | None:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0 and needed(stage, m, checkpointing) <= usable]
@@ -92,11 +95,15 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     own = next(s for s in stages if s.stage == deepspeed.zero_stage)
     gathered = 4 * (sizes.trainable + sizes.frozen)
     sampled = config.eval.batch_size * (2 if config.eval.guidance != 1 else 1)
-    evaluation = own.state.device - own.state.gradients + gathered + sampling_bytes(config, sampled)
+    drawn = max(sampling_bytes(config, sampled), first_stage.decoding, first_stage.encoding)
+    evaluation = own.state.device - own.state.gradients + gathered + first_stage.weights + drawn
     flops = flops_per_image(config, checkpointing=False)
     repeated = flops_per_image(config, checkpointing=True) - flops
     images = config.train.steps * config.data.batch_size
-    speed = gpus * mfu * 1e12 * (tflops or PEAK_TFLOPS[deepspeed.precision])
+    peak = PEAK_TFLOPS[deepspeed.precision]
+    # The autoencoder's operations, as so many of the network's: they may be of another precision.
+    encoded = first_stage.flops_per_image * peak / PEAK_TFLOPS[first_stage.precision]
+    speed = gpus * mfu * 1e12 * (tflops or peak)
     return Plan(
         parameters=sizes.trainable,
         frozen=sizes.frozen,
@@ -113,11 +120,12 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         stages=stages,
         gathered=gathered,
         evaluation=evaluation,
+        first_stage=first_stage,
         checkpoint=memory.checkpoint_bytes(sizes, averages),
         kept=config.train.keep_last + 1,
         shared_memory=shared_memory.of_ranks(gpus_per_node, workers, shared_memory.of_batch(config, gpus)),
         shared_memory_here=shared_memory.free(),
-        hours=images * (flops + checkpointing * repeated) / speed / 3600,
+        hours=images * (flops + checkpointing * repeated + encoded) / speed / 3600,
         fits=own.needed <= usable,
         evaluation_fits=not config.eval.every or evaluation <= usable,
         recommended=recommended(stages, gpus),

@@ -21,6 +21,7 @@ from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.remote import is_url
 from dtrain.errors import UserError
 from dtrain.evaluation.features import weights
+from dtrain.first_stage.requirements import check as check_first_stage
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read as read_journal
 from dtrain.tracking.tracker import tracking_uri
@@ -129,6 +130,7 @@ def samples(config: Config, full: bool) -> Finding:
     name = "samples"
     try:
         manifest = manifests.load_all(config.data)
+        check_first_stage(config, manifest)
         check_fields(config, manifest)
         lines = check_training(config, manifest, full)
         if config.data.holdout:

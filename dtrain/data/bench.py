@@ -6,13 +6,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dtrain.config import Config
+from dtrain.config import Config, Data
 from dtrain.data.fields.picture import Crop, decode, normalize
 from dtrain.data.shards.manifest import check_all, load_all
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.data.stream import Completion, StepDataset
 from dtrain.errors import UserError
 from dtrain.randomness import drawn
+
+STAGES = ("read", "decode", "transform", "randomness", "collate")
 
 
 def bench(config: Config, seconds: float = 10.0) -> dict[str, float]:
@@ -41,15 +43,29 @@ def report(rates: dict[str, float]) -> str:
 
 
 def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, float]:
-    data, complete = config.data, Completion(config)
-    k = np.arange(min(data.batch_size, 256))
+    complete, k = Completion(config), np.arange(min(config.data.batch_size, 256))
     sources, samples = dataset._order.samples(k)
     places = list(zip(sources.tolist(), samples.tolist(), strict=True))
 
     def read() -> list[dict[str, bytes]]:
         return [dataset._readers[s].read(n, dataset._samples[s].extensions) for s, n in places]
 
-    files = [next((found[f] for f in IMAGE_FIELDS if f in found), None) for found in read()]
+    def randomness() -> None:
+        for draw in dataset._wanted.draws:
+            drawn(draw, dataset._draws, k.tolist(), k, 0, len(k))
+
+    stages = {"read": read, "randomness": randomness}
+    if not config.first_stage.reads_cache:
+        stages |= _of_pictures(config.data, read())
+    rates = {name: _rate(stages[name], len(k), seconds) for name in STAGES if name in stages}
+    steps, without_draws = iter(range(10**9)), iter(range(10**9))
+    batches = {"pictures": lambda: dataset.read(next(without_draws)), "whole": lambda: complete(dataset[next(steps)])}
+    return rates | {name: _rate(batch, config.data.batch_size, seconds) for name, batch in batches.items()}
+
+
+def _of_pictures(data: Data, found: list[dict[str, bytes]]) -> dict[str, Callable[[], object]]:
+    """What becomes of these samples' pictures."""
+    files = [next((one[f] for f in IMAGE_FIELDS if f in one), None) for one in found]
     if None in files:
         raise UserError(f"{data.shards} has samples without an image; `dtrain verify` and pack it again")
     crop = Crop(data.image_size, data.scaling)
@@ -59,20 +75,10 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
 
     images = decoded()
     cropped = [crop(image) for image in images]
-
-    def randomness() -> None:
-        for draw in dataset._wanted.draws:
-            drawn(draw, dataset._draws, k.tolist(), k, 0, len(k))
-
-    each, steps, without_draws = len(k), iter(range(10**9)), iter(range(10**9))
     return {
-        "read": _rate(read, each, seconds),
-        "decode": _rate(decoded, each, seconds),
-        "transform": _rate(lambda: [crop(image).flip(-1) for image in images], each, seconds),
-        "randomness": _rate(randomness, each, seconds),
-        "collate": _rate(lambda: normalize(torch.stack(cropped)), each, seconds),
-        "pictures": _rate(lambda: dataset.read(next(without_draws)), data.batch_size, seconds),
-        "whole": _rate(lambda: complete(dataset[next(steps)]), data.batch_size, seconds),
+        "decode": decoded,
+        "transform": lambda: [crop(image).flip(-1) for image in images],
+        "collate": lambda: normalize(torch.stack(cropped)),
     }
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dtrain.config.autoencoders import described
 from dtrain.errors import UserError
+from dtrain.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,10 +61,11 @@ def load(folder: str, precision: str, device: torch.device) -> Autoencoder:
     return Autoencoder(module, precision, device)
 
 
-def on_meta(folder: str) -> torch.nn.Module:
-    """The module of the folder's config.json without weights, to see what it takes."""
-    with torch.device("meta"):
-        return _class(described(folder).kind).from_config(str(folder))
+def on_meta(folder: str, precision: str) -> torch.nn.Module:
+    """The module of the folder's config.json without weights, to see what it takes. Raises UserError."""
+    kind = _class(described(folder).kind)
+    with torch.device("meta"), _quiet():
+        return kind.from_config(read_json(Path(folder) / "config.json")).to(DTYPES[precision])
 
 
 def _class(kind: str):

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import dtrain
+from dtrain.cluster.plan import plan
+from dtrain.data.bench import bench
 from dtrain.errors import UserError
 from dtrain.evaluation.evaluate import sampling_of
 from dtrain.report.neighbours import nearest
@@ -27,6 +30,7 @@ from tests.training.runs import trained
 
 EVALUATED = ("eval.every=6", "eval.features=pixels", "eval.num_samples=40", "eval.labels=uniform")
 EVALUATED += ("eval.validation_images=8", "diffusion.timesteps=40")
+ONLINE = ("first_stage.cached=false", "first_stage.block=32")
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +208,27 @@ def test_the_bound_on_latents_is_in_nats_and_bpd_is_refused_with_its_name(place,
         config_of(place, tmp_path, "eval.metrics=[bpd]")
     with pytest.raises(UserError, match="nats_per_dim_latent is of latents"):
         tiny(place, tmp_path, "eval.metrics=[nats_per_dim_latent]")
+
+
+def test_a_plan_counts_the_autoencoder(place, tmp_path):
+    module = autoencoder_of(place)
+    cached, online, exact = (
+        plan(config_of(place, tmp_path, "train.steps=100", *more), 1, 1, 80, 0.4, None)
+        for more in ((), ONLINE, (*ONLINE, "train.tf32=none"))
+    )
+    assert cached.first_stage.weights == sum(p.numel() * 4 for p in module.parameters())
+    assert cached.first_stage.decoding > 8 * 4 * 8 * 8 * 8  # eight pictures of eight channels
+    assert online.first_stage.encoding > 4 * cached.first_stage.encoding
+    assert online.stages[0].needed >= cached.stages[0].needed >= cached.first_stage.weights
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.encode(torch.zeros(1, 1, 8, 8))
+    attention = 4 * 16**2 * 8  # of 16 places, 8 channels: what torch counts on GPUs alone
+    assert online.first_stage.flops_per_image == counter.get_total_flops() + attention
+    assert cached.first_stage.flops_per_image == 0
+    seconds = 2400 * online.first_stage.flops_per_image / 0.4e12  # of all images, at a peak of 1 TFLOPS
+    assert exact.hours - cached.hours == pytest.approx(seconds / 67 / 3600)  # the network is of fp32, too
+    assert online.hours - cached.hours == pytest.approx(seconds / 494.5 / 3600)
+
+
+def test_a_cache_is_read_by_the_bench(place, tmp_path):
+    assert list(bench(config_of(place, tmp_path), seconds=0.1)) == ["read", "randomness", "pictures", "whole"]
