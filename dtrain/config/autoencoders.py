@@ -6,6 +6,7 @@ weights.
 is what all ways to state a scale come to (`Normalisation`).
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dtrain.files import read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+EXPORTED = "autoencoder"  # in the directory of a run that trained one: where its export is looked for
 LEFT_OVER = 0.18215  # Stable Diffusion's scaling_factor, which every new AutoencoderKL has until another is set
 
 
@@ -45,9 +47,10 @@ def described(folder: str | Path) -> Autoencoder:
     try:
         tree = read_json(path)
     except FileNotFoundError:
-        inner = Path(folder) / "vae"
-        hint = f"; take {inner}" if (inner / "config.json").is_file() else "; name a folder that diffusers has saved"
-        raise UserError(f"there is no {path}{from_where(folder)}, which describes an autoencoder{hint}") from None
+        where = from_where(folder)
+        raise UserError(
+            f"there is no {path}{where}, which describes an autoencoder; {_instead(Path(folder))}"
+        ) from None
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(tree, dict) or tree.get("_class_name") not in KINDS:
@@ -57,6 +60,18 @@ def described(folder: str | Path) -> Autoencoder:
         return _of(tree)
     except (TypeError, ValueError) as e:
         raise UserError(f"{path} describes no {tree['_class_name']} that can be used: {e}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What to do where the folder has no config.json."""
+    for inner in (folder / "vae", folder / EXPORTED):
+        if (inner / "config.json").is_file():
+            return f"take {inner}"
+    if (folder / "config.yaml").is_file():
+        out = str(folder / EXPORTED)
+        words = ("dtrain", "checkpoints", "export", str(folder), "--ema", "0", "--format", "diffusers", "--out", out)
+        return f"if it is a run that trained one, export that with: {shlex.join(words)}; and take {out}"
+    return "name a folder that diffusers has saved"
 
 
 def _of(tree: dict[str, Any]) -> Autoencoder:
