@@ -2,4 +2,5 @@
 
 from dtrain.cli import main
 
-main("evaluate")
+if __name__ == "__main__":  # a worker process that is spawned imports this file, too
+    main("evaluate")

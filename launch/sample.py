@@ -6,4 +6,5 @@ die_quietly()
 
 from dtrain.cli import main
 
-main("sample")
+if __name__ == "__main__":  # a worker process that is spawned imports this file, too
+    main("sample")

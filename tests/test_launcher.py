@@ -1,9 +1,12 @@
 """Which rank a process is: from torch's, SLURM's and MPI's words, and one line where they are malformed."""
 
+import runpy
+
 import pytest
 
 from dtrain.errors import UserError
 from dtrain.launcher import adopt, first_host, leave
+from tests.printed import ROOT
 
 SRUN = {
     "SLURM_JOB_ID": "812",
@@ -110,3 +113,10 @@ def test_a_command_that_is_never_distributed_is_no_rank():
     environment = dict(TORCH)
     leave(environment)
     assert environment == {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("script", [*ROOT.glob("launch/*.py"), *ROOT.glob("eval/*.py")], ids=lambda path: path.name)
+def test_a_process_that_a_rank_spawns_does_not_begin_the_command_again(script, monkeypatch):
+    """It imports the script under another name."""
+    monkeypatch.setattr("sys.argv", [str(script)])  # with which the command would end the process
+    assert "main" in runpy.run_path(str(script), run_name="__mp_main__")
