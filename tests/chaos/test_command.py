@@ -90,9 +90,9 @@ def test_nothing_goes_on_when_the_command_is_ended(digits, tmp_path, how):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["nowhere.yaml"], "nowhere.yaml"),
+        longer(["nowhere.yaml"], "nowhere.yaml"),
         (["--ranks", "5"], "data.batch_size 24 does not divide by 5 ranks"),
-        (["--faults", "0"], "--faults"),
+        longer(["--faults", "0"], "--faults"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, what):

@@ -18,6 +18,7 @@ from dtrain.data.stream import StepDataset
 from dtrain.errors import UserError
 from tests.data.batches import rows_of
 from tests.data.shard_files import configuration, data_set, labelled_pictures
+from tests.longer import longer
 from tests.processes import worker_pids
 from tests.ranks import run_ranks
 from tests.shared_memory import needs_root, own_shared_memory
@@ -171,7 +172,7 @@ def held(config, manifest_path, size):
 
 
 @needs_root
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [longer(1), 3])
 def test_batches_made_ahead_take_what_is_reckoned(folder, workers):
     config = configuration(folder, 2000, workers=workers)
     ((used, reckoned, _),) = run_ranks(held, 1, config, folder / "manifest.json", "64m")

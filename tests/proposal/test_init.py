@@ -102,6 +102,7 @@ def test_digits_are_packed_by_the_command_it_names_and_the_config_trains(work):
     assert again.data == config.data
 
 
+@pytest.mark.campaign
 def test_shards_without_a_manifest_are_indexed_elsewhere_and_one_is_held_out(work):
     folder = shards(work / "read only")
     before = contents(folder)
@@ -147,6 +148,7 @@ def test_an_npz_without_labels_is_unconditional(work):
         written("other.npz", name="mine-own")
 
 
+@pytest.mark.campaign
 def test_photographs_of_mixed_sizes_are_shrunk_and_it_says_so(work):
     for n in range(40):
         for place in (work / "photos" / f"{n}.jpg", work / "classes" / "ab"[n % 2] / f"{n}.jpg"):

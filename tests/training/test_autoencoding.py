@@ -16,6 +16,7 @@ from dtrain.tracking.journal import read
 from tests.checkpoint.exported import run_readme_in_a_fork
 from tests.command_line import command
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.runs import train
 
@@ -48,7 +49,7 @@ def by_hand(config, steps, batch_size):
     return found
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [longer(0, 1), longer(2, 2), (3, 2)])
 def test_its_losses_are_those_of_plain_pytorch(digits, tmp_path, stage, ranks):
     config = autoencoder(digits, tmp_path, f"deepspeed.zero_stage={stage}")
     run_ranks(train, ranks, config)

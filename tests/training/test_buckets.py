@@ -8,6 +8,7 @@ from dtrain.config import DeepSpeed
 from dtrain.config.training import BUCKETS, LARGEST_BUCKET, SMALLEST_BUCKET
 from dtrain.training.options import deepspeed_options
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks
 
 # As on GPUs, where several ranks have a larger model: what is reduced is not what is being filled.
@@ -50,7 +51,7 @@ def test_buckets_and_overlap_change_no_bit_on_two_ranks(losses_of, in_one_bucket
     assert losses_of(OVERLAP) == in_one_bucket
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", [longer("false"), "true"])
 def test_compiled_blocks_train_alike_with_buckets_and_overlap(losses_of, in_one_bucket, checkpointing):
     found = losses_of(OVERLAP, "train.compile=blocks", f"train.activation_checkpointing={checkpointing}")
     assert found == pytest.approx(in_one_bucket, abs=1e-5)  # which no NaN is

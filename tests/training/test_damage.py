@@ -7,6 +7,7 @@ import pytest
 
 from dtrain.checkpoint.directory import complete
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import run_ranks
 from tests.training.players import build_player
 from tests.training.runs import train, train_saying_into, trained
@@ -67,7 +68,7 @@ def test_every_damage_is_found_and_the_older_checkpoint_taken(digits, tmp_path):
     assert [(told[i], step) for i, step in enumerate(results[0]) if step != 5] == []
 
 
-@pytest.mark.parametrize("overrides", [["run.seed=5"], ["model.qk_norm=true", "model.frequency_shift=0"]])
+@pytest.mark.parametrize("overrides", [longer(["run.seed=5"]), ["model.qk_norm=true", "model.frequency_shift=0"]])
 def test_a_checkpoint_of_another_run_in_this_runs_folder_is_passed_over_by_name(digits, tmp_path, overrides):
     own = ("train.steps=10", "train.checkpoint_every=5")
     whole = trained(tiny(digits, tmp_path / "whole", "train.steps=12"), 1)

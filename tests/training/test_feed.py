@@ -12,6 +12,7 @@ from dtrain.tracking.journal import events
 from dtrain.training.feed import Feed
 from dtrain.training.upload import Sent, Upload
 from tests.data.shard_files import data_set, labelled_pictures, short_run
+from tests.longer import longer
 from tests.ranks import run_ranks
 
 
@@ -62,7 +63,7 @@ def lines_of(folder, event, *names):
     return [[line["step"], *(line["metrics"][name] for name in names)] for line in lines]
 
 
-@pytest.mark.parametrize("broken", [None, 41])
+@pytest.mark.parametrize("broken", [longer(None), 41])
 def test_what_was_sent_ahead_is_trained_on_as_what_was_not(tmp_path, broken):
     found = []
     for ahead in (False, True):

@@ -139,6 +139,7 @@ def train_soon_done(config):
     train(config)
 
 
+@pytest.mark.campaign
 def test_an_mlflow_store_on_a_full_disk_delays_its_curves_and_nothing_else(digits, tmp_path):
     from mlflow import MlflowClient
 

@@ -337,6 +337,7 @@ print(sync(Destination(journal, default_uri(run), "digits", "name", run.split("/
 """
 
 
+@pytest.mark.campaign
 def test_two_runs_create_the_store_at_the_same_time_and_in_silence(tmp_path):
     """MLflow, alembic and git say nothing on the user's terminal, and leave nothing where the command was given."""
     from mlflow import MlflowClient

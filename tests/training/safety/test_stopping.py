@@ -17,6 +17,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.journal import events
 from dtrain.training.safety.stopping import StopRequest, deadline, duration
 from tests.digits import losses, tiny
+from tests.longer import longer
 from tests.ranks import join_ranks, run_ranks, start_ranks
 from tests.training.runs import LONG, train, trained, wait_for_step
 
@@ -28,7 +29,7 @@ def ask(how, config, started):
         os.kill(started[1][0].pid, getattr(signal, how))  # one rank is enough, and it need not be rank 0
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "stop file"])
+@pytest.mark.parametrize("how", ["SIGTERM", longer("SIGUSR2"), "stop file"])
 def test_a_stop_ends_in_a_checkpoint_at_a_step_boundary_and_the_run_goes_on_exactly(digits, tmp_path, how):
     config = tiny(digits, tmp_path, *LONG)
     started = start_ranks(train, 2, config)
