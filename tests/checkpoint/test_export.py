@@ -118,7 +118,12 @@ def test_any_process_in_diffusers_draws_our_images_from_the_same_noise(digits, t
     assert float(((wanted > 0) & (wanted < 1)).float().mean()) > 0.1
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG.parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # Recipes of published results have the papers' time frequencies, which diffusers has not.
+    [path for path in sorted(CONFIG.parent.glob("*.yaml")) if not path.stem.startswith("imagenet")],
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_config_has_a_model_that_diffusers_has_too(path, monkeypatch):
     """All its weights, by name and shape."""
     monkeypatch.setenv("DTRAIN_CIFAR10", "/photographs")

@@ -1,18 +1,25 @@
 """A first stage out of a folder of diffusers: it computes what diffusers does, and is refused where it could not."""
 
 import json
+import shlex
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dtrain.checkpoint.export import load_weights, open_checkpoint
 from dtrain.config import Config
 from dtrain.config.autoencoders import Normalisation, described
 from dtrain.errors import NotFinite, UserError
 from dtrain.first_stage.build import build
 from dtrain.first_stage.requirements import encoder_of
+from dtrain.models.build import allocate
+from dtrain.run import RunDirectory
+from tests.command_line import command
 from tests.digits import tiny
 from tests.first_stage.folders import latent, save_kl, save_tiny, without
+from tests.ranks import run_ranks
+from tests.training.runs import trained
 
 FOLDERS = {
     "a scale and a shift, as FLUX": (save_kl, {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
@@ -178,3 +185,23 @@ def test_a_cache_has_no_random_crop_and_pixels_no_decoding(digits, tmp_path, aut
         latent(digits, tmp_path, autoencoder, "first_stage.cached=true", "data.crop=random")
     with pytest.raises(UserError, match=r"eval\.decode_batch has no effect"):
         tiny(digits, tmp_path, "eval.decode_batch=4")
+
+
+def test_a_run_of_ours_is_taken_by_the_command_that_its_refusal_names(digits, tmp_path):
+    own = "model={name: kl_autoencoder, width: 8, multipliers: [1, 2], res_blocks: 1, latent_channels: 2}"
+    run = tiny(digits, tmp_path, own, "objective={kind: autoencoding}", "train.steps=1", "run.name=own")
+    trained(run, 1)
+    with pytest.raises(UserError) as e:
+        described(run.run.path)
+    (printed,) = [part for part in str(e.value).split(": ") if part.startswith("dtrain checkpoints")]
+    words, _, taken = printed.partition("; and take ")
+    ((code, text),) = run_ranks(command, 1, *shlex.split(words)[1:])
+    assert code == 0, text
+    with pytest.raises(UserError, match=rf"; take {taken}$"):
+        described(run.run.path)
+    pixels = torch.rand(3, 1, 8, 8) * 2 - 1
+    average = load_weights(open_checkpoint(RunDirectory(run.run.path)), allocate(run), "ema_0").eval()
+    with torch.no_grad():
+        mean = average(pixels, torch.zeros(3, 2, 4, 4)).mean
+    found = stage(latent(digits, tmp_path, taken)).moments(pixels)[:, 0]
+    torch.testing.assert_close(found, mean, atol=1e-5, rtol=1e-5)
