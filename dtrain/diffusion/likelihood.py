@@ -54,17 +54,33 @@ def term(process: GaussianDiffusion, output: Tensor, x0: Tensor, x_t: Tensor, t:
 def log_mass(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """The log of a Gaussian's mass in the bin of each 8-bit channel: x ± 1/255, open-ended at −1 and 1. Nats.
 
-    Far bins are computed in their own tail, so that no floor is needed where a difference of two CDFs would vanish.
+    Far bins are computed in their own tail, so that no floor is needed where a difference of two CDFs would vanish. Of
+    bins that are thin beside the deviation (a hundredth in float32) it would be mostly rounding: there the mass is the
+    integral of φ(z) e^(−zu) over the bin's u, which leaves e^(−u²/2) out, a relative 4e-6.
     """
     inverse_std = (-0.5 * log_variance).exp()
     lower, upper = (x0 - HALF_BIN - mean) * inverse_std, (x0 + HALF_BIN - mean) * inverse_std
-    mirrored = lower + upper > 0
-    low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    thin = 2 * HALF_BIN * inverse_std < 2 * torch.finfo(inverse_std.dtype).eps ** (1 / 3)
+    left, right = torch.where(thin, -1.0, lower), torch.where(thin, 1.0, upper)  # no gradient from what is not taken
+    mirrored = left + right > 0
+    low, high = torch.where(mirrored, -right, left), torch.where(mirrored, -left, right)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     inside = log_high + torch.log(-torch.expm1(log_low - log_high))
+    z = torch.where(thin, (x0 - mean) * inverse_std, 0.0)
+    log_density = -0.5 * (z.square() + math.log(2 * math.pi))
+    width = math.log(2 * HALF_BIN) - 0.5 * log_variance
+    inside = torch.where(thin, log_density + width + _log_sinhc(z * HALF_BIN * inverse_std), inside)
     darkest, brightest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
     edge = 1 - HALF_BIN / 2
     return torch.where(x0 < -edge, darkest, torch.where(x0 > edge, brightest, inside))
+
+
+def _log_sinhc(a: Tensor) -> Tensor:
+    """log(sinh(a)/a): a series near 0, where the form for large ones would divide 0 by 0."""
+    near = a.abs() < 0.5
+    small, large = torch.where(near, a, 0.0).square(), torch.where(near, 1.0, a.abs())
+    series = small * (1 / 6 - small * (1 / 180 - small / 2835))
+    return torch.where(near, series, large + torch.log(-torch.expm1(-2 * large) / (2 * large)))
 
 
 @torch.no_grad()

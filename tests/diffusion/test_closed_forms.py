@@ -226,6 +226,29 @@ def test_a_bins_mass_is_exact_even_far_in_a_tail():
         assert float(single) == pytest.approx(float(expected), rel=2e-3)
 
 
+@pytest.mark.parametrize("std", [0.796, 0.798, 3.0, 1000.0, math.exp(12)])  # bins are thin from 0.797 on
+@pytest.mark.parametrize("mean", [0.0, -2.0, 40.0])
+def test_bins_much_narrower_than_the_deviation_have_their_mass_and_its_gradient_in_fp32(std, mean):
+    mpmath.mp.dps = 60
+
+    def mass(mu, spread):
+        z = [
+            (mpmath.mpf(76.5) / 127.5 - 1 + side * mpmath.mpf(1) / 255 - mu) / mpmath.exp(spread / 2)
+            for side in (-1, 1)
+        ]
+        if z[0] > 0:
+            z = [-z[1], -z[0]]
+        return mpmath.log((mpmath.erfc(-z[1] / mpmath.sqrt(2)) - mpmath.erfc(-z[0] / mpmath.sqrt(2))) / 2)
+
+    given = mpmath.mpf(mean), 2 * mpmath.log(std)
+    m, v = (torch.tensor([float(value)], requires_grad=True) for value in given)
+    found = likelihood.log_mass(torch.tensor([76.5 / 127.5 - 1]), m, v)
+    found.sum().backward()
+    slopes = [float(mpmath.diff(mass, given, order)) for order in ((1, 0), (0, 1))]
+    assert found.item() == pytest.approx(float(mass(*given)), rel=1e-4, abs=1e-4)
+    assert [float(m.grad), float(v.grad)] == pytest.approx(slopes, rel=0.01, abs=2e-3)
+
+
 def test_the_decoder_term_uses_bins_and_its_gradient_is_finite_everywhere():
     x0 = (torch.arange(256, dtype=torch.float32) / 127.5 - 1).view(1, 1, 16, 16)
     for offset in (0.0, 1e-3, 5.0, -5.0):
