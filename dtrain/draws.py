@@ -3,6 +3,7 @@
 Imports no NumPy: `dtrain/randomness.py` makes the numbers.
 """
 
+import hashlib
 from enum import IntEnum, unique
 from math import prod
 from typing import Literal, NamedTuple
@@ -32,6 +33,7 @@ class Purpose(IntEnum):
     SUBSTITUTE = 18
     MIXTURE = 19
     POSTERIOR = 20
+    CAPTION = 21
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}
@@ -62,3 +64,13 @@ class Draw(NamedTuple):
     @property
     def row_bytes(self) -> int:
         return int(self.dtype[-2:]) // 8 * prod(self.shape)
+
+
+def purpose_of(name: str) -> int:
+    """The purpose of a draw that is named: a number above those of `Purpose`, from a name such as `author.noise`."""
+    return (1 << 63) | key_of(name)
+
+
+def key_of(name: str) -> int:
+    """A 64-bit stream index for a name, such as a parameter's."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -7,7 +7,6 @@ A run's generator says how normals are made of these words; all else is the same
 CPUs alone. 2: by `dtrain/normals.py`, the same bits on every device (`dtrain/device_draws.py`) and in less time.
 """
 
-import hashlib
 from collections.abc import Sequence
 from math import prod
 
@@ -15,6 +14,8 @@ import numpy as np
 
 from dtrain.draws import Draw
 from dtrain.draws import Purpose as Purpose
+from dtrain.draws import key_of as key_of
+from dtrain.draws import purpose_of as purpose_of
 from dtrain.normals import from_words
 
 LARGEST = 1 - 2.0**-53  # the largest float64 below 1
@@ -100,16 +101,6 @@ def drawn(draw: Draw, draws: Draws, k: Sequence[int], ordinals: np.ndarray, firs
     return values
 
 
-def purpose_of(name: str) -> int:
-    """The purpose of a plug-in's own draw: a number above those of the package, from a name such as `author.noise`."""
-    return (1 << 63) | key_of(name)
-
-
 def permutation(words: np.ndarray) -> np.ndarray:
     """The permutation that sorts random words (ties in order of place): uniform, and stable across NumPy versions."""
     return np.argsort(words, kind="stable")
-
-
-def key_of(name: str) -> int:
-    """A 64-bit stream index for a name, such as a parameter's."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

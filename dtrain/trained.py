@@ -27,7 +27,7 @@ from dtrain.evaluation.invert import (
     without_class,
 )
 from dtrain.evaluation.requirements import check_generates, check_guidance
-from dtrain.evaluation.sample import draw, labels_in_turn, together
+from dtrain.evaluation.sample import draw, labels_in_turn, prompts_in_turn, together
 from dtrain.files import read_json
 from dtrain.first_stage.build import of_checkpoint
 from dtrain.first_stage.pixels import FirstStage
@@ -56,6 +56,8 @@ class Trained:
         n: int | None = None,
         labels: int | str | Iterable[int | str] | None = None,
         *,
+        prompts: str | Iterable[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -71,11 +73,13 @@ class Trained:
         """uint8 (n, H, W, C): what `dtrain sample` draws with the same settings on the same machine, bit for bit.
 
         n: how many, by default one a label, or 1. labels: of each image, or one for all, as numbers or class names; by
-        default all classes in turn. The other settings are keys of the config's `eval` section, which has their
+        default all classes in turn. prompts: in turn, of a model that is told in words; by default it is told nothing,
+        and n is their number. The other settings are keys of the config's `eval` section, which has their
         defaults; image i is a function of them, its label and (seed, i). Raises UserError for what cannot be.
         """
         chosen = {
             "guidance": guidance,
+            "negative_prompt": negative_prompt,
             "steps": steps,
             "seed": seed,
             "sampler": sampler,
@@ -88,10 +92,12 @@ class Trained:
             "batch_size": batch_size,
         }
         config = self._with_eval(chosen, "the settings of sample")
-        check_guidance(config.eval.guidance, config.diffusion.label_dropout)
-        numbers = self._labels(n, labels)
+        check_guidance(config)
+        asked = [prompts] if isinstance(prompts, str) else list(prompts or [])
+        numbers = self._labels(len(asked) if asked and n is None and labels is None else n, labels)
         ready = self._generator(config)
-        return together(draw(ready, numbers, config.eval), len(numbers))
+        said = ready.conditions.saying(prompts_in_turn(asked, len(numbers))) if asked else {}
+        return together(draw(ready, numbers, config.eval, said=said), len(numbers))
 
     def invert(
         self,

@@ -13,7 +13,7 @@ if Path(sys.argv[0]).name == "dtrain":  # the command itself, and not somebody w
 import typer
 
 from dtrain import __version__, distributed, launcher, plugins
-from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running
+from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running, sampling
 from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, message_of
 from dtrain.training.record.output import clean_tracebacks, forgive_output, say_error
 
@@ -41,8 +41,8 @@ EXAMPLES = {
     evaluation.evaluate: "dtrain evaluate digits --n 1000 --steps 20",
     evaluation.sweep: "dtrain sweep digits --steps 5,10 --eta 0,1 --n 500",
     evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
-    evaluation.sample: "dtrain sample digits --label 3 --guidance 2 --out threes/",
-    evaluation.invert: "dtrain invert digits threes/ --label 3",
+    sampling.sample: "dtrain sample digits --label 3 --guidance 2 --out threes/",
+    sampling.invert: "dtrain invert digits threes/ --label 3",
     evaluation.report: "dtrain report digits",
     running.sync: "dtrain sync digits",
     configuration.config: "dtrain config eval",

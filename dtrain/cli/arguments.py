@@ -56,7 +56,7 @@ def with_eval(config, chosen: dict, raw: bool):
     tree = config.model_dump(mode="json")
     tree["eval"] |= chosen | ({"ema": None} if raw else {})
     config = configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])
-    check_guidance(config.eval.guidance, config.diffusion.label_dropout)
+    check_guidance(config)
     return config
 
 

@@ -18,8 +18,8 @@ def pack(
         typer.Argument(
             metavar="SOURCE",
             help="a folder of pictures, or of class folders; a .parquet file, or a folder of them; an .npz; "
-            "a manifest.json; sklearn:digits; torchvision:cifar10, cifar100, mnist, fashionmnist, kmnist, svhn, stl10 "
-            "or usps",
+            "a manifest.json; sklearn:digits or digit-pairs; torchvision:cifar10, cifar100, mnist, fashionmnist, "
+            "kmnist, svhn, stl10 or usps",
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DEST")],

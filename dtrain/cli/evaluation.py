@@ -1,4 +1,4 @@
-"""`dtrain evaluate | sweep | reference | sample | invert | report`."""
+"""`dtrain evaluate | sweep | reference | report`."""
 
 import json
 from pathlib import Path
@@ -234,100 +234,6 @@ def reference(
         done = make(shards, features, weights, image_size, out, on_block, exif == "apply", resize, scaling)
     if distributed.rank() == 0:
         say(done)
-    distributed.finalize()
-
-
-def check_label(label: int | None, classes: int, run: Path) -> None:
-    if label is not None and label >= max(1, classes):
-        raise UserError(f"--label {label}: the model of {run} has {classes} classes, counted from 0")
-
-
-def sample(
-    run: RunName,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="number of images")] = 64,
-    steps: Steps = None,
-    eta: Eta = None,
-    sampler: SamplerName = None,
-    guidance: Guidance = None,
-    ema: Ema = None,
-    raw: Raw = False,
-    label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    step: Step = None,
-    out: Annotated[
-        Path, typer.Option(help="a .png grid, an .npz with `images` and `labels`, or a folder for a PNG an image")
-    ] = Path("samples.png"),
-    format: Annotated[
-        str | None, typer.Option(help="png, npz, folder, or adm: an .npz for ADM's evaluator; default: as --out ends")
-    ] = None,
-) -> None:
-    """Draw images from a run's checkpoint."""
-    from dtrain import distributed
-    from dtrain.run import RunDirectory
-
-    directory = RunDirectory.find(run)
-    chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
-    settings = with_eval(directory.config(), chosen, raw)
-    check_label(label, settings.model.num_classes, directory.path)
-    distributed.prepare()
-    from dtrain.evaluation.sample import draw_to_file
-    from dtrain.evaluation.sample_output import format_of
-
-    kind = format_of(out, format)
-    ctrl_c.at_once(lambda: f"no image was written; start again with: {this_command()}")
-    with progress("sampling, evaluations of the network") as on_progress:
-        draw_to_file(directory, settings, n, label, step, out, kind, on_progress)
-    if distributed.rank() == 0:
-        say(f"{n} images in {out}")
-    distributed.finalize()
-
-
-def invert(
-    run: RunName,
-    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES...", help="files, or folders of them")],
-    steps: Annotated[int | None, typer.Option(min=1, help="in each direction")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 alone: guided steps cannot be reversed")] = None,
-    ema: Ema = None,
-    raw: Raw = False,
-    label: Annotated[int | None, typer.Option(min=0, help="the class of all pictures; default: no class")] = None,
-    step: Step = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="the name of two files: .png, originals beside reconstructions, and .npz with `noise`, `images`, "
-            "`reconstructions`, `labels`, `files`"
-        ),
-    ] = Path("inverted"),
-) -> None:
-    """Find the noise that a run's weights turn into given pictures, and draw them back from it.
-
-    By deterministic DDIM, or Euler's method for a flow, backwards. Pictures are scaled and cropped as the run's
-    held-out ones.
-    """
-    from dtrain import distributed
-    from dtrain.run import RunDirectory
-
-    if guidance not in (None, 1.0):
-        raise UserError(f"--guidance {guidance:g}: pictures are inverted with guidance 1 alone; leave it out")
-    directory = RunDirectory.find(run)
-    own = directory.config()
-    check_label(label, own.model.num_classes, directory.path)
-    distributed.prepare()
-    from dtrain.evaluation.invert import invert_to_files, picture_files, settings_of_inversion
-
-    settings = with_eval(own, {"steps": steps, "ema": ema, **settings_of_inversion(own.diffusion)}, raw)
-    files = picture_files(pictures)
-    ctrl_c.at_once(lambda: f"nothing was written; start again with: {this_command()}")
-    with progress("inverting, evaluations of the network") as on_progress:
-        found, targets = invert_to_files(directory, settings, files, label, step, out, on_progress)
-    if distributed.rank() == 0:
-        for path, x_T, psnr in zip(files, found.noise, found.psnr, strict=True):
-            noise = f"x_T mean {x_T.mean():.3f}, std {x_T.std():.3f}, max |x_T| {abs(x_T).max():.2f}"
-            say(f"{printable(path)}: PSNR {psnr:.2f} dB, {noise}")
-        every = (
-            f"PSNR {found.psnr.min():.2f} to {found.psnr.max():.2f} dB, x_T std {found.noise.std():.3f} (pure noise: 1)"
-        )
-        say(f"{len(files)} pictures in {' and '.join(map(str, targets))}: {every}")
     distributed.finalize()
 
 

@@ -1,6 +1,6 @@
 """The conditions a configuration asks for, side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from dtrain.batch import Batch, Condition
 from dtrain.conditions.classes import Classes
 from dtrain.conditions.condition import Conditioning
-from dtrain.config import Config
+from dtrain.conditions.text import Trained, Words
+from dtrain.config import Config, Section, Text
+from dtrain.data.declared import caption
+from dtrain.errors import UserError
+
+Said = Mapping[str, list[str]]  # the captions or prompts of samples, by the condition that is told them
+NOTHING: Said = {}
 
 
 class Conditions:
@@ -21,6 +27,11 @@ class Conditions:
     def __bool__(self) -> bool:
         return bool(self._parts)
 
+    @property
+    def words(self) -> list[Words]:
+        """Those that are told in words."""
+        return [part for part in self._parts if isinstance(part, Words)]
+
     def of_batch(self, batch: Batch) -> Condition:
         """What the rows of a batch are told in training, a share of them nothing."""
         condition: Condition = {}
@@ -28,18 +39,46 @@ class Conditions:
             condition |= part.dropped(part.given(batch), batch)
         return condition
 
-    def null(self, condition: Condition) -> Condition:
-        """The same rows told nothing. An argument that is no condition's stays as it is."""
+    def null(self, condition: Condition, negative: str = "") -> Condition:
+        """The same rows told nothing. An argument that is no condition's stays as it is.
+
+        negative: what those that are told in words are told instead, a negative prompt.
+        """
         nothing = dict(condition)
         for part in self._parts:
-            nothing |= part.null(condition)
+            said = part in self.words and negative.strip()
+            nothing |= part.all_told(condition, negative) if said else part.null(condition)
         return nothing
 
-    def of_ids(self, ids: list[int], labels: Tensor) -> Condition:
-        """What samples are told; see `Conditioning.of_ids`."""
+    def of_ids(self, ids: list[int], labels: Tensor, said: Said = NOTHING) -> Condition:
+        """What samples are told; see `Conditioning.of_ids`. said: of those that are told in words, n captions each."""
         condition: Condition = {}
         for part in self._parts:
-            condition |= part.of_ids(ids, labels)
+            if isinstance(part, Words) and part.name in said:
+                condition |= part.given({part.name: part.rows(said[part.name]).to(labels.device)})
+            else:
+                condition |= part.of_ids(ids, labels)
+        return condition
+
+    def saying(self, prompts: list[str]) -> Said:
+        """Prompts as all are told them. Raises UserError where none is told in words."""
+        if not self.words:
+            raise UserError("this model is not told in words; leave prompts out")
+        return {part.name: prompts for part in self.words}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the frozen encoders, by condition."""
+        return {part.name: part.fingerprint for part in self.words if part.fingerprint is not None}
+
+    def typical(self, rows: int) -> Condition:
+        """Of the shapes that a condition of so many rows has, on the default device; no encoder is asked."""
+        condition: Condition = {}
+        for part in self._parts:
+            if isinstance(part, Words):
+                condition |= part.typical(rows)
+            else:
+                condition |= part.of_ids(list(range(rows)), torch.zeros(rows, dtype=torch.long))
         return condition
 
 
@@ -48,7 +87,13 @@ def build(config: Config) -> Conditions:
     parts: list[Conditioning] = []
     if config.model.num_classes:
         parts.append(Classes(config.model.num_classes, config.diffusion.label_dropout))
-    return Conditions([*parts, *(section.build(config) for section in config.conditions.values())])
+    return Conditions([*parts, *(_part(name, section, config) for name, section in config.conditions.items())])
+
+
+def _part(name: str, section: Section, config: Config) -> Conditioning:
+    if not isinstance(section, Text):
+        return section.build(config)
+    return Words(caption(name, section), Trained(section.length), section.dropout, section.null == "empty")
 
 
 def typical_forward(model: nn.Module, config: Config, rows: int, training: bool = True) -> Callable[[], Tensor]:
@@ -57,7 +102,7 @@ def typical_forward(model: nn.Module, config: Config, rows: int, training: bool 
     if config.model.name == "kl_autoencoder":
         noise = torch.zeros(rows, model.latent_channels, *(side // model.downscale for side in x.shape[2:]))
         return lambda: model(x, noise).pixels
-    condition = build(config).of_ids(list(range(rows)), torch.zeros(rows, dtype=torch.long))
+    condition = build(config).typical(rows)
     draws = config.model.draws() if training else {}
     drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in draws}
     return partial(model, x, torch.zeros(rows), **condition, **drawn)

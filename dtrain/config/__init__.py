@@ -5,6 +5,7 @@
 Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
 """
 
+from dtrain.config.conditions import Text
 from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
@@ -37,6 +38,7 @@ __all__ = [
     "Sampling",
     "Section",
     "Source",
+    "Text",
     "Tracking",
     "Train",
     "UNet",

@@ -64,6 +64,8 @@ EARLIER: dict[str, Earlier] = {
     "train.start_limit": Earlier(1800.0),
     "eval.clip": Earlier(False),
     "eval.bpd_clip": Earlier(False),
+    "eval.negative_prompt": Earlier(""),
+    "eval.prompts": Earlier([]),
     "eval.guidance_interval": Earlier([0.0, 1.0]),
     "eval.guidance_rescale": Earlier(0.0),
     "eval.guidance_channels": Earlier("all"),

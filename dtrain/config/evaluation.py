@@ -43,6 +43,8 @@ class Sampling(Section):
     """hold every estimate of x_0 within [−1, 1] while sampling"""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """s in uncond + s·(cond − uncond); 1: none"""
+    negative_prompt: str = ""
+    """words that guidance leads away from, of a model that is told in words; empty: from no words"""
     guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
     """shares of the process where guidance acts; 0 is clean data"""
     guidance_rescale: Probability = 0.0
@@ -84,7 +86,9 @@ class Eval(Sampling):
     reference: Place | None = None
     """an .npz of mu and sigma to compare with; null: computed from data.holdout"""
     labels: Literal["data", "uniform"] = "data"
-    """of the samples: as in the held-out split, or all classes in turn"""
+    """of the samples: as in the held-out split, or all classes in turn; captions are always the held-out ones"""
+    prompts: list[str] = Field([])
+    """of the pictures that show the training, of a model that is told in words; none: the first held-out captions"""
     bootstrap: NonNegative = 0
     """resamplings behind an interval of fd; 0: none"""
     bpd_clip: bool = True

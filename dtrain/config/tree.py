@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from dtrain import plugins
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.chosen import Chosen
+from dtrain.config.conditions import Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.evaluation import OF_THE_MODEL, SAMPLERS, Eval
@@ -32,8 +33,8 @@ class Config(Section):
     """what is trained on, in which order, and how a picture is cut"""
     first_stage: Annotated[Section, Chosen("first_stage", {"pixels": Pixels, "kl": KL})] = Pixels()
     """between pixels and what the network sees"""
-    conditions: Annotated[dict[str, Section], Chosen("condition", {}, by_name=True)] = Field({})
-    """what the network is told beside the class: name → section, of plug-ins"""
+    conditions: Annotated[dict[str, Section], Chosen("condition", {"text": Text}, by_name=True)] = Field({})
+    """what the network is told beside the class: name → section; a section may say its `kind`, by default its name"""
     model: Annotated[DiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
@@ -94,6 +95,8 @@ class Config(Section):
             )
         if self.model.name == "kl_autoencoder":
             self._autoencoder_fits()
+        if self.model.name == "unet" and any(isinstance(section, Text) for section in self.conditions.values()):
+            raise ValueError("a condition of words needs model.name dit, whose blocks attend to its tokens")
         if self.model.name == "dit" and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
@@ -169,6 +172,12 @@ class Config(Section):
             raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
         if e.guidance != 1 and not self.model.num_classes and not self.conditions:
             raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
+        words = any(isinstance(section, Text) for section in self.conditions.values())
+        for key in ("prompts", "negative_prompt"):
+            if getattr(e, key) and not words:
+                raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
+        if e.negative_prompt and e.guidance == 1:
+            raise ValueError("eval.negative_prompt has no effect with eval.guidance 1; take 3, or leave it out")
         if e.guidance_interval[0] >= e.guidance_interval[1]:
             raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
 
@@ -188,7 +197,9 @@ def identity(config: Config) -> dict[str, Any]:
         if isinstance(section, Section):
             tree = section.model_dump(mode="json")
             found |= {f"{name}.{key}": tree[key] for key in section.identity_keys()}
-    found |= {f"conditions.{name}": section.model_dump(mode="json") for name, section in config.conditions.items()}
+    for name, section in config.conditions.items():
+        tree = section.model_dump(mode="json")
+        found[f"conditions.{name}"] = {key: tree[key] for key in section.identity_keys() or tree}
     return found | {"data.mix": [[s.name, s.weight] for s in config.data.mix]}  # where they lie may change
 
 

@@ -5,10 +5,12 @@ The stream, its room in /dev/shm and the rows that stand in for a batch all foll
 
 from typing import NamedTuple
 
-from dtrain.config import Config
+from dtrain.config import Config, Section, Text
+from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.field import Array, Field, Label, Picture
 from dtrain.data.fields.moments import Moments
-from dtrain.draws import Draw, Purpose
+from dtrain.data.fields.tokens import Bytes
+from dtrain.draws import Draw, Purpose, purpose_of
 from dtrain.errors import UserError
 
 
@@ -54,9 +56,9 @@ def declared(config: Config) -> Declared:
     draws += config.model.draws().values()
     fields += [Array(name, array.field, array.shape, array.dtype) for name, array in data.arrays.items()]
     fields += [section.build(config, name) for name, section in data.fields.items()]
-    for section in (config.first_stage, *config.conditions.values(), config.objective):
-        fields += section.fields(config)
-        draws += section.draws(config)
+    for name, section in (("", config.first_stage), *config.conditions.items(), ("", config.objective)):
+        fields += fields_of(name, section, config)
+        draws += _draws_of(name, section, config)
     if config.first_stage.reads_cache:
         fields.append(Moments("moments", config.shape))
     else:
@@ -65,3 +67,19 @@ def declared(config: Config) -> Declared:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two parts of this config call something in a batch {min(twice)!r}; rename one")
     return Declared(tuple(fields), tuple(draws), config.run.generator, data.flip)
+
+
+def fields_of(name: str, section: Section, config: Config) -> list[Field]:
+    """The fields of the part that this section describes, of conditions by their name."""
+    return [caption(name, section)] if isinstance(section, Text) else section.fields(config)
+
+
+def caption(name: str, section: Text) -> Caption:
+    """Captions as the condition of this name reads them."""
+    return Caption(name, section.field, section.length, Bytes())
+
+
+def _draws_of(name: str, section: Section, config: Config) -> list[Draw]:
+    if isinstance(section, Text):
+        return [Draw(f"{name}_drop", purpose_of(f"conditions.{name}.drop"), "uniform")]
+    return section.draws(config)

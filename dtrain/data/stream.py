@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.data.declared import Declared, declared
+from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.check import check_fields
 from dtrain.data.fields.field import View
 from dtrain.data.fields.picture import Crop
@@ -51,6 +52,7 @@ class Report:
     bytes_read: int = 0
     cache_hits: int = 0  # blocks of remote shards
     cache_misses: int = 0
+    truncated: int = 0  # captions that were cut
     replaced: list[Replaced] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)  # of data workers that died: what to tell of each
 
@@ -92,9 +94,11 @@ class StepDataset(Dataset):
         self._skipped = skipped
         self._centre_crop, self._random = Crop(data.image_size, data.scaling), data.crop == "random"
         self._flip = data.flip
+        self._captions = [one for one in self._wanted.fields if isinstance(one, Caption)]
+        self._chooses = any(one.chooses for one in self._wanted.fields)
         self._replace = data.on_error == "replace"
         self._replaced: list[Replaced] = []
-        self._counts = np.zeros(3, dtype=np.int64)
+        self._counts, self._truncated = np.zeros(3, dtype=np.int64), 0
 
     def __getitem__(self, index: int) -> Batch:
         k, batch = self.read(index)
@@ -116,6 +120,7 @@ class StepDataset(Dataset):
         places = zip(k.tolist(), views, sources.tolist(), samples.tolist(), strict=True)
         rows = [self._read(*place) for place in places]
         batch = {field.name: field.collate([row[field.name] for row in rows]) for field in self._wanted.fields}
+        self._truncated += sum(int(one.truncated(batch[one.name])) for one in self._captions)
         if self._flip:
             batch["mirrored"] = torch.tensor([view.mirrored for view in views])
         return k, {"k": torch.from_numpy(k)} | batch
@@ -123,8 +128,8 @@ class StepDataset(Dataset):
     def take_report(self) -> Report:
         """What was read since the last call."""
         counts = np.sum([reader.counts for reader in self._readers], axis=0)
-        report = Report(*(counts - self._counts).tolist(), self._replaced)
-        self._counts, self._replaced = counts, []
+        report = Report(*(counts - self._counts).tolist(), self._truncated, self._replaced)
+        self._counts, self._replaced, self._truncated = counts, [], 0
         return report
 
     def _read(self, k: int, view: View, source: int, sample: int) -> dict[str, np.ndarray]:
@@ -146,10 +151,11 @@ class StepDataset(Dataset):
 
     def _view_of(self, k: int) -> View:
         mirrored = self._flip and self._draws.uniform(Purpose.FLIP, k) < 0.5
+        choice = self._draws.uniform(Purpose.CAPTION, k) if self._chooses else 0.0
         if not self._random:
-            return View(self._centre_crop, mirrored)
+            return View(self._centre_crop, mirrored, choice)
         draws = [self._draws.uniform(Purpose.CROP, k, sub) for sub in range(3)]
-        return View(self._centre_crop._replace(draws=draws), mirrored)
+        return View(self._centre_crop._replace(draws=draws), mirrored, choice)
 
 
 class Completion:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain import distributed, faults
+from dtrain.conditions.build import Said
 from dtrain.config import Config, Eval, Sampling
 from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.diffusion.samplers import network_evaluations
@@ -39,9 +40,9 @@ SAMPLING_KEYS = tuple(Sampling.model_fields)
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
-    """The value of each of SAMPLING_KEYS. A decode_batch that is not named is no setting: pixels are not decoded."""
+    """The value of each of SAMPLING_KEYS. What is not named and has no default of its own is no setting."""
     found = {key: getattr(e, key) for key in SAMPLING_KEYS}
-    return {key: value for key, value in found.items() if key != "decode_batch" or value is not None}
+    return {key: value for key, value in found.items() if key not in ("decode_batch", "negative_prompt") or value}
 
 
 def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
@@ -50,6 +51,11 @@ def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -
     if e.labels == "uniform" or reference.labels is None:
         return i % max(1, num_classes)
     return reference.labels[i % len(reference.labels)]
+
+
+def captions_of(ids: list[int], reference: Reference) -> Said:
+    """Id i has the captions of the held-out sample i mod M."""
+    return {name: [held[i % len(held)] for i in ids] for name, held in reference.captions.items()}
 
 
 def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
@@ -95,7 +101,7 @@ def evaluate(
             images = _images(
                 generator,
                 ids,
-                lambda ids: labels_of(ids, e, config.model.num_classes, reference),
+                lambda ids: (labels_of(ids, e, config.model.num_classes, reference), captions_of(ids, reference)),
                 e,
                 scratch,
                 (config.data.channels, config.data.image_size, config.data.image_size),
@@ -129,9 +135,9 @@ def evaluate(
         if generator.reconstructs:
             found = {reconstructed(name): value for name, value in found.items()} | mean_quality(qualities)
     if "bpd" in e.metrics:
-        found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress)
+        found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress, reference.captions)
     if "nats_per_dim_latent" in e.metrics:
-        found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress)
+        found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress, reference.captions)
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,
@@ -144,6 +150,8 @@ def evaluate(
     }
     if generator.first_stage.fingerprint != Pixels.fingerprint:
         context["first_stage"] = generator.first_stage.fingerprint
+    if not generator.reconstructs and (encoders := generator.conditions.fingerprints):
+        context["text_encoders"] = encoders
     return found, context
 
 
@@ -168,16 +176,17 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
 def _images(
     generator: Generator | Reconstructions,
     ids: list[int],
-    labels: Callable[[list[int]], Tensor],
+    asked: Callable[[list[int]], tuple[Tensor, Said]],
     how: Eval,
     scratch: Scratch | None,
     shape: tuple[int, int, int],
     on_evaluation: Callable[[], None],
 ) -> Tensor:
-    """uint8 (n, *shape) of a block of ids, out of `scratch` where they are there."""
+    """uint8 (n, *shape) of a block of ids, out of `scratch` where they are there. asked: labels and captions of ids."""
     found = scratch.read(ids[0], len(ids), shape) if scratch is not None else None
     if found is None:
-        found = generator.draw(ids, labels(ids), how, on_evaluation)
+        labels, said = asked(ids)
+        found = generator.draw(ids, labels, how, on_evaluation, **({"said": said} if said else {}))
         if scratch is not None:
             try:
                 scratch.write(ids[0], found)
@@ -194,6 +203,7 @@ def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[st
         "weights": weights_name(e),
         **sampling_of(e),
         "labels": "uniform" if uniform else reference.manifest.hash,
+        **({"captions": reference.manifest.hash} if reference.captions else {}),
     }
 
 
@@ -205,10 +215,10 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     change rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size", "decode_batch"})
-    first = next(map(settings_of, evaluations), None)
-    was = first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")}))
+    first, unsaid = next(map(settings_of, evaluations), None), {"negative_prompt": ""}
+    was = unsaid | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")})))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
-    is_now = json.loads(json.dumps(context))
+    is_now = unsaid | json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
     other = first.get("reference") != context["reference"] if first else own.reference != now.reference
     return found | ({"reference": now.reference or context["reference"][:12]} if other else {})

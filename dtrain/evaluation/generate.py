@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from dtrain import faults
 from dtrain.batch import Condition
-from dtrain.conditions.build import Conditions
+from dtrain.conditions.build import NOTHING, Conditions, Said
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.device_draws import normals_on
@@ -88,11 +87,17 @@ class Generator:
 
     @torch.inference_mode()
     def draw(
-        self, ids: list[int], labels: torch.Tensor, how: Eval, on_evaluation: Callable[[], None] = lambda: None
+        self,
+        ids: list[int],
+        labels: torch.Tensor,
+        how: Eval,
+        on_evaluation: Callable[[], None] = lambda: None,
+        said: Said = NOTHING,
     ) -> torch.Tensor:
         """uint8 (n, channels, image_size, image_size) for ids (n) and int64 labels (n,), as `how` says.
 
-        on_evaluation: called each time that the model has answered.
+        on_evaluation: called each time that the model has answered. said: n captions of each condition that has some;
+        one without is told nothing.
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
         Raises NotFinite, with the ids, where x_0 is not.
@@ -100,7 +105,7 @@ class Generator:
         faults.at("eval:draw")
         normals = self.normals(how.seed, ids)
         x_0 = sample(
-            self.denoiser(self.condition(ids, labels), how, on_evaluation),
+            self.denoiser(self.condition(ids, labels, said), how, on_evaluation),
             self.process,
             normals(Purpose.SAMPLE_NOISE),
             how.sampler,
@@ -141,9 +146,9 @@ class Generator:
 
         return answered
 
-    def condition(self, ids: list[int], labels: torch.Tensor) -> Condition:
+    def condition(self, ids: list[int], labels: torch.Tensor, said: Said = NOTHING) -> Condition:
         """What the samples `ids` (n), of classes `labels` int64 (n,), are told, on the model's device."""
-        told = self.conditions.of_ids(ids, labels)
+        told = self.conditions.of_ids(ids, labels.to(self.device), said)
         return {name: value.to(self.device) for name, value in told.items()}
 
     def _network(self, precision: str, *inputs: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
@@ -157,40 +162,9 @@ class Generator:
         return guided(
             partial(self._network, how.precision),
             how.guidance,
-            self.conditions.null if self.conditions else None,
+            partial(self.conditions.null, negative=how.negative_prompt) if self.conditions else None,
             channels=3 if how.guidance_channels == "first_3" else None,
             interval=how.guidance_interval,
             last_time=self.process.last_time,
             rescale=how.guidance_rescale,
         )
-
-
-class Grid:
-    """A picture of n uint8 images (C, H, W) in rows of `columns`, a dark pixel between them; they come in any order."""
-
-    def __init__(self, n: int, columns: int, channels: int, height: int, width: int):
-        rows = -(-n // columns)
-        self._canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 24, np.uint8)
-        self._columns = columns
-
-    def put(self, first: int, images: np.ndarray) -> None:
-        """Images uint8 (b, H, W, C) in the places from `first` on."""
-        height, width = images.shape[1:3]
-        for i, image in enumerate(images, first):
-            top, left = i // self._columns * (height + 1), i % self._columns * (width + 1)
-            self._canvas[top : top + height, left : left + width] = image
-
-    def picture(self, scale: int = 1):
-        """By PIL, each pixel `scale` pixels wide."""
-        from PIL import Image
-
-        canvas = self._canvas
-        picture = Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas)
-        return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-
-
-def grid(images: torch.Tensor, columns: int, scale: int = 1):
-    """The picture of uint8 images (n, C, H, W), as of `Grid`."""
-    found = Grid(len(images), columns, *images.shape[1:])
-    found.put(0, images.permute(0, 2, 3, 1).numpy())
-    return found.picture(scale)

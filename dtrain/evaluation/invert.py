@@ -18,7 +18,8 @@ from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
-from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, grid, quiet, which_not_finite
+from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, quiet, which_not_finite
+from dtrain.evaluation.grid import grid
 from dtrain.evaluation.opened import open_generator, weights_name
 from dtrain.evaluation.requirements import check_generates
 from dtrain.files import read_bytes, replacing

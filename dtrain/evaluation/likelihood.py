@@ -8,6 +8,7 @@ import torch
 
 from dtrain import distributed
 from dtrain.batch import Condition
+from dtrain.conditions.build import NOTHING, Said
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
 from dtrain.evaluation.generate import Generator, OnProgress, encoded, quiet
@@ -24,11 +25,12 @@ def _blocks(images: torch.Tensor) -> range:
 
 
 def _held_out(
-    generator: Generator, images: torch.Tensor, labels: torch.Tensor, rows: range
+    generator: Generator, images: torch.Tensor, labels: torch.Tensor, rows: range, said: Said
 ) -> tuple[torch.Tensor, Condition]:
     """(x_0, what the network is told) of these held-out images, on the generator's device."""
     pixels, own = images[rows.start : rows.stop].to(generator.device), labels[rows.start : rows.stop]
-    return encoded(generator.first_stage, pixels, rows.start), generator.condition(list(rows), own)
+    own_words = {name: words[rows.start : rows.stop] for name, words in said.items()}
+    return encoded(generator.first_stage, pixels, rows.start), generator.condition(list(rows), own, own_words)
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
@@ -43,13 +45,15 @@ def bits_per_dim(
     seed: int,
     clip: bool = False,
     on_progress: OnProgress = quiet,
+    said: Said = NOTHING,
 ) -> dict[str, float]:
     """The bound on held-out images (M, C, H, W) in [−1, 1] with their labels (M,), every timestep with one noise each.
 
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
+    said: captions of each condition that has some, the first M of which are of these images.
     clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
-    return _named("bpd", _bound(generator, images, labels, seed, clip, "bits", on_progress))
+    return _named("bpd", _bound(generator, images, labels, seed, clip, "bits", on_progress, said))
 
 
 def nats_per_dim(
@@ -58,11 +62,12 @@ def nats_per_dim(
     labels: torch.Tensor,
     seed: int,
     on_progress: OnProgress = quiet,
+    said: Said = NOTHING,
 ) -> dict[str, float]:
     """The bound on −log p of the latents of held-out images, normalised as the network sees them, by the density's last
     term: `nats_per_dim_latent` and its parts. Collective. It may be negative, and says nothing of pixels.
     """
-    parts = _bound(generator, images, labels, seed, False, "nats", on_progress)
+    parts = _bound(generator, images, labels, seed, False, "nats", on_progress, said)
     return _named("nats_per_dim_latent", [part / likelihood.BITS for part in parts])
 
 
@@ -79,6 +84,7 @@ def _bound(
     clip: bool,
     unit: str,
     on_progress: OnProgress,
+    said: Said,
 ) -> list[float]:
     """L_T, Σ L_t and L_0 in bits per dimension; unit: as `on_progress` calls it."""
     generator.model.eval()
@@ -94,7 +100,7 @@ def _bound(
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(generator, images, labels, rows)
+            x0, condition = _held_out(generator, images, labels, rows, said)
             noise = partial(generator.normals(seed, rows), Purpose.VALIDATION_NOISE)  # of timestep t
             terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
@@ -106,11 +112,16 @@ def _bound(
 
 @torch.inference_mode()
 def losses_by_level(
-    generator: Generator, objective: Objective, images: torch.Tensor, labels: torch.Tensor, seed: int
+    generator: Generator,
+    objective: Objective,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+    said: Said = NOTHING,
 ) -> dict[str, float]:
     """loss_level_0 … loss_level_7: the training loss at the middle of each eighth of the process, one fixed noise each.
 
-    images (M, C, H, W) in [−1, 1], labels (M,). Collective.
+    images (M, C, H, W) in [−1, 1], labels (M,). said: as of `bits_per_dim`. Collective.
     """
     generator.model.eval()
     places = middles()
@@ -119,7 +130,7 @@ def losses_by_level(
     def add_up() -> None:
         for start in _blocks(images):
             rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(generator, images, labels, rows)
+            x0, condition = _held_out(generator, images, labels, rows, said)
             normals = generator.normals(seed, rows)
             for level, place in enumerate(places):
                 noise = normals(Purpose.VALIDATION_NOISE, 2**32 + level)

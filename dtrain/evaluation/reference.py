@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config, Data, Eval
+from dtrain.conditions.build import Said
+from dtrain.config import Config, Data, Eval, Text
+from dtrain.data.declared import caption
 from dtrain.data.fields.picture import normalize
-from dtrain.data.fields.samples import read_labels, read_split
+from dtrain.data.fields.samples import read_captions, read_labels, read_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import BlockCache, cache_of
 from dtrain.data.shards.manifest import Manifest
@@ -55,6 +58,7 @@ class Reference:
     statistics: of `eval.reference`, else of the file beside the split, else computed from it, now or before
     hash:       of what `statistics` come from, for a metric's context
     labels:     int64 (M,) of the split, None without `data.holdout`
+    captions:   of the split, M of each condition that is told in words
     features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     changed:    what data.exif and data.scaling made of the split
@@ -68,6 +72,7 @@ class Reference:
     statistics: Statistics
     hash: str
     labels: Tensor | None = None
+    captions: Said = dataclass_field(default_factory=dict)
     features: Tensor | None = None
     validation: tuple[Tensor, Tensor] | None = None
     changed: Changed = AS_IT_IS
@@ -100,6 +105,7 @@ class Reference:
             cache = distributed.agree(cache_of, data, split.place)  # its folder may be refused on one machine alone
             changed = distributed.on_rank_0(Changed.of, split, data.image_size, data.upright, data.scaling, cache)
             held_out["labels"] = distributed.agree(_labels, split, cache, config.model.num_classes)
+            held_out["captions"] = distributed.agree(_captions, config, split, cache)
             first = min(e.validation_images, split.samples)
             size, channels, how = data.image_size, data.channels, (data.upright, data.scaling)
             images, labels = distributed.agree(read_split, split, split.place, size, channels, 0, first, cache, *how)
@@ -170,6 +176,15 @@ def _labels(manifest: Manifest, cache: BlockCache | None, classes: int) -> Tenso
             f"{classes - 1}; name another data.holdout"
         )
     return labels
+
+
+def _captions(config: Config, manifest: Manifest, cache: BlockCache | None) -> Said:
+    """Of a split, M of each condition that is told in words."""
+    return {
+        name: read_captions(manifest, manifest.place, caption(name, section), cache)
+        for name, section in config.conditions.items()
+        if isinstance(section, Text)
+    }
 
 
 def read_reference(

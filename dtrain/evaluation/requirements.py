@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dtrain import plugins
-from dtrain.config import Config, Data, Eval
+from dtrain.config import Config, Data, Eval, Text
 from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
@@ -65,7 +65,7 @@ def needs_split(e: Eval) -> bool:
 
 def check_evaluation(config: Config) -> None:
     """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
-    check_guidance(config.eval.guidance, config.diffusion.label_dropout)
+    check_guidance(config)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
         check_split(split)
@@ -180,13 +180,22 @@ def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
         )
 
 
-def check_guidance(guidance: float, label_dropout: float) -> None:
+def check_guidance(config: Config) -> None:
     """Raises UserError where guidance would contrast with a model that nothing has trained."""
-    if guidance != 1 and label_dropout == 0:
+    guidance = config.eval.guidance
+    if guidance == 1:
+        return
+    if config.model.num_classes and config.diffusion.label_dropout == 0:
         raise UserError(
             f"eval.guidance {guidance} contrasts the model with itself without a class, which "
             "diffusion.label_dropout 0 never trains; take guidance 1, or train with label_dropout 0.1"
         )
+    for name, section in config.conditions.items():
+        if isinstance(section, Text) and section.dropout == 0:
+            raise UserError(
+                f"eval.guidance {guidance} contrasts the model with itself without words, which "
+                f"conditions.{name}.dropout 0 never trains; take guidance 1, or train with dropout 0.1"
+            )
 
 
 def check_metrics(e: Eval, features: Features, references: int | None = None) -> None:

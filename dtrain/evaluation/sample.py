@@ -1,7 +1,7 @@
 """`dtrain sample`: images of a run into a grid, a folder or an .npz file; `dtrain.load` draws in the same way."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain import distributed
+from dtrain.conditions.build import NOTHING, Said
 from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
@@ -25,6 +26,11 @@ def labels_in_turn(n: int, num_classes: int) -> Tensor:
     return torch.arange(n) % max(1, num_classes)
 
 
+def prompts_in_turn(prompts: list[str], n: int) -> list[str]:
+    """n prompts: all in turn."""
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
 def draw(
     generator: Generator,
     labels: Tensor,
@@ -32,10 +38,12 @@ def draw(
     rank: int = 0,
     world_size: int = 1,
     on_progress: OnProgress = quiet,
+    said: Said = NOTHING,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """This rank's blocks of ids 0 … n − 1, drawn when they are asked for: first id and uint8 (b, H, W, C).
 
-    labels: int64 (n,). on_progress: called with this rank's evaluations of the network.
+    labels: int64 (n,). said: n prompts of each condition that has some. on_progress: called with this rank's
+    evaluations of the network.
     """
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]
@@ -43,7 +51,8 @@ def draw(
     of = len(starts) * network_evaluations(generator.process, how.sampler, how.steps, how.spacing)
     for start in starts:
         ids = list(range(start, min(start + size, n)))
-        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of))
+        words = {name: several[start : start + size] for name, several in said.items()}
+        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of), words)
         yield start, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
@@ -66,8 +75,11 @@ def draw_to_file(
     out: Path,
     format: str,
     on_progress: OnProgress,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out` in a FORMATS.
+
+    prompts: in turn too, of a model that is told in words; without any it is told nothing.
 
     A collective. Raises UserError where `out` cannot be written.
     """
@@ -76,7 +88,8 @@ def draw_to_file(
     distributed.initialize()
     generator = open_generator(run, config, weights_name(config.eval), distributed.device(), step).generator
     labels = labels_in_turn(n, config.model.num_classes) if label is None else torch.full((n,), label)
-    write(generator, config, labels, out, format, label is None, on_progress)
+    said = prompts_in_turn(list(prompts), n) if prompts else ()
+    write(generator, config, labels, out, format, label is None, on_progress, said)
 
 
 def write(
@@ -87,14 +100,16 @@ def write(
     format: str,
     in_turn: bool,
     on_progress: OnProgress = quiet,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Draw images of labels int64 (n,) and write them as they come: no rank holds more than a block and its own.
 
-    in_turn: the labels are all classes in turn. A collective; raises UserError.
+    in_turn: the labels are all classes in turn. prompts: one an image, or none. A collective; raises UserError.
     """
-    output = distributed.agree(_on_rank_0, out, open_output, out, format, config, labels, in_turn)
+    said = distributed.agree(generator.conditions.saying, list(prompts)) if prompts else NOTHING
+    output = distributed.agree(_on_rank_0, out, open_output, out, format, config, labels, in_turn, prompts)
     try:
-        _write_blocks(generator, labels, config.eval, output, out, format, on_progress)
+        _write_blocks(generator, labels, said, config.eval, output, out, format, on_progress)
     except UserError as e:
         if output is not None and (left := output.left()):
             raise type(e)(f"{e}; {left}") from None
@@ -115,6 +130,7 @@ def _on_rank_0(out: Path, function: Callable, *args):
 def _write_blocks(
     generator: Generator,
     labels: Tensor,
+    said: Said,
     how: Eval,
     output: Output | None,
     out: Path,
@@ -123,7 +139,7 @@ def _write_blocks(
 ) -> None:
     """output: on rank 0. The ranks draw a block each, then rank 0 takes one after another."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    own = draw(generator, labels, how, rank, world_size, on_progress)
+    own = draw(generator, labels, how, rank, world_size, on_progress, said)
     met: Exception | None = None  # in writing; raised where all ranks meet next, so that none waits for another
 
     def turn() -> tuple[int, list[bytes]]:

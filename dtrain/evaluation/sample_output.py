@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ from torch import Tensor
 from dtrain.checkpoint.export import class_names_of
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.evaluation.generate import Grid
+from dtrain.evaluation.grid import CaptionedGrid, Grid
 from dtrain.files import as_file_name, replacing
 from dtrain.interrupt import ctrl_c
 
@@ -78,23 +79,31 @@ class Output(Protocol):
         """What lies at `out` before the end, for the user to read; None for nothing."""
 
 
-def open_output(out: Path, format: str, config: Config, labels: Tensor, in_turn: bool) -> Output:
-    """For images with labels int64 (N,); in_turn: they are all classes in turn. Raises OSError.
+def open_output(
+    out: Path, format: str, config: Config, labels: Tensor, in_turn: bool, prompts: Sequence[str] = ()
+) -> Output:
+    """For images with labels int64 (N,); in_turn: they are all classes in turn; prompts: N or none. Raises OSError.
 
-    png: a grid. npz: `images` uint8 (N, H, W, C) and `labels` int64 (N,). adm: the same as `arr_0` and, of a model with
+    png: a grid, with prompts below the pictures. npz: `images` uint8 (N, H, W, C), `labels` int64 (N,) and, of a model
+    that is told in words, `prompts` (N,). adm: the same as `arr_0` and, of a model with
     classes, `arr_1`, grey images as RGB, for that evaluator reads no others. folder: a PNG an image, named by id and
-    class, and labels.csv.
+    class, and labels.csv, where the prompts stand too.
     """
     classes, n = config.model.num_classes, len(labels)
     shape = (n, config.data.image_size, config.data.image_size, config.data.channels)
     if format == "npz":
-        return _Arrays(out, shape, "images", {"labels": labels.numpy()})
+        more = {"prompts": np.array(prompts)} if prompts else {}
+        return _Arrays(out, shape, "images", {"labels": labels.numpy()} | more)
     if format == "adm":
         return _Arrays(out, shape, "arr_0", {"arr_1": labels.numpy()} if classes else {}, rgb=True)
     if format == "folder":
-        return _Folder(out, labels.tolist(), classes, class_names_of(config.data, classes) or [])
+        return _Folder(out, labels.tolist(), classes, class_names_of(config.data, classes) or [], prompts)
+    if prompts:
+        each = len(dict.fromkeys(prompts))
+        return _Picture(out, shape, CaptionedGrid(prompts, each if 1 < each <= 8 else min(8, n), *shape[1:3]), 1)
     columns = classes if in_turn and 1 < classes <= 16 else int(np.ceil(np.sqrt(n)))
-    return _Picture(out, shape, columns, scale=max(1, 32 // config.data.image_size))
+    grid = Grid(n, columns, config.data.channels, *shape[1:3])
+    return _Picture(out, shape, grid, scale=max(1, 32 // config.data.image_size))
 
 
 class _Arrays:
@@ -140,10 +149,8 @@ class _Arrays:
 class _Picture:
     """The one picture is in rank 0's memory, all else is a block at a time."""
 
-    def __init__(self, out: Path, shape: tuple[int, ...], columns: int, scale: int):
-        n, height, width, channels = shape
-        self._out, self._shape, self._scale = out, shape, scale
-        self._grid = Grid(n, columns, channels, height, width)
+    def __init__(self, out: Path, shape: tuple[int, ...], grid: Grid | CaptionedGrid, scale: int):
+        self._out, self._shape, self._grid, self._scale = out, shape, grid, scale
 
     def take(self, first: int, block: list[bytes]) -> None:
         self._grid.put(first, np.frombuffer(block[0], np.uint8).reshape(-1, *self._shape[1:]))
@@ -162,15 +169,15 @@ class _Picture:
 class _Folder:
     """000012-3-cat.png, the id, the class and its name as far as a file's name allows; labels.csv has it as it is."""
 
-    def __init__(self, out: Path, labels: list[int], classes: int, names: list[str]):
-        self._out, self._labels, self._classes = out, labels, classes
+    def __init__(self, out: Path, labels: list[int], classes: int, names: list[str], prompts: Sequence[str] = ()):
+        self._out, self._labels, self._classes, self._prompts = out, labels, classes, prompts
         self._named = {i: name for i, name in enumerate(names) if name != str(i)}
         self._digits = max(6, len(str(len(labels) - 1)))
         self._count = 0  # in labels.csv
         out.mkdir(exist_ok=True)
         self._file = open(out / "labels.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._table = csv.writer(self._file)
-        self._table.writerow(["file", *(["label", "class"] if classes else [])])
+        self._table.writerow(["file", *(["label", "class"] if classes else []), *(["prompt"] if prompts else [])])
         ctrl_c.kept(self.left)
 
     def take(self, first: int, block: list[bytes]) -> None:
@@ -183,7 +190,8 @@ class _Folder:
                 parts += [str(label), as_file_name(plain) if plain else ""]
             name = "-".join(filter(None, parts)) + ".png"
             (self._out / name).write_bytes(file)
-            rows.append([name, *([label, self._named.get(label, label)] if self._classes else [])])
+            said = [self._prompts[i]] if self._prompts else []
+            rows.append([name, *([label, self._named.get(label, label)] if self._classes else []), *said])
         self._table.writerows(rows)  # of pictures that are whole
         self._file.flush()
         self._count = first + len(block)

@@ -3,10 +3,12 @@
 from torch import nn
 
 from dtrain import config as configuration
-from dtrain.config import Config
+from dtrain.config import Config, Section, Text
+from dtrain.config.conditions import VOCABULARY
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
 from dtrain.models.layers import initialize
+from dtrain.models.text import TextNetwork, TokenEncoder
 from dtrain.models.unet import UNet
 
 
@@ -25,14 +27,23 @@ def allocate(config: Config) -> DiT | UNet | KLAutoencoder:
     if config.model.name == "kl_autoencoder":
         return _kl_autoencoder(config.model, config.data.channels)
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma)
+    words = any(isinstance(section, Text) for section in config.conditions.values())
+    backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma, words)
     for name, section in config.conditions.items():
-        if (network := section.network(backbone.condition_width)) is not None:
+        if (network := _network(section, backbone.condition_width)) is not None:
             backbone.conditions[name] = network
     return backbone
 
 
-def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: bool) -> DiT:
+def _network(section: Section, width: int) -> nn.Module | None:
+    """The part of a backbone of this width that a condition has."""
+    if not isinstance(section, Text):
+        return section.network(width)
+    own = TokenEncoder(VOCABULARY, section.length, section.width, section.depth)
+    return TextNetwork(own, section.width, width, section.null == "learned")
+
+
+def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: bool, cross: bool) -> DiT:
     channels, side, _ = shape
     return DiT(
         side,
@@ -41,6 +52,7 @@ def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: boo
         learn_sigma=learn_sigma,
         qk_norm=model.qk_norm,
         frequency_shift=model.frequency_shift,
+        cross=cross,
         **model.sizes,
     )
 
@@ -50,7 +62,7 @@ def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAuto
     return KLAutoencoder(channels, widths, model.res_blocks, model.latent_channels, model.attention)
 
 
-def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool) -> UNet:
+def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool, cross: bool) -> UNet:
     sizes = model.model_dump(exclude={"name"})
     channels, side, _ = shape
     return UNet(side, channels, learn_sigma=learn_sigma, **sizes)

@@ -14,10 +14,12 @@ from dtrain.models.layers import (
     MLP,
     Attention,
     ConditionNetworks,
+    CrossAttention,
     LabelEmbedder,
     Linear,
     PatchEmbedder,
     TimestepEmbedder,
+    Tokens,
     modulate,
     normal,
     positions,
@@ -26,19 +28,27 @@ from dtrain.models.layers import (
 
 
 class DiTBlock(nn.Module):
-    """Attention and a perceptron, each normalised, modulated and gated by the condition (adaLN-Zero, figure 3)."""
+    """Attention and a perceptron, each normalised, modulated and gated by the condition (adaLN-Zero, figure 3).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool):
+    cross: between them, attention to the tokens of conditions (as in PixArt-α, Chen et al. 2023).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, cross: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
+        if cross:
+            self.norm_cross = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.cross = CrossAttention(width, heads, width, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, told: Tokens | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        if told is not None:
+            x = x + self.cross(self.norm_cross(x), *told)  # (N, T, D)
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
         return x
 
@@ -64,7 +74,7 @@ class DiT(nn.Module):
     num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
     the variance. qk_norm and a frequency_shift of 1 (diffusers' spacing of the time frequencies) leave the published
-    architecture.
+    architecture. cross: each block attends to the tokens of `conditions`, of which one at least makes some.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class DiT(nn.Module):
         learn_sigma: bool = False,
         qk_norm: bool = False,
         frequency_shift: int = 0,
+        cross: bool = False,
     ):
         super().__init__()
         assert image_size % patch == width % heads == width % 4 == 0
@@ -96,7 +107,7 @@ class DiT(nn.Module):
         self.condition_width = width
         self.conditions = ConditionNetworks()
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm, cross) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
@@ -109,13 +120,15 @@ class DiT(nn.Module):
         c = self.t_embedder(t)  # (N, D)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, D)
+        told = None
         if condition or self.conditions:
-            c = c + self.conditions(condition)  # (N, D)
+            vectors, told = self.conditions(condition)
+            c = c + vectors  # (N, D)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
+                x = checkpoint(block, x, c, told, use_reentrant=False)  # (N, T, D)
             else:
-                x = block(x, c)  # (N, T, D)
+                x = block(x, c, told)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p·p·O)
         return self.unpatchify(x)  # (N, O, image_size, image_size)
 
@@ -129,7 +142,8 @@ class DiT(nn.Module):
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """What the parameter called `name` begins as, float32 of the given shape: no other parameter matters.
 
-        Zero on every adaLN and the output layer, so each block begins as the identity and the output as 0.
+        Zero on every adaLN, cross-attention's output and the output layer, so each block begins as the identity and the
+        output as 0.
         """
         if name.startswith("conditions."):
             return ConditionNetworks.initial_value(name, shape, seed)
@@ -137,7 +151,11 @@ class DiT(nn.Module):
             return positions(math.isqrt(shape[1]), shape[2])
         if name.endswith((".q_norm.weight", ".k_norm.weight")):
             return torch.ones(shape)
-        if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+        if (
+            name.endswith((".bias", ".cross.proj.weight"))
+            or "adaLN_modulation" in name
+            or name.startswith("final_layer.linear")
+        ):
             return torch.zeros(shape)
         if name.startswith(("t_embedder.", "y_embedder.")):
             return normal(name, shape, seed, std=0.02)

@@ -8,6 +8,7 @@ model that is built partitioned starts equal to one built whole. The layers here
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,16 +98,35 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
-class ConditionNetworks(nn.ModuleDict):
-    """Networks of the conditions beside the class, by the names of their arguments: each makes a vector."""
+class Tokens(NamedTuple):
+    """What a network attends to: values (N, L, D), and mask bool (N, L), which of them there are, one a row or more."""
 
-    def forward(self, condition: dict[str, Tensor]) -> Tensor | float:
-        """The sum of the vectors (N, D), 0 of no network. Raises TypeError for a condition without a network."""
-        if condition.keys() != self.keys():
+    values: Tensor
+    mask: Tensor
+
+
+class TokenNetwork(nn.Module):
+    """A condition's network that makes tokens of its argument `NAME` and of `NAME_mask`, bool (N, L): `Tokens`."""
+
+
+class ConditionNetworks(nn.ModuleDict):
+    """Networks of the conditions beside the class, by the names of their arguments: each makes a vector, or tokens."""
+
+    def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor | float, Tokens | None]:
+        """The sum of the vectors (N, D), 0 of none; all tokens one behind the other, None of no network that makes any.
+
+        Raises TypeError for a condition without a network.
+        """
+        telling = {name for name, network in self.items() if isinstance(network, TokenNetwork)}
+        if condition.keys() != self.keys() | {f"{name}_mask" for name in telling}:
             raise TypeError(
                 f"the network is told {', '.join(condition)}, and has networks for {', '.join(self) or 'nothing'}"
             )
-        return sum(network(condition[name]) for name, network in self.items())
+        vectors = sum(network(condition[name]) for name, network in self.items() if name not in telling)
+        told = [self[name](condition[name], condition[f"{name}_mask"]) for name in self if name in telling]
+        if not told:
+            return vectors, None
+        return vectors, Tokens(torch.cat([one.values for one in told], 1), torch.cat([one.mask for one in told], 1))
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -143,10 +163,36 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (N, T, D) → (N, T, D). mask: bool (N, T), which tokens are attended to; None: all."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (N, H, T, D/H)
+        attended = None if mask is None else mask[:, None, None]
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attended)  # (N, H, T, D/H)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a picture's tokens to those of a condition (Vaswani et al. 2017); its output begins at 0.
+
+    qk_norm: as of `Attention`.
+    """
+
+    def __init__(self, width: int, heads: int, told: int, qk_norm: bool = False):
+        """told: channels of the condition's tokens."""
+        super().__init__()
+        self.heads = heads
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q = Linear(width, width)
+        self.kv = Linear(told, 2 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, told: Tensor, mask: Tensor) -> Tensor:
+        """x (N, T, D), told (N, L, E), mask bool (N, L), of which no row is all False → (N, T, D)."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, H, T, D/H)
+        k, v = self.kv(told).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, L, D/H) each
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, mask[:, None, None])  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 

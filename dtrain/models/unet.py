@@ -235,7 +235,8 @@ class UNet(nn.Module):
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, E)
         if condition or self.conditions:
-            c = c + self.conditions(condition)  # (N, E)
+            vectors, _ = self.conditions(condition)
+            c = c + vectors  # (N, E)
         run = _recomputed if self.activation_checkpointing and self.training else _called
 
         def resampled(between: nn.Module, h: Tensor) -> Tensor:

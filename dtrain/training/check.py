@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
-from dtrain.config import Config, Data, architecture, with_earlier_values
-from dtrain.data.fields.check import check_fields, check_training
+from dtrain.config import Config, Data, Text, architecture, with_earlier_values
+from dtrain.data.declared import caption
+from dtrain.data.fields.captions import look
+from dtrain.data.fields.check import LOOKED_AT, check_fields, check_training
 from dtrain.data.fields.survey import named, survey
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.sample_files import LABEL_FIELD
@@ -42,6 +44,7 @@ def check_start(config: Config, ranks: int) -> str:
         f"{rows} of them in micro-batches of {micro_batch}, at ZeRO stage {ours.zero_stage} in {ours.precision}",
         *lacking,
         *about_first_stage(config, manifest),
+        *about_captions(config, manifest),
         *([] if config.first_stage.reads_cache else about_pictures(config.data, config.model.num_classes, manifest)),
         *warnings(config),
     ]
@@ -87,6 +90,13 @@ def about_pictures(data: Data, num_classes: int, manifest: manifests.Manifest) -
     elif LABEL_FIELD in manifest.fields:
         lines.append("model.num_classes is 0: the images' labels are not read")
     return lines
+
+
+def about_captions(config: Config, manifest: manifests.Manifest) -> list[str]:
+    """What a look at some captions says, a line for each condition of words."""
+    of_words = {name: section for name, section in config.conditions.items() if isinstance(section, Text)}
+    found = [look(manifest, config.data.shards, caption(*one), LOOKED_AT) for one in of_words.items()]
+    return [str(one) for one in found if one.looked_at]
 
 
 def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:

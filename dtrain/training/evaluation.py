@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 from dtrain import distributed, faults
+from dtrain.conditions.build import NOTHING, Said
 from dtrain.config import Config
 from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
 from dtrain.evaluation import floor
 from dtrain.evaluation.evaluate import differences, evaluate
-from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress, grid
+from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress
+from dtrain.evaluation.grid import CaptionedGrid, grid
 from dtrain.evaluation.likelihood import losses_by_level
 from dtrain.evaluation.opened import generator_of, weights_name
 from dtrain.evaluation.reference import Reference
+from dtrain.evaluation.sample import prompts_in_turn
 from dtrain.files import replacing
 from dtrain.first_stage.pixels import FirstStage
 from dtrain.models.build import allocate
@@ -147,7 +150,8 @@ class Evaluation:
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
         if not generator.reconstructs:
-            levels = losses_by_level(generator, self._objective, *self._reference.validation, config.eval.seed)
+            held_out = *self._reference.validation, config.eval.seed, self._reference.captions
+            levels = losses_by_level(generator, self._objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
         distributed.on_rank_0(self._conclude, generator, position, started, metrics, levels, context)
 
@@ -160,7 +164,7 @@ class Evaluation:
             context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:
-            draw_grid(generator, config, self._run.path / name)
+            draw_grid(generator, config, self._run.path / name, self._reference.captions)
             context = context | {"artifact": name}
         except Exception as e:  # the numbers count more than the picture
             message = f"{name} was not drawn: {(e.strerror if isinstance(e, OSError) else None) or e}"
@@ -175,20 +179,33 @@ class Evaluation:
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
 
 
-def draw_grid(generator: Generator, config: Config, path: Path) -> None:
+def draw_grid(generator: Generator, config: Config, path: Path, captions: Said = NOTHING) -> None:
     """The same seeds and labels at every step, so that the pictures show the training; a column a class.
 
-    Drawn in blocks of eval.batch_size, which the device has room for.
+    A model that is told in words gets `eval.prompts`, a column each, or else the first of the held-out captions, which
+    stand below the pictures. Drawn in blocks of eval.batch_size, which the device has room for.
     """
-    columns = min(config.model.num_classes, 10) or GRID_ROWS
+    prompts = config.eval.prompts
+    columns = min(config.model.num_classes, 10) or min(len(prompts), GRID_ROWS) or GRID_ROWS
     ids = torch.arange(GRID_ROWS * columns)
     labels = ids % max(1, min(config.model.num_classes, columns))
+    said = {name: prompts_in_turn(prompts or held_out, len(ids)) for name, held_out in captions.items()}
     blocks = zip(ids.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
-    images = torch.cat([generator.draw((GRID_IDS + i).tolist(), of_them, config.eval) for i, of_them in blocks])
+    drawn = []
+    for of_block, own_labels in blocks:
+        own = {name: [words[i] for i in of_block.tolist()] for name, words in said.items()}
+        more = {"said": own} if own else {}
+        drawn.append(generator.draw((GRID_IDS + of_block).tolist(), own_labels, config.eval, **more))
+    images = torch.cat(drawn)
     if generator.reconstructs:  # each row below the row of its originals
         originals = generator.originals((GRID_IDS + ids).tolist())
         rows = [each.unflatten(0, (-1, columns)) for each in (originals, images)]
         images = torch.stack(rows, dim=1).flatten(0, 2)
-    picture = grid(images, columns, scale=max(1, 32 // config.data.image_size))
+    if said:
+        below = CaptionedGrid(next(iter(said.values())), columns, *images.shape[2:])
+        below.put(0, images.permute(0, 2, 3, 1).numpy())
+        picture = below.picture()
+    else:
+        picture = grid(images, columns, scale=max(1, 32 // config.data.image_size))
     with replacing(path) as f:
         picture.save(f, "png")

@@ -27,6 +27,7 @@ SUMS = (
     "bytes_read",
     "cache_hits",
     "cache_misses",
+    "truncated",
 )
 NOTHING = Report()
 OWN = ("step_seconds", "data_seconds")
@@ -55,6 +56,7 @@ class StepSums:
     data_seconds: list[float]  # of each rank, waiting for its batch
     levels: list[float]  # sums, then counts, of unweighted losses by noise level
     named: dict[str, float]  # what an objective reports beside: means over the global batch
+    truncated: int = 0  # captions that were cut
 
 
 class _Reading:
@@ -126,7 +128,7 @@ class StepReduction:
         # Only pinned memory is copied to a GPU without a wait for it.
         vector = torch.zeros(size, dtype=torch.float64, pin_memory=loss_sum.is_cuda)
         own = [stop, written, failed, no_room, error]
-        own += [len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses]
+        own += [len(read.replaced), read.bytes_read, read.cache_hits, read.cache_misses, read.truncated]
         vector[2 : len(SUMS)] = torch.tensor(own, dtype=torch.float64)
         vector[len(SUMS) + self.rank : flags : self.world_size] = torch.tensor([step_seconds, data_seconds])
         vector = vector.to(loss_sum.device, non_blocking=True)
@@ -147,7 +149,7 @@ class StepReduction:
         self._pending = None
         values = reading.values()
         loss, norm, stop, written, failed, no_room, error, *read = values[: len(SUMS)]
-        replaced, bytes_read, hits, misses = (round(value) for value in read)
+        replaced, bytes_read, hits, misses, truncated = (round(value) for value in read)
         behind = len(SUMS) + len(OWN) * self.world_size
         own, levels, named = values[len(SUMS) : behind], values[behind : behind + LEVELS], values[behind + LEVELS :]
         pairs = zip(self._named, named[::2], named[1::2], strict=True)
@@ -169,4 +171,5 @@ class StepReduction:
             data_seconds=own[self.world_size :],
             levels=levels,
             named={name: total / count for name, total, count in pairs if count},
+            truncated=truncated,
         )

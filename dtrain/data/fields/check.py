@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dtrain.config import Config
 from dtrain.data.declared import Declared, declared
+from dtrain.data.fields.caption import Caption
+from dtrain.data.fields.captions import look
 from dtrain.data.shards.lacking import Lack, lacking, wrong_labels
 from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
@@ -53,6 +55,8 @@ def lacks_of(
 ) -> list[Lack]:
     """What a training that reads `wanted` would miss in a data set. everything: read all labels, not some."""
     found = lacking(manifest, directory, wanted.extensions)
+    captions = [look(manifest, directory, field, LOOKED_AT) for field in wanted.fields if isinstance(field, Caption)]
+    found += [one.wrong for one in captions if one.wrong is not None]
     most = None if everything else LOOKED_AT
     labels = wrong_labels(manifest, directory, num_classes, most) if num_classes else None
     if labels and labels.of < manifest.samples <= COUNTED:

@@ -17,24 +17,28 @@ if TYPE_CHECKING:
 class View(NamedTuple):
     """How a sample is looked at, a function of its k: all fields that belong to the picture are looked at alike.
 
-    mirrored: of a field that `read` mirrors; one that `complete` mirrors is told there.
+    mirrored: of a field that `read` mirrors; one that `complete` mirrors is told there. choice: in [0, 1), of a field
+    that chooses among several things of a sample.
     """
 
     crop: "Crop"  # uint8 (C, H, W) → (C, S, S)
     mirrored: bool = False
+    choice: float = 0.0
 
 
 class Field:
     """What fields of all kinds have; a plug-in's own is a subclass with `read`.
 
     name: in the batch. extensions: of the files that it may be, the first that a sample has is read. shape, dtype: of
-    a row of the batch that a worker makes, dtype as NumPy calls it. described: as a message calls it.
+    a row of the batch that a worker makes, dtype as NumPy calls it. described: as a message calls it. chooses: whether
+    it reads `View.choice`.
     """
 
     name: str
     extensions: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
+    chooses = False
     remedy = "pack it without"
 
     @property

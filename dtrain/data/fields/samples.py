@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.field import Field, Label, Picture, View
 from dtrain.data.fields.moments import Moments
 from dtrain.data.fields.picture import Crop
@@ -93,6 +94,25 @@ def read_moments(
 def label_of(reader: ShardReader, sample: int) -> int:
     """A sample's class number; no other file of it is read. Raises BadSample."""
     return int(read_field(reader, sample, reader.read(sample, (LABEL_FIELD,)), ANY_LABEL, NO_VIEW))
+
+
+def read_captions(
+    manifest: Manifest, directory: str | Path, field: Caption, cache: BlockCache | None = None
+) -> list[str]:
+    """The captions of a whole split in the manifest's order, of several the first. Raises BadSample."""
+    reader, words = ShardReader(manifest, directory, cache), []
+    for start in range(0, manifest.samples, _LABELS):
+        samples = range(start, min(start + _LABELS, manifest.samples))
+        reader.prefetch(samples, field.extensions)
+        for sample in samples:
+            data = reader.read(sample, field.extensions)
+            try:
+                words.append(field.words(data[field.extensions[0]]))
+            except KeyError:
+                raise BadSample(f"{reader.name(sample)} is of a sample without {field.described}") from None
+            except BadSample as e:
+                raise BadSample(f"{reader.name(sample, field.extensions[0])} {e}") from None
+    return words
 
 
 def read_labels(manifest: Manifest, directory: str | Path, cache: BlockCache | None = None) -> torch.Tensor:

@@ -15,11 +15,12 @@ import numpy as np
 
 from dtrain.data.pack.fitness import CANNOT_ENCODE, FORMATS, Files, encoded, fit, image_field
 from dtrain.data.pack.left_out import LeftOut
+from dtrain.data.shards.sample_files import CAPTION_FIELD, LABEL_FIELD
 from dtrain.errors import UserError
 
 FORMS = (
     "a folder of pictures, or of class folders; a .parquet file or a folder of them; an .npz; "
-    "the manifest.json of shards; sklearn:digits; torchvision:cifar10 and its like"
+    "the manifest.json of shards; sklearn:digits; sklearn:digit-pairs; torchvision:cifar10 and its like"
 )
 
 
@@ -83,29 +84,41 @@ class Source:
         return replace(self, item=lambda i: (i, self.item(i)), files=partial(_encoded, self.files, form))
 
 
-def arrays(images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, **more: Any) -> Source:
-    """A source of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, and class numbers (N,)."""
+def arrays(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    classes: list[str] | None,
+    captions: list[str] | None = None,
+    **more: Any,
+) -> Source:
+    """A source of uint8 pixels (N, H, W) or (N, H, W, 3), packed as PNG files, class numbers (N,) and N captions."""
     content = hashlib.sha256(images.tobytes())
     if labels is not None:
         content.update(labels.astype("<i8").tobytes())
+    if captions is not None:
+        content.update("\0".join(captions).encode())
 
-    def item(i: int) -> tuple[np.ndarray, int | None]:
-        return images[i], None if labels is None else int(labels[i])
+    def item(i: int) -> tuple[np.ndarray, int | None, str | None]:
+        return images[i], None if labels is None else int(labels[i]), None if captions is None else captions[i]
 
     return Source(len(images), classes, content.hexdigest(), item, _png, **more)
 
 
-def _png(item: tuple[np.ndarray, int | None]) -> Files:
+def _png(item: tuple[np.ndarray, int | None, str | None]) -> Files:
     from PIL import Image
 
-    pixels, label = item
+    pixels, label, caption = item
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    return labelled({"png": file.getvalue()}, label)
+    return captioned(labelled({"png": file.getvalue()}, label), caption)
 
 
 def labelled(files: Files, label: int | None) -> Files:
-    return files if label is None else files | {"cls": str(label).encode()}
+    return files if label is None else files | {LABEL_FIELD: str(label).encode()}
+
+
+def captioned(files: Files, caption: str | None) -> Files:
+    return files if caption is None else files | {CAPTION_FIELD: caption.encode()}
 
 
 def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) -> Files:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain.data.pack.digit_pairs import digit_pairs
 from dtrain.data.pack.fitness import Files
 from dtrain.data.pack.folders import folder
 from dtrain.data.pack.parquet import parquet
@@ -26,6 +27,9 @@ def open_source(source: str, choice: Choice | None = None) -> Source:
     if source == "sklearn:digits":
         choice.only(source)
         return _digits()
+    if source == "sklearn:digit-pairs":
+        choice.only(source, "split")
+        return digit_pairs(choice)
     if source.endswith(".npz"):
         choice.only(source)
         return _npz(path)

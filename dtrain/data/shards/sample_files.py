@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
+CAPTION_FIELD = "txt"
 MOMENTS_FIELD = "moments.npy"  # of a latent cache
 DOT_RULE = "all that follows the first dot of a file's name is its extension, so rename files with dots in their names"
 

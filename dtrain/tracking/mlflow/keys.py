@@ -24,7 +24,7 @@ LONGEST_IMAGE_KEY = 120  # it becomes a part of a file's name
 LONGEST_LIST = 40  # characters of a list that a key still holds as it is
 SPEED = {"images_per_second", "step_seconds", "step_seconds_spread", "data_wait_seconds", "bytes_read"}
 SPEED |= {"tflops", "mfu", "mfu_nominal", "peak_memory_gib"}
-COUNTS = {"bad_samples"}  # no curve as long as they stand at 0
+COUNTS = {"bad_samples", "captions_truncated"}  # no curve as long as they stand at 0
 NO_CURVES = {"goodput", "checkpoint"}  # events
 FORMER_IMAGE_KEY = "samples"  # under which the pictures of all evaluations were once one series
 

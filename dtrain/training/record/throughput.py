@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.conditions.build import typical_forward
-from dtrain.config import Config
+from dtrain.config import Config, Text
 from dtrain.models.build import allocate
 from dtrain.training.record.levels import mean_by_level
 from dtrain.training.record.peaks import nominal_flops_per_second
@@ -27,6 +27,7 @@ class Meter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         nominal = nominal_flops_per_second(name, precision, config.train.tf32)
         self.nominal_peak = None if nominal is None else world_size * nominal
+        self._has_captions = any(isinstance(section, Text) for section in config.conditions.values())
         self.device = device
         self.seconds_per_step = 0.0
         self.restart()
@@ -44,29 +45,35 @@ class Meter:
 
         mfu, mfu_nominal: the model's own FLOPs, whatever is recomputed, as a share of what a matrix product reaches on
         this device and of what its maker says; the latter where that is known.
-        bytes_read, bad_samples: sums since the last `restart`; cache_hit_rate: of the blocks of remote shards.
+        bytes_read, bad_samples, captions_truncated: sums since the last `restart`.
+        cache_hit_rate: of the blocks of remote shards.
         data_wait_seconds: of the rank that waited longest; step_seconds_spread: slowest rank less fastest.
         """
         images_per_second = self.batch_size / self.seconds_per_step
         spread = [max(s.step_seconds) - min(s.step_seconds) for s in self._reduced]
         waits = [max(s.data_seconds) for s in self._reduced]
         blocks = sum(s.cache_hits + s.cache_misses for s in self._reduced)
+        cut = {"captions_truncated": sum(s.truncated for s in self._reduced)} if self._has_captions else {}
         hit_rate = {"cache_hit_rate": sum(s.cache_hits for s in self._reduced) / blocks} if blocks else {}
         flops = images_per_second * self.flops_per_image
         nominal = {"mfu_nominal": flops / self.nominal_peak} if self.nominal_peak else {}
-        return hit_rate | {
-            **mean_by_level(self._reduced),
-            "bytes_read": sum(s.bytes_read for s in self._reduced),
-            "bad_samples": sum(s.replaced for s in self._reduced),
-            "images_per_second": images_per_second,
-            "step_seconds": self.seconds_per_step,
-            "step_seconds_spread": sum(spread) / len(spread),
-            "data_wait_seconds": sum(waits) / len(waits),
-            "tflops": flops / 1e12,
-            "mfu": flops / self.measured_peak,
-            **nominal,
-            "peak_memory_gib": peak_memory(self.device) / 2**30,
-        }
+        return (
+            hit_rate
+            | cut
+            | {
+                **mean_by_level(self._reduced),
+                "bytes_read": sum(s.bytes_read for s in self._reduced),
+                "bad_samples": sum(s.replaced for s in self._reduced),
+                "images_per_second": images_per_second,
+                "step_seconds": self.seconds_per_step,
+                "step_seconds_spread": sum(spread) / len(spread),
+                "data_wait_seconds": sum(waits) / len(waits),
+                "tflops": flops / 1e12,
+                "mfu": flops / self.measured_peak,
+                **nominal,
+                "peak_memory_gib": peak_memory(self.device) / 2**30,
+            }
+        )
 
 
 def training_flops(config: Config) -> int:

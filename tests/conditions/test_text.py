@@ -1,0 +1,81 @@
+"""Words as a condition: dropped by a draw of its own, one null in training and in sampling, guidance and what it leads
+away from."""
+
+import pytest
+import torch
+
+from dtrain.conditions.build import Conditions
+from dtrain.conditions.text import Trained, Words
+from dtrain.data.fields.caption import Caption
+from dtrain.data.fields.tokens import Bytes
+from dtrain.diffusion.guidance import guided
+from dtrain.draws import purpose_of
+from dtrain.errors import UserError
+from dtrain.randomness import Draws
+from tests.models.told import inputs, told_in_words
+
+N, L = 3, 6
+
+
+def condition(name="text", dropout=0.2, null_is_empty=False):
+    return Words(Caption(name, "txt", L, Bytes()), Trained(L), dropout, null_is_empty)
+
+
+def batch(words, *parts):
+    found = {part.name: part.rows(words) for part in parts}
+    for part in parts:
+        draws, purpose = Draws(0), purpose_of(f"conditions.{part.name}.drop")
+        found[f"{part.name}_drop"] = torch.tensor([draws.uniform(purpose, k) for k in range(len(words))])
+    return found
+
+
+def test_each_of_several_is_dropped_as_often_as_it_says_and_by_itself():
+    n = 4000
+    one, two = condition("one", 0.1), condition("two", 0.3)
+    found = Conditions([one, two]).of_batch(batch(["a"] * n, one, two))
+    gone = {name: ~found[f"{name}_mask"].any(1) for name in ("one", "two")}
+    for share, expected in (
+        (gone["one"], 0.1),
+        (gone["two"], 0.3),
+        (gone["one"] & gone["two"], 0.03),
+    ):
+        assert abs(share.double().mean() - expected) < 4 * (expected / n) ** 0.5
+
+
+@pytest.mark.parametrize("null_is_empty", [False, True])
+def test_nothing_is_the_same_in_training_in_sampling_and_for_an_image_without_words(null_is_empty):
+    part = condition(dropout=1.0, null_is_empty=null_is_empty)
+    trained = part.dropped(part.given(batch(["a", "b c"], part)), batch(["a", "b c"], part))
+    sampled = part.null(part.given(batch(["d", "e"], part)))
+    unasked = part.of_ids([0, 1], torch.zeros(2))
+    wordless = part.given(batch(["", " "], part))
+    for other in (sampled, unasked, wordless):
+        assert trained.keys() == other.keys()
+        assert all(torch.equal(trained[name], other[name]) for name in trained)
+    assert int(trained["text_mask"].sum()) == (2 if null_is_empty else 0)  # the token that begins an empty caption
+
+
+def test_guidance_1_is_the_conditional_model_and_3_leads_away_from_the_null():
+    model, conditions = told_in_words(), Conditions([condition()])
+    said = conditions.of_ids([0, 1, 2], torch.zeros(3), {"text": ["ab", "c", "defg"]})
+    bare = model(*inputs(), **said)
+    assert torch.equal(guided(model, 1.0, conditions.null)(*inputs(), **said), bare)
+    nothing = model(*inputs(), **conditions.null(said))
+    expected = nothing + 3 * (bare - nothing)
+    assert torch.allclose(guided(model, 3.0, conditions.null)(*inputs(), **said), expected, atol=1e-10)
+
+
+def test_a_negative_prompt_stands_in_the_place_of_the_null():
+    model, conditions = told_in_words(), Conditions([condition()])
+    said = conditions.of_ids([0, 1, 2], torch.zeros(3), {"text": ["ab", "c", "defg"]})
+    other = conditions.of_ids([0, 1, 2], torch.zeros(3), {"text": ["not"] * 3})
+    away = conditions.null(said, "not")
+    assert all(torch.equal(away[name], other[name]) for name in other)
+    bare, nothing = model(*inputs(), **said), model(*inputs(), **other)
+    found = guided(model, 3.0, lambda told: conditions.null(told, "not"))(*inputs(), **said)
+    assert torch.allclose(found, nothing + 3 * (bare - nothing), atol=1e-10)
+
+
+def test_prompts_for_a_model_that_is_not_told_in_words_are_refused():
+    with pytest.raises(UserError, match="not told in words"):
+        Conditions().saying(["a"])

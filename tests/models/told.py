@@ -1,0 +1,45 @@
+"""A small network with random parameters that attends to words, and what it is told."""
+
+import numpy as np
+import torch
+
+from dtrain.models.dit import DiT
+from dtrain.models.text import TextNetwork, TokenEncoder
+
+N, L, E = 3, 6, 24
+SMALL = {"image_size": 12, "channels": 3, "patch": 2, "width": 32, "depth": 2, "heads": 4, "num_classes": 0}
+
+
+def random(shape, seed):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def filled(module, seed=0):
+    """Float64, every parameter random."""
+    module = module.double()
+    for number, parameter in enumerate(module.parameters()):
+        parameter.data = 0.5 * random(tuple(parameter.shape), seed + number)
+    return module
+
+
+def masks():
+    lengths = torch.tensor([L, 1, 4])
+    return torch.arange(L) < lengths[:, None]
+
+
+def told_in_words(encoder=True, learned_null=True, seed=0):
+    """A small float64 DiT with random parameters that attends to the tokens of one condition, `text`."""
+    model = DiT(**SMALL, cross=True)
+    own = TokenEncoder(257, L, 32, 2) if encoder else None
+    model.conditions["text"] = TextNetwork(own, 32 if encoder else E, model.condition_width, learned_null)
+    return filled(model, seed)
+
+
+def inputs():
+    return random((N, 3, 12, 12), 3), torch.tensor([0, 417, 999])
+
+
+def words(encoder, seed=4):
+    if encoder:
+        return torch.from_numpy(np.random.default_rng(seed).integers(0, 257, (N, L)))
+    return random((N, L, E), seed)
