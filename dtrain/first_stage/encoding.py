@@ -7,6 +7,7 @@ else. So the cache has the same bytes at any number of ranks and however often i
 import fcntl
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from dtrain.config.autoencoders import described
 from dtrain.data.fields.field import Picture, View
 from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.fields.samples import read_field
+from dtrain.data.fields.survey import survey
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.cache import BlockCache
 from dtrain.data.shards.indexing import index_shards
@@ -111,6 +113,8 @@ def encode(
     asked = distributed.agree(request.checked, source)
     if distributed.on_rank_0(_is_there, target, asked, statistics_only):
         return f"{target}: keeping what is there, which the same request made"
+    if distributed.rank() == 0 and (scaling := survey(source, source.place).scaling(request.size)):
+        logging.getLogger(__name__).warning("%s", scaling)
     folder = target.with_name(f".{target.name}.partial")
     with _unfinished(folder, asked):
         work = _Work(source, request, folder, statistics_only)

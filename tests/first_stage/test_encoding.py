@@ -107,6 +107,11 @@ def test_on_the_command_line(tmp_path, shards, cache, autoencoder):
     assert results[1][1] == ""
     assert content(tmp_path / "latents") == content(cache)
     assert json.loads((tmp_path / "latents/encode.json").read_text())["mirrors"] == 2
+    assert "looked at" not in results[0][1]  # all are of this size
+
+    words = ("encode", shards, tmp_path / "statistics.json", "--first-stage", autoencoder, "--statistics-only")
+    ((_, said),) = run_ranks(command, 1, *words, "--size", 12)
+    assert "of 64 images looked at, all are enlarged to 12 (shorter sides 8 pixels)" in said
 
 
 def test_what_cannot_be_encoded_is_one_line(tmp_path, shards, cache, autoencoder):
