@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.batch import Batch, Condition
@@ -17,11 +18,13 @@ class Losses(NamedTuple):
 
     place: where in [0, 1) of the process each row was (n,), for the loss by noise level; None where there is no such
     place. parts: name → (sum, count), scalars, of what else is to be reported: their means over the global batch.
+    sums: name → vector, summed over the rows, of what `on_reduced` is to have of the whole global batch.
     """
 
     rows: Tensor
     place: Tensor | None = None
     parts: Mapping[str, tuple[Tensor, Tensor]] = {}
+    sums: Mapping[str, Tensor] = {}
 
 
 class Held(NamedTuple):
@@ -41,7 +44,7 @@ class Turn(NamedTuple):
 
     optim: its settings; None: the `optim` section. averaged: whether the `ema` section's averages are kept of them.
     lr_factors: network → factor of its learning rate, 1 for those left out. most_zero_stage: ZeRO stage at most, where
-    the loss differentiates a gradient.
+    the loss differentiates a gradient. from_step: the run's steps before it have no such turn.
     """
 
     networks: tuple[str, ...]
@@ -50,6 +53,7 @@ class Turn(NamedTuple):
     lr_factors: Mapping[str, float] = {}
     most_zero_stage: int = 3
     held: Mapping[str, Held] = {}
+    from_step: int = 0
 
 
 class Objective:
@@ -58,13 +62,26 @@ class Objective:
     process: what samplers walk; None of an objective that generates nothing. turns: of a step, in this order, by name;
     the first is the one that train.loss is of, and the network called "backbone" the one that samples are drawn with.
     networks: name → what allocates it, beside the backbone; each has `initial_value(name, shape, seed)` as backbones
-    have. parts: names of the further sums that `losses` reports in every step.
+    have. parts: names of the further means that `losses` reports. sums: name → number of elements of the vectors that
+    `losses` gives to `on_reduced`; where there are any, a step begins when the ranks have summed those of the last.
     """
 
     process: object
     turns: Mapping[str, Turn] = {"main": Turn(("backbone",))}
     networks: Mapping[str, Callable[[], nn.Module]] = {}
     parts: tuple[str, ...] = ()
+    sums: Mapping[str, int] = {}
+
+    def open(self, device: torch.device) -> None:
+        """Read the frozen networks that `losses` computes with beside the players'; a training does, on every rank.
+
+        Raises UserError where their weights cannot be had.
+        """
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Name → fingerprint of those networks: a run goes on with no others."""
+        return {}
 
     def losses(
         self, turn: str, networks: Mapping[str, Network], batch: Batch, condition: Condition, at: Position
@@ -101,6 +118,12 @@ class Objective:
         """See the first turn's losses (n,) of rows whose draw `time` was u (n,), in the order of k.
 
         Every rank gives the rows of the whole global batch, after the step's last call of `losses`.
+        """
+
+    def on_reduced(self, means: Mapping[str, Tensor]) -> None:
+        """Take what the rows of a step that was taken gave as `sums`: float64, means over the global batch.
+
+        On every rank alike, before the next step. What no row gave is not there.
         """
 
     def state(self) -> dict[str, Tensor]:

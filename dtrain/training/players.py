@@ -1,6 +1,6 @@
 """Several optimizers in one step, each in its turn: the players of a training as one state, and who may move when."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,10 +20,12 @@ from dtrain.training.zero_state import Piece
 class Players:
     """Players in the order of their turns. A checkpoint of a training holds the state of all of them.
 
-    The run's count of optimizer steps is the first player's; the others count their own (`state`).
+    The run's count of optimizer steps is the first player's; the others count their own (`state`). frozen: name →
+    fingerprint of networks that stand beside the players and are in no checkpoint either.
     """
 
-    def __init__(self, players: Sequence[Player]):
+    def __init__(self, players: Sequence[Player], frozen: Mapping[str, str] | None = None):
+        self._frozen = dict(frozen or {})
         self._players = {player.name: player for player in players}
         self._owner = {network: player for player in players for network in player.networks}
         assert len(self._players) == len(players), "two players have the same name"
@@ -130,7 +132,8 @@ class Players:
     @property
     def held(self) -> dict[str, str]:
         """Network → fingerprint, of those that no checkpoint holds."""
-        return {network: held.fingerprint for player in self for network, held in player.held.items()}
+        held = {network: held.fingerprint for player in self for network, held in player.held.items()}
+        return held | self._frozen
 
     def check_held(self, theirs: Any) -> None:
         """Raises UserError where a checkpoint was trained with other held networks: network → fingerprint."""
@@ -178,5 +181,6 @@ def build(config: Config, objective: Objective, micro_batch: int) -> Players:
                 held=turn.held,
             )
             for name, turn in objective.turns.items()
-        ]
+        ],
+        objective.frozen,
     )

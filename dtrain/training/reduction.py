@@ -6,7 +6,8 @@ one. Behind the sums every rank has places of its own, so that the sum also tell
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ SUMS = (
 NOTHING = Report()
 OWN = ("step_seconds", "data_seconds")
 LEVELS = 2 * LEVEL_BINS  # sums and counts of the loss by noise level
-NO_SUMS: dict[str, tuple[float, int]] = {}
+NONE = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class StepSums:
     levels: list[float]  # sums, then counts, of unweighted losses by noise level
     named: dict[str, float]  # what an objective reports beside: means over the global batch
     truncated: int = 0  # captions that were cut
+    vectors: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # float64, likewise, for the objective's next step
 
 
 class _Reading:
@@ -92,11 +96,18 @@ def _copying_stream(device: torch.device) -> "torch.cuda.Stream":
 
 
 class StepReduction:
-    """named: names of further sums; every step gives some of them."""
+    """named: names of further sums, vectors: of further vectors, with their sizes; every step gives some of them."""
 
-    def __init__(self, rank: int, world_size: int, batch_size: int, named: Sequence[str] = ()):
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        named: Sequence[str] = (),
+        vectors: Mapping[str, int] = NONE,
+    ):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self._named = list(named)
+        self._named, self._vectors = list(named), dict(vectors)
         self._pending: tuple[Position, bool, _Reading] | None = None
 
     def start(
@@ -115,16 +126,19 @@ class StepReduction:
         read: Report = NOTHING,
         step_seconds: float,
         data_seconds: float,
-        named: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | int]] = NO_SUMS,
+        named: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | int]] = NONE,
+        vectors: Mapping[str, tuple[torch.Tensor, int]] = NONE,
     ) -> None:
         """Begin the reduction of this step.
 
         loss_sum: the sum of this rank's per-image losses, a scalar tensor.
         levels: float64 (16,), as `StepLosses.by_level` gives it. named: (sum, count), scalars, of this rank's rows.
+        vectors: (sum, count) of this rank's rows.
         """
         assert self._pending is None, "read the previous step first"
         flags = len(SUMS) + len(OWN) * self.world_size
-        size = flags + LEVELS + 2 * len(self._named)
+        behind = flags + LEVELS + 2 * len(self._named)
+        size = behind + sum(1 + n for n in self._vectors.values())
         # Only pinned memory is copied to a GPU without a wait for it.
         vector = torch.zeros(size, dtype=torch.float64, pin_memory=loss_sum.is_cuda)
         own = [stop, written, failed, no_room, error]
@@ -138,6 +152,10 @@ class StepReduction:
         for name, (total, count) in named.items():
             place = flags + LEVELS + 2 * self._named.index(name)
             vector[place], vector[place + 1] = total, count
+        for name, n in self._vectors.items():
+            if name in vectors:
+                vector[behind + 1 : behind + 1 + n], vector[behind] = vectors[name]
+            behind += 1 + n
         work = dist.all_reduce(vector, async_op=True) if self.world_size > 1 else None
         self._pending = (position, taken, _Reading(vector, work))
 
@@ -151,8 +169,14 @@ class StepReduction:
         loss, norm, stop, written, failed, no_room, error, *read = values[: len(SUMS)]
         replaced, bytes_read, hits, misses, truncated = (round(value) for value in read)
         behind = len(SUMS) + len(OWN) * self.world_size
-        own, levels, named = values[len(SUMS) : behind], values[behind : behind + LEVELS], values[behind + LEVELS :]
+        own, levels, rest = values[len(SUMS) : behind], values[behind : behind + LEVELS], values[behind + LEVELS :]
+        named, rest = rest[: 2 * len(self._named)], rest[2 * len(self._named) :]
         pairs = zip(self._named, named[::2], named[1::2], strict=True)
+        vectors = {}
+        for name, n in self._vectors.items():
+            (count, *total), rest = rest[: 1 + n], rest[1 + n :]
+            if count:
+                vectors[name] = torch.tensor(total, dtype=torch.float64) / count
         return StepSums(
             position,
             taken,
@@ -172,4 +196,5 @@ class StepReduction:
             levels=levels,
             named={name: total / count for name, total, count in pairs if count},
             truncated=truncated,
+            vectors=vectors,
         )

@@ -79,6 +79,7 @@ def train(config: Config) -> Outcome:
     steps, outcome = None, None
     try:
         first_stage = distributed.agree(build_first_stage, config, manifest, distributed.device())
+        distributed.agree(objective.open, distributed.device())
         players = build_players(config, objective, micro_batch)
         position = resume(players, objective, run, config, bad_steps, data=manifest.hash, first_stage=first_stage)
         steps = Steps(

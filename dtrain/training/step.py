@@ -50,7 +50,8 @@ class Step:
         called once a turn, when its gradients are queued on the device and nobody has waited for them. spoilt: all
         losses are to be no numbers, for tests of just that.
         """
-        norms, players = {}, list(self.players)
+        turns = self.objective.turns
+        norms, players = {}, [player for player in self.players if at.step >= turns[player.name].from_step]
         for player, parts in zip(players, tee(self._parts(batch), len(players)), strict=True):  # each is made once
             with self.players.turn(player.name):
                 networks = self.players.networks_for(player.name)

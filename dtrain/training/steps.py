@@ -23,7 +23,7 @@ from dtrain.training.feed import Feed
 from dtrain.training.learning_rate import learning_rate
 from dtrain.training.players import Players
 from dtrain.training.record.goodput import Goodput
-from dtrain.training.record.levels import StepLosses, named_sums
+from dtrain.training.record.levels import StepLosses, further_norms, named_sums
 from dtrain.training.record.progress import TrainingProgress
 from dtrain.training.record.throughput import Meter
 from dtrain.training.reduction import StepReduction
@@ -65,7 +65,8 @@ class Steps:
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
         made = self.manifest.hash, statement(self.first_stage)
         self._saving = Saving(self.run, config, *made, self.position, self.tracker, self._progress)
-        self._reduction = StepReduction(rank, world_size, config.data.batch_size, named_sums(self.objective))
+        more = named_sums(self.objective), self.objective.sums
+        self._reduction = StepReduction(rank, world_size, config.data.batch_size, *more)
         self._meter = Meter(config, world_size, distributed.device())
         self._health = DataHealth(
             config.data, config.run.seed, self.manifest, self.position, self.tracker, self._progress.say
@@ -128,6 +129,8 @@ class Steps:
         config, bad_steps = self.config, self.bad_steps
         faults.at("step", self.position.step + 1)
         started, began = time.perf_counter(), self.position
+        if self.objective.sums:
+            self._on_reduced()  # what the step computes with
         seen, norms, taken = self._update()
         if not self._listens:
             self._listens = True
@@ -160,7 +163,8 @@ class Steps:
             read=self.feed.report,
             step_seconds=step_seconds,
             data_seconds=self.feed.seconds,
-            named=seen.named | _further_norms(norms),
+            named=seen.named | further_norms(norms),
+            vectors=seen.vectors,
         )
         if save_due or evaluation_due or self._stopping or bad_steps.too_many:
             no_room = self._on_reduced()  # the journal must not lack a step that a checkpoint holds
@@ -223,6 +227,7 @@ class Steps:
         if (refused := self.bad_steps.on_reduced(sums)) is not None:
             self._progress.say(refused)
             return sums.no_room
+        self.objective.on_reduced(sums.vectors)
         self._meter.on_reduced(sums)
         config, step = self.config, sums.position.step
         if step % config.train.log_every == 0 or step == config.train.steps:
@@ -337,11 +342,6 @@ class Steps:
                 f"{self.run.path} ended at step {self.position.step}, but its newest checkpoint is of step "
                 f"{newest.step}: {problem}; make room and start it again"
             )
-
-
-def _further_norms(norms: dict[str, float]) -> dict[str, tuple[float, int]]:
-    """The norms of the turns after the first, as (sum, count): the same on every rank."""
-    return {f"grad_norm_{turn}": (norm, 1) for turn, norm in list(norms.items())[1:]}
 
 
 def evaluation_of(*arguments):

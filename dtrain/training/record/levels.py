@@ -19,12 +19,18 @@ class StepLosses:
         self._levels = torch.zeros(2 * LEVEL_BINS, dtype=torch.float64, device=device)
         self.sum = torch.zeros((), device=device)
         self.named: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}  # (sum, count) of what else is reported
+        self.vectors: dict[
+            str, tuple[torch.Tensor, int]
+        ] = {}  # (sum, rows) of what the objective is to have of all ranks
 
     def add(self, turn: str, part: Batch, losses: Losses) -> None:
         """The losses of the rows of `part` in the turn of this name, as `objective.losses` gave them."""
         rows = losses.rows.detach()
         for name, (total, count) in losses.parts.items():
             self._count(name, total.detach(), count)
+        for name, total in losses.sums.items():
+            before, number = self.vectors.get(name, (0.0, 0))
+            self.vectors[name] = before + total.detach().double(), number + len(rows)
         if turn != self._first:
             self._count(f"loss_{turn}", rows.sum(), len(rows))
             return
@@ -59,6 +65,11 @@ def named_sums(objective: Objective) -> list[str]:
     """Names of what the steps of an objective report beside the first turn's loss and norm."""
     _, *further = objective.turns
     return [*(f"{what}_{turn}" for turn in further for what in ("loss", "grad_norm")), *objective.parts]
+
+
+def further_norms(norms: dict[str, float]) -> dict[str, tuple[float, int]]:
+    """The norms of the turns after the first, as (sum, count): the same on every rank."""
+    return {f"grad_norm_{turn}": (norm, 1) for turn, norm in list(norms.items())[1:]}
 
 
 def mean_by_level(reduced: list[StepSums]) -> dict[str, float]:
