@@ -15,6 +15,7 @@ from dtrain.errors import UserError
 
 OF_STATISTICS = {"fd", "fd_infinity"}  # those that a file of another tool may stand behind
 OF_PAIRS = ("psnr", "ssim")  # of each reconstruction and its original
+OF_LATENTS = ("latent_mean", "latent_std", "posterior_std")  # over all elements of the held-out pictures' latents
 BOUND_PARTS = ("prior", "chain", "decoder")  # of a metric OF_THE_MODEL, behind its name
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
 
@@ -46,7 +47,7 @@ def reconstructed(name: str) -> str:
 def metric_names(e: Eval, features: str, comparable: bool, reconstructs: bool = False) -> list[str]:
     """The keys of all that an evaluation writes, each metric before what belongs to it."""
     if reconstructs:
-        return [reconstructed(name) for name in metric_names(e, features, comparable)] + [*OF_PAIRS]
+        return [reconstructed(name) for name in metric_names(e, features, comparable)] + [*OF_PAIRS, *OF_LATENTS]
     found = []
     for metric in e.metrics:
         found.append(metric_name(metric, features, "", comparable))

@@ -15,7 +15,7 @@ from dtrain.data.shards.cache import BlockCache, cache_of
 from dtrain.data.shards.manifest import Manifest, load_holdout
 from dtrain.errors import NotFinite
 from dtrain.evaluation.generate import GRID_IDS, named, which_not_finite
-from dtrain.evaluation.names import OF_PAIRS
+from dtrain.evaluation.names import OF_LATENTS, OF_PAIRS
 from dtrain.first_stage.pixels import Pixels
 from dtrain.models.kl_autoencoder import KLAutoencoder
 
@@ -23,18 +23,28 @@ BEST_PSNR = 100.0  # dB, of a picture that came back bit for bit, whose own woul
 
 
 class Quality(NamedTuple):
-    """Sums over some pictures. psnr: in dB, of 8-bit levels. ssim: with the window of Wang et al. 2004."""
+    """Sums over some pictures. psnr: in dB, of 8-bit levels. ssim: with the window of Wang et al. 2004.
+
+    latents, squares: of samples of the posteriors, their elements and the squares, expected. deviations: posteriors'.
+    """
 
     psnr: float
     ssim: float
     pictures: int
+    latents: float
+    squares: float
+    deviations: float
+    elements: int
 
 
 def mean_quality(of_blocks: dict[int, Quality]) -> dict[str, float]:
-    """psnr and ssim over the blocks of all ranks, summed in the order of their numbers. A collective."""
+    """OF_PAIRS and OF_LATENTS over the blocks of all ranks, summed in the order of their numbers. A collective."""
     found = {number: one for own in distributed.gather_objects(of_blocks) for number, one in own.items()}
-    pictures = sum(one.pictures for one in found.values())
-    return {name: sum(getattr(found[n], name) for n in sorted(found)) / pictures for name in OF_PAIRS}
+    total = Quality(*map(sum, zip(*(found[number] for number in sorted(found)), strict=True)))
+    mean = total.latents / total.elements
+    std = max(total.squares / total.elements - mean**2, 0.0) ** 0.5
+    pairs = [total.psnr / total.pictures, total.ssim / total.pictures]
+    return dict(zip(OF_PAIRS + OF_LATENTS, [*pairs, mean, std, total.deviations / total.elements], strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,16 @@ class Reconstructions:
             raise NotFinite(f"{len(bad)} of {len(ids)} reconstructions are not finite (ids {named(bad)})")
         return quantize(pixels).cpu()
 
+    @torch.inference_mode()
     def quality(self, ids: list[int], images: Tensor) -> Quality:
-        """How near these images are to the pictures that they are of."""
+        """How near these images are to the pictures that they are of, and what lay between."""
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-        ours, theirs = images.double(), self.originals(ids).double()
+        originals = self.originals(ids)
+        ours, theirs = images.double(), originals.double()
         errors = (ours - theirs).square().flatten(1).mean(1)  # (n,)
         psnr = (10 * torch.log10(255**2 / errors)).clamp(max=BEST_PSNR)
         ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0, reduction="none")
-        return Quality(float(psnr.sum()), float(ssim.sum()), len(ids))
+        mean, log_variance = (part.double() for part in self.model.encode(normalize(originals).to(self.device)))
+        sums = mean.sum(), (mean.square() + log_variance.exp()).sum(), (log_variance / 2).exp().sum()
+        return Quality(float(psnr.sum()), float(ssim.sum()), len(ids), *map(float, sums), mean.numel())
