@@ -104,8 +104,10 @@ def _default(field: Any) -> str | None:
 
 def _type(schema: dict[str, Any]) -> str:
     """A JSON schema in words."""
-    if "anyOf" in schema:
-        return " | ".join(_type(one) for one in schema["anyOf"])
+    if several := schema.get("anyOf", schema.get("oneOf")):
+        return " | ".join(dict.fromkeys(_type(one) for one in several))
+    if "$ref" in schema:
+        return "section"
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:

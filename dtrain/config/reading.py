@@ -248,7 +248,7 @@ def sections_of_field(field: FieldInfo) -> dict[str | None, type[BaseModel]]:
 def sections_of(annotation: Any) -> dict[str | None, type[BaseModel]]:
     """The sections a field may hold, by the tag of its union; None where there is but one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        tag = next((f for name in ("name", "process") if (f := annotation.model_fields.get(name))), None)
+        tag = next((f for name in ("name", "process", "kind") if (f := annotation.model_fields.get(name))), None)
         literal = get_args(tag.annotation) if tag is not None else ()
         return {literal[0] if literal and isinstance(literal[0], str) else None: annotation}
     found: dict[str | None, type[BaseModel]] = {}

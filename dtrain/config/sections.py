@@ -80,6 +80,11 @@ class PartSection(IdentitySection):
         """Random numbers of each row beside `time` and `noise`: `dtrain.draws.Draw`s."""
         return []
 
+    @property
+    def file_of_weights(self) -> str | None:
+        """Of a frozen network that an objective computes with; None where it has none of the user's."""
+        return None
+
     def network(self, width: int) -> Any | None:
         """The part of the backbone that makes a vector (N, width) of a condition; None where it has none."""
         return None

@@ -15,7 +15,7 @@ from dtrain.config.evaluation import OF_THE_MODEL, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
-from dtrain.config.sections import Section
+from dtrain.config.sections import IdentitySection, Section
 from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
 
 
@@ -117,6 +117,7 @@ class Config(Section):
                 f"data.image_size {self.data.image_size} does not halve {len(self.model.multipliers) - 1} times "
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
+        self.objective.check(self.data.image_size)
 
     def _side(self) -> str:
         side, pixels = self.shape[1], self.data.image_size
@@ -195,12 +196,18 @@ def identity(config: Config) -> dict[str, Any]:
     for name in type(config).model_fields:
         section = getattr(config, name)
         if isinstance(section, Section):
-            tree = section.model_dump(mode="json")
-            found |= {f"{name}.{key}": tree[key] for key in section.identity_keys()}
+            found |= {f"{name}.{key}": value for key, value in _kept(section).items()}
     for name, section in config.conditions.items():
         tree = section.model_dump(mode="json")
         found[f"conditions.{name}"] = {key: tree[key] for key in section.identity_keys() or tree}
     return found | {"data.mix": [[s.name, s.weight] for s in config.data.mix]}  # where they lie may change
+
+
+def _kept(section: Section) -> dict[str, Any]:
+    """The identity keys of a section, and of the sections within it that have such keys."""
+    tree = section.model_dump(mode="json")
+    parts = {key: getattr(section, key) for key in section.identity_keys()}
+    return {key: _kept(part) if isinstance(part, IdentitySection) else tree[key] for key, part in parts.items()}
 
 
 def architecture(config: Config) -> dict[str, Any]:

@@ -21,11 +21,15 @@ LOG_VARIANCE = (-30.0, 20.0)  # what a posterior's is held in, so that no deviat
 
 
 class Reconstruction(NamedTuple):
-    """pixels (N, C, H, W) of a latent drawn from the posterior; mean and log_variance (N, Z, h, w) of that."""
+    """pixels (N, C, H, W) of a latent drawn from the posterior; mean and log_variance (N, Z, h, w) of that.
+
+    features: (N, D, H, W), what the decoder's last convolution made the pixels of, detached.
+    """
 
     pixels: Tensor
     mean: Tensor
     log_variance: Tensor
+    features: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -137,11 +141,13 @@ class Decoder(nn.Module):
         self.conv_norm_out = group_norm(before, groups)
         self.conv_out = Conv2d(before, out, 3, padding=1)
 
-    def forward(self, z: Tensor, run) -> Tensor:
+    def forward(self, z: Tensor, run) -> tuple[Tensor, Tensor]:
+        """(pixels, the last convolution's input)."""
         z = self.conv_in(z)
         for level in (self.mid_block, *self.up_blocks):
             z = run(level, z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        features = F.silu(self.conv_norm_out(z))
+        return self.conv_out(features), features
 
 
 def _called(level: nn.Module, x: Tensor) -> Tensor:
@@ -178,7 +184,8 @@ class KLAutoencoder(nn.Module):
         """x (N, C, H, W) in [−1, 1], noise (N, Z, h, w) standard normal; float32 whatever the weights compute in."""
         mean, log_variance = self.encode(x)
         latent = mean + torch.exp(0.5 * log_variance) * noise
-        return Reconstruction(self.decode(latent), mean, log_variance)
+        pixels, features = self._decoded(latent)
+        return Reconstruction(pixels, mean, log_variance, features.detach())
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (N, Z, h, w) of the posterior, float32."""
@@ -188,7 +195,12 @@ class KLAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pictures (N, C, H, W), float32, not held in [−1, 1]."""
-        return self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)), self._run).float()
+        return self._decoded(latent)[0]
+
+    def _decoded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype))
+        pixels, features = self.decoder(latent, self._run)
+        return pixels.float(), features
 
     @property
     def _run(self):

@@ -17,7 +17,8 @@ def build(config: Config) -> Objective:
     if objective.kind == "denoising":
         return denoising(config.diffusion, "continuous" if config.first_stage.is_continuous else "discretised")
     if objective.kind == "autoencoding":
-        return Autoencoding(objective.reconstruction, objective.kl_weight)
+        width = config.model.width * config.model.multipliers[0]
+        return Autoencoding(objective, config.data.channels, width, config.optim)
     return objective.build(config)
 
 

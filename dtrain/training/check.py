@@ -24,6 +24,7 @@ from dtrain.training.safety.stopping import deadline
 
 SHORTEST = 100  # steps of a run that is meant to be evaluated
 MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning
+LEAST_KL = 1e-2  # beside an error that is summed over the picture; 0.5 is the bound of a decoder with deviation 1
 PUBLISHED = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # files that run.init_from takes besides checkpoints
 
 
@@ -60,6 +61,11 @@ def warnings(config: Config) -> list[str]:
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
                 f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
             )
+    if (weight := getattr(config.objective, "kl_weight", LEAST_KL)) < LEAST_KL:
+        lines.append(
+            f"objective.kl_weight {weight:g}: it leaves the latents no prior to sample; pictures are drawn by a model "
+            "that is trained on them, with first_stage.kind kl"
+        )
     end, images = config.optim.decay_end, steps * config.data.batch_size
     if end is not None and images > end:
         lines.append(
@@ -113,6 +119,8 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     manifests.check_all(manifest, config.data)
     check_first_stage(config, manifest)
     check_fields(config, manifest)
+    if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):
+        raise UserError(f"objective.perceptual.file names {weights}{from_where(weights)}, which is no file")
     lacking = check_training(config, manifest)
     if config.eval.every:
         check_evaluation(config)

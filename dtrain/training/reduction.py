@@ -58,9 +58,7 @@ class StepSums:
     levels: list[float]  # sums, then counts, of unweighted losses by noise level
     named: dict[str, float]  # what an objective reports beside: means over the global batch
     truncated: int = 0  # captions that were cut
-    vectors: Mapping[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # float64, likewise, for the objective's next step
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, for the objective's next step
 
 
 class _Reading:

@@ -7,12 +7,16 @@ import torch
 from PIL import Image
 
 from dtrain.checkpoint.export import export, load_weights, open_checkpoint
-from dtrain.data.shards.manifest import load_all
+from dtrain.data.fields.picture import normalize, quantize
+from dtrain.data.fields.samples import read_split
+from dtrain.data.shards.manifest import load_all, load_holdout
 from dtrain.data.stream import Completion, StepDataset
 from dtrain.errors import UserError
+from dtrain.evaluation.names import OF_LATENTS
 from dtrain.models.build import allocate, build
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read
+from dtrain.training.check import warnings
 from tests.checkpoint.exported import run_readme_in_a_fork
 from tests.command_line import command
 from tests.digits import losses, tiny
@@ -36,7 +40,7 @@ def by_hand(config, steps, batch_size):
     for step in range(steps):
         batch = complete(data[step])
         x = batch["image"]
-        pixels, mean, log_variance = model(x, batch["posterior"])
+        pixels, mean, log_variance, _ = model(x, batch["posterior"])
         posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
         kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
         loss = ((pixels - x).abs().flatten(1).sum(1) + 0.01 * kl).mean() / x[0].numel()
@@ -73,10 +77,6 @@ def psnr_and_ssim(config, model):
     """By hand over all held-out digits: the mean over pictures, and torchmetrics' module."""
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-    from dtrain.data.fields.picture import normalize, quantize
-    from dtrain.data.fields.samples import read_split
-    from dtrain.data.shards.manifest import load_holdout
-
     split = load_holdout(config.data)
     images, _ = read_split(split, split.place, 8, 1, 0, 48)
     with torch.no_grad():
@@ -85,6 +85,15 @@ def psnr_and_ssim(config, model):
     return psnr(drawn, images.double()).item(), StructuralSimilarityIndexMeasure(data_range=255.0)(
         drawn, images.double()
     ).item()
+
+
+def drawn_latents(config, model, seed):
+    """Of all held-out digits, one sample of each posterior."""
+    split, generator = load_holdout(config.data), torch.Generator().manual_seed(seed)
+    images, _ = read_split(split, split.place, 8, 1, 0, 48)
+    with torch.no_grad():
+        mean, log_variance = model.encode(normalize(images))
+    return torch.normal(mean, (log_variance / 2).exp(), generator=generator)
 
 
 def test_it_is_evaluated_by_what_it_gives_back_in_training_and_after_on_any_number_of_ranks(digits, tmp_path):
@@ -97,11 +106,16 @@ def test_it_is_evaluated_by_what_it_gives_back_in_training_and_after_on_any_numb
     psnr, ssim = psnr_and_ssim(config, model)
     assert last["metrics"]["psnr"] == pytest.approx(psnr, rel=1e-6)
     assert last["metrics"]["ssim"] == pytest.approx(ssim, rel=1e-6)
+    samples = torch.cat([drawn_latents(config, model, seed) for seed in range(8)])
+    assert last["metrics"]["latent_mean"] == pytest.approx(samples.mean().item(), abs=0.02)
+    assert last["metrics"]["latent_std"] == pytest.approx(samples.std().item(), rel=0.02)
     for ranks in (1, 3):
         code, said = run_ranks(command, ranks, "evaluate", str(config.run.path), "--json")[0]
         assert code == 0, said
         again = json.loads(said.splitlines()[-1])["metrics"]
+        latents = {name: again.pop(name) for name in OF_LATENTS}  # of float32, and not of 8-bit pixels
         assert again == pytest.approx({name: last["metrics"][name] for name in again}, rel=1e-9)
+        assert latents == pytest.approx({name: last["metrics"][name] for name in latents}, rel=1e-5)
     with Image.open(config.run.path / "samples" / "step-00000012.png") as picture:
         assert picture.size == (4 * (8 * 9 - 1), 4 * (16 * 9 - 1))  # eight rows of originals, eight of what came back
 
@@ -127,6 +141,12 @@ def test_what_has_no_prior_is_not_sampled(digits, tmp_path):
 def test_what_does_not_fit_is_refused_in_one_line(digits, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         autoencoder(digits, tmp_path, *overrides)
+
+
+def test_a_tiny_weight_of_the_divergence_is_warned_of_as_leaving_no_prior(digits, tmp_path):
+    tiny_weight, whole = (warnings(autoencoder(digits, tmp_path, f"objective.kl_weight={w}")) for w in (1e-6, 0.5))
+    assert any(line.startswith("objective.kl_weight 1e-06: it leaves the latents no prior") for line in tiny_weight)
+    assert not any("prior" in line for line in whole)
 
 
 def test_exported_it_is_diffusers_own_and_the_first_stage_of_a_training(digits, tmp_path):

