@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from tests.data.shard_files import data_set, labelled_pictures
@@ -43,6 +44,17 @@ def killed(shards, destination, source, world_size, kill_at, **request) -> None:
     for process, _ in started:
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
+
+
+def killed_after(seconds, shards, destination, source, world_size, statistics_only, **request) -> bool:
+    """`encode` whose ranks are killed so many seconds after their start. False where one had already ended."""
+    started = start_ranks(encode, world_size, shards, destination, source, statistics_only, request)
+    time.sleep(seconds)
+    for process, _ in started:
+        process.kill()
+    for process, _ in started:
+        process.join(60)
+    return all(process.exitcode == -signal.SIGKILL for process, _ in started)
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Training on a latent cache: the losses of encoding online, bit for bit, and no cache but the right one."""
 
 import itertools
+import json
+import shlex
 import shutil
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.training.check import check_start
+from tests.command_line import command, failing
 from tests.digits import losses
 from tests.first_stage.caches import encoded, pictures
 from tests.first_stage.folders import latent, save_kl
@@ -31,6 +34,10 @@ def place(tmp_path_factory, autoencoder):
         ("large", {"mirrors": True, "size": 16}),
     ):
         encoded(shards, folder / name, autoencoder, 2, **request)
+    shutil.copytree(folder / "cache", folder / "unit")
+    manifest = (folder / "unit" / "manifest.json").read_text()
+    made = json.loads(manifest) | {"latents": json.loads(manifest)["latents"] | {"range": [0.0, 1.0]}}
+    (folder / "unit" / "manifest.json").write_text(json.dumps(made))
     encoded(pictures(folder / "others", first=200), folder / "of-others", autoencoder, mirrors=True)
     encoded(shards, folder / "statistics.json", autoencoder, statistics_only=True, mirrors=True)
     encoded(shards, folder / "unmirrored.json", autoencoder, statistics_only=True)
@@ -89,8 +96,28 @@ def same_losses(tmp_path, place, autoencoder, stage, ranks, steps):
 
 
 def test_a_cache_of_float16_trains_within_two_thousandths(tmp_path, place, autoencoder):
-    whole = trained(config_of(place, tmp_path, autoencoder, "cache", *CACHED, "run.name=whole"), 1)
-    half = trained(config_of(place, tmp_path, autoencoder, "half", *CACHED, "run.name=half"), 1)
+    similar_losses(tmp_path, place, autoencoder, 2, 1, steps=12)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("stage", "ranks"), itertools.product((0, 1, 2, 3), (1, 2)))
+def test_a_cache_of_float16_trains_within_two_thousandths_over_50_steps(tmp_path, place, autoencoder, stage, ranks):
+    similar_losses(tmp_path, place, autoencoder, stage, ranks, steps=50)
+
+
+def similar_losses(tmp_path, place, autoencoder, stage, ranks, steps):
+    """Of a cache in float16, and of one in float32."""
+    whole, half = (
+        trained(
+            config_of(
+                *(place, tmp_path, autoencoder, cache, *CACHED, f"run.name={cache}"),
+                *(f"deepspeed.zero_stage={stage}", f"train.steps={steps}"),
+            ),
+            ranks,
+        )
+        for cache in ("cache", "half")
+    )
+    assert len(half) == steps
     assert half != whole
     assert half == pytest.approx(whole, rel=2e-3)
 
@@ -120,6 +147,9 @@ REFUSED = {
     "another size": (None, "large", CACHED, "pictures of size 16, and data.image_size has 8"),
     "another precision": (None, "bf16", CACHED, "precision bf16, and first_stage.precision has fp32"),
     "another block": (None, "blocks", CACHED, "blocks of 2, and first_stage.block has 1"),
+    "another scaling": (None, "cache", (*CACHED, "data.scaling=adm"), "scaling bicubic, and data.scaling has adm"),
+    "another crop": (None, "cache", (*CACHED, "data.crop=random"), "a cache holds one crop of each picture"),
+    "another range": (None, "unit", CACHED, "pixels in [0.0, 1.0], and what the autoencoder is given has [-1.0, 1.0]"),
     "EXIF ignored": (None, "cache", (*CACHED, "data.exif=ignore"), "exif apply, and data.exif has ignore"),
     "no mirrors": (None, "plain", CACHED, "of pictures without their mirrors"),
     "pictures": (None, "train", CACHED, "is of no latent cache; make one with: dtrain encode"),
@@ -157,6 +187,28 @@ REFUSED = {
 }
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize(("name", "ranks"), itertools.product(REFUSED, (1, 2)))
+def test_no_other_cache_or_statistics_begin_a_training(monkeypatch, tmp_path, place, autoencoder, name, ranks):
+    refused(monkeypatch, tmp_path, place, autoencoder, name, ranks)
+
+
+def test_a_changed_byte_begins_no_training(monkeypatch, tmp_path, place, autoencoder):
+    refused(monkeypatch, tmp_path, place, autoencoder, "a changed byte of the weights", 2)
+
+
+def refused(monkeypatch, tmp_path, place, autoencoder, name, ranks):
+    """By `dtrain train` in one line and exit code 2, before a run is there."""
+    what, shards, overrides, words = REFUSED[name]
+    monkeypatch.chdir(place)
+    config = config_of(place, tmp_path, autoencoder, "cache")
+    (tmp_path / "latent.yaml").write_text(config.dump())
+    folder = changed(place, tmp_path, autoencoder, what)
+    given = (f"first_stage.source={folder}", f"data.shards={shards}", *overrides)
+    assert words in failing("train", tmp_path / "latent.yaml", *given, world_size=ranks)
+    assert not config.run.path.exists()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_other_cache_or_statistics_are_taken(monkeypatch, tmp_path, place, autoencoder, name):
     what, shards, overrides, words = REFUSED[name]
@@ -169,10 +221,6 @@ def test_no_other_cache_or_statistics_are_taken(monkeypatch, tmp_path, place, au
 
 
 def test_the_command_that_a_refusal_names_makes_what_is_missing(monkeypatch, tmp_path, place, autoencoder):
-    import shlex
-
-    from tests.command_line import command
-
     monkeypatch.chdir(tmp_path)
     config = config_of(place, tmp_path, autoencoder, "train", "first_stage.normalise=dataset")
     with pytest.raises(UserError) as e:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from dtrain.data.shards.manifest import load
 from dtrain.first_stage.requirements import read_statistics
 from tests.command_line import command, failing
 from tests.data.shard_files import data_set, labelled_pictures, samples_of
-from tests.first_stage.caches import COUNT, content, encoded, killed, pictures
+from tests.first_stage.caches import COUNT, content, encoded, killed, killed_after, pictures
 from tests.first_stage.folders import save_kl
 from tests.ranks import run_ranks
 
@@ -54,6 +56,39 @@ def test_a_cache_that_was_killed_four_times_has_the_same_bytes(tmp_path, shards,
     assert content(folder) == content(cache)
     assert [p.name for p in tmp_path.iterdir()] == ["latents"]
     assert "keeping what is there" in encoded(shards, folder, autoencoder, 2, mirrors=True)
+
+
+KINDS = {
+    "float32": {},
+    "float16 with mirrors": {"dtype": "float16", "mirrors": True},
+    "blocks": {"block": 5, "mirrors": True},
+    "statistics": {"statistics_only": True, "mirrors": True},
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_kills_at_any_moment_leave_the_same_bytes(tmp_path, autoencoder, kind):
+    """Five times of each kind, on 1 to 3 ranks, which change with each call, at moments of a seed that is printed."""
+    seed = int(os.environ.get("DTRAIN_SEED", time.time_ns() % 2**32))
+    print(f"DTRAIN_SEED={seed}")
+    draws, request = np.random.default_rng(seed), {"statistics_only": False} | KINDS[kind]
+    shards = pictures(tmp_path / "train", 600)
+    started = time.monotonic()
+    encoded(shards, tmp_path / "whole", autoencoder, 2, **request)
+    longest = time.monotonic() - started
+    for number in range(5):
+        kills = 0
+        while kills < 4:
+            ranks, moment = int(draws.integers(1, 4)), draws.uniform(0, longest)
+            kills += killed_after(moment, shards, tmp_path / f"{number}", autoencoder, ranks, **request)
+        encoded(shards, tmp_path / f"{number}", autoencoder, int(draws.integers(1, 4)), **request)
+        assert bytes_of(tmp_path / f"{number}") == bytes_of(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*"01234", "train", "whole"]
+
+
+def bytes_of(made):
+    return content(made) if made.is_dir() else made.read_bytes()
 
 
 @torch.no_grad()
