@@ -7,9 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.config import Config
 from dtrain.config.models import DIT_SIZES as SIZES
+from dtrain.diffusion.guidance import guided
 from dtrain.models.build import build
 from dtrain.models.dit import DiT
 from dtrain.models.layers import initialize, positions, timestep_embedding
+from dtrain.models.published import load_published
 
 PARAMETERS = {
     "S/2": 32_963_360,
@@ -308,3 +310,24 @@ def test_a_learned_variance_doubles_the_output_channels():
     tree = config(depth=1, width=32, heads=4, patch=2).model_dump()
     tree["diffusion"] |= {"variance": "learned_range", "loss": "hybrid"}
     assert build(Config.model_validate(tree)).out_channels == 2
+
+
+@pytest.mark.parametrize("layout", ["bare", "ema", "model"])
+def test_official_weights_of_latents_load_in_each_layout_and_their_guided_output_is_the_equations(tmp_path, layout):
+    """A bare state dict, or a file of two sets. DiT guides three of four channels, and no learned variance."""
+    theirs, other = (randomised(seed, channels=4, learn_sigma=True) for seed in (0, 1))
+    state, file = theirs.state_dict(), tmp_path / "DiT.pt"
+    torch.save(
+        state if layout == "bare" else {"ema": other.state_dict(), "model": other.state_dict()} | {layout: state}, file
+    )
+    which = None if layout == "bare" else layout
+    ours = load_published(randomised(2, channels=4, learn_sigma=True), file, which)
+    x, t, y = inputs(ours)
+    w, sizes = {k: v.numpy() for k, v in state.items()}, {k: SMALL[k] for k in ("patch", "heads", "depth")}
+    cond, uncond = (from_the_equations(w, x.numpy(), t.tolist(), label, **sizes) for label in (y.numpy(), [5, 5, 5]))
+    expected = np.concatenate([uncond[:, :3] + 4 * (cond - uncond)[:, :3], cond[:, 3:]], axis=1)
+    null = lambda condition: {"y": torch.full_like(condition["y"], 5)}  # noqa: E731
+    with torch.no_grad():
+        found = guided(ours, 4.0, null, channels=3)(x, t, y=y).numpy()
+    assert found.shape == (3, 8, 12, 12)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
