@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -79,11 +80,19 @@ def in_order(
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Spawned, not forked: the caller may have threads, of a progress bar or of fsspec. They can open what it can."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, spawn, initializer=_lend, initargs=(addresses.environment(),))
+    return ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(addresses.environment(),))
 
 
-def _lend(environment: dict[str, str]) -> None:
+def _begin(environment: dict[str, str]) -> None:
+    """In a worker, before its first item."""
     os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Where the process that asked is killed, no queue ends: each worker holds the other end of those it waits at."""
+    connection.wait([parent])
+    os._exit(1)
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dtrain.data.shards.parallel import WorkerKilled, each, in_order
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks
 
 
 def itself(item):
@@ -58,3 +58,26 @@ def leave_early(times: int) -> int:
 
 def test_whoever_leaves_while_a_worker_writes_half_an_answer_does_not_wait_for_the_other_half():
     assert run_ranks(leave_early, 1, 4, timeout=60) == [4]
+
+
+def own_pid(_: int) -> int:
+    time.sleep(0.1)  # so that each worker has one
+    return os.getpid()
+
+
+def killed_while_it_asks(path) -> None:
+    answers = each(own_pid, range(8), 2)
+    path.write_text(" ".join({str(pid) for _, pid in (next(answers) for _ in range(4))}))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    ((process, _),) = start_ranks(killed_while_it_asks, 1, tmp_path / "workers")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    left = {f"/proc/{pid}" for pid in (tmp_path / "workers").read_text().split()}
+    end = time.monotonic() + 20
+    while left and time.monotonic() < end:
+        left = {place for place in left if os.path.exists(place)}
+        time.sleep(0.05)
+    assert not left
