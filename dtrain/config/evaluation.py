@@ -11,10 +11,13 @@ from dtrain.config.sections import NonNegative, Place, Positive, Probability, Se
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
 # bpd: the bound on held-out images, in bits/dim; nats_per_dim_latent: the bound on the density of their latents
-Metric = Literal["fd", "fd_infinity", "kid", "precision", "recall", "is", "bpd", "nats_per_dim_latent"]
+Metric = Literal[
+    "fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "is", "bpd", "nats_per_dim_latent"
+]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
-HIGHER_IS_BETTER = {"precision", "recall", "is", "rprecision", "rrecall", "ris", "psnr", "ssim"}
+_HIGHER = ("precision", "recall", "density", "coverage", "is")
+HIGHER_IS_BETTER = {*_HIGHER, *(f"r{metric}" for metric in _HIGHER), "psnr", "ssim"}
 OF_THE_MODEL = {"bpd", "nats_per_dim_latent"}  # without samples and features; `evaluate` asks the model itself
 
 

@@ -27,9 +27,10 @@ from dtrain.evaluation.names import (
 )
 
 OF_MOMENTS = {"fd"}
-OF_REFERENCE_FEATURES = {"kid", "precision", "recall"}
+PRECISION, DENSITY = ("precision", "recall"), ("density", "coverage")
+OF_REFERENCE_FEATURES = {"kid", *PRECISION, *DENSITY}
 SPLITS = 10  # parts of the samples that the Inception score is taken over
-NEIGHBOURS = 3  # of precision and recall
+NEIGHBOURS, NEIGHBOURS_OF_DENSITY = 3, 5  # as their authors took
 
 
 class Features(Protocol):
@@ -208,11 +209,12 @@ def check_metrics(e: Eval, features: Features, references: int | None = None) ->
         raise UserError(f"eval.num_samples {n}: one sample has no spread to compare; take thousands")
     if references is not None and references < 2 and {"fd", "fd_infinity", "kid"} & set(e.metrics):
         raise UserError(f"the held-out split has {references} image, and one has no spread to compare; hold out more")
-    if references is not None and references <= NEIGHBOURS and {"precision", "recall"} & set(e.metrics):
-        raise UserError(
-            f"precision and recall need more than {NEIGHBOURS} held-out images, not {references}: with fewer every "
-            "sample counts as near; hold out more"
-        )
+    for pair, k in ((PRECISION, NEIGHBOURS), (DENSITY, NEIGHBOURS_OF_DENSITY)):
+        if references is not None and references <= k and set(pair) & set(e.metrics):
+            raise UserError(
+                f"{' and '.join(pair)} need more than {k} held-out images, not {references}: with fewer every sample "
+                "counts as near; hold out more"
+            )
     if "is" in e.metrics and not features.classes:
         raise UserError(
             f"the Inception score needs features with classes, which {features.name} are not; take inception"
@@ -223,7 +225,7 @@ def check_metrics(e: Eval, features: Features, references: int | None = None) ->
         raise UserError(
             f"fd_infinity of {features.name} needs at least {4 * dimensions} samples (4 a dimension), not {n}"
         )
-    if {"precision", "recall"} & set(e.metrics) and n <= NEIGHBOURS:
+    if set(PRECISION) & set(e.metrics) and n <= NEIGHBOURS:
         raise UserError(f"precision and recall need more than {NEIGHBOURS} samples; raise eval.num_samples {n}")
     if e.bootstrap and "fd" not in e.metrics:
         raise UserError(

@@ -7,9 +7,10 @@ from dtrain.evaluation.features.build import Extractor
 from dtrain.evaluation.metrics.frechet import bootstrap_interval, fd_infinity, frechet_distance
 from dtrain.evaluation.metrics.inception_score import inception_score
 from dtrain.evaluation.metrics.kernel import kernel_distance
-from dtrain.evaluation.metrics.neighbours import precision_and_recall
+from dtrain.evaluation.metrics.neighbours import density_and_coverage, precision_and_recall
 from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.names import metric_name
+from dtrain.evaluation.requirements import DENSITY, PRECISION
 
 
 def compute(
@@ -46,12 +47,11 @@ def compute(
     if "kid" in e.metrics:
         kid = kernel_distance(features, reference_features, e.seed)
         put("kid", kid.mean, std=kid.std)
-    if {"precision", "recall"} & set(e.metrics):
-        for metric, value in zip(
-            ("precision", "recall"), precision_and_recall(features, reference_features), strict=True
-        ):
-            if metric in e.metrics:
-                put(metric, value)
+    for pair, computed in ((PRECISION, precision_and_recall), (DENSITY, density_and_coverage)):
+        if set(pair) & set(e.metrics):
+            for metric, value in zip(pair, computed(features, reference_features), strict=True):
+                if metric in e.metrics:
+                    put(metric, value)
     if "is" in e.metrics:
         score = inception_score(extractor.probabilities(features))
         put("is", score.mean, std=score.std)

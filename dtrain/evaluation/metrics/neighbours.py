@@ -1,13 +1,14 @@
-"""Improved precision and recall: how many samples lie where data is, and how much of the data where samples are.
+"""How many samples lie where data is, and how much of the data where samples are: by balls around real images.
 
-Kynkäänniemi, Karras, Laine, Lehtinen & Aila (2019), "Improved precision and recall metric for assessing generative
-models". Distances are made tile by tile: of 50,000 × 50,000 only 32 MB exist at a time.
+Improved precision and recall: Kynkäänniemi, Karras, Laine, Lehtinen & Aila (2019), "Improved precision and recall
+metric for assessing generative models". Density and coverage: Naeem, Oh, Uh, Choi & Yoo (2020), "Reliable fidelity and
+diversity metrics for generative models". Distances are made tile by tile: of 50,000 × 50,000 only 32 MB exist at once.
 """
 
 import torch
 from torch import Tensor
 
-from dtrain.evaluation.requirements import NEIGHBOURS
+from dtrain.evaluation.requirements import NEIGHBOURS, NEIGHBOURS_OF_DENSITY
 
 ROWS, COLUMNS = 1024, 8192  # of a tile of distances
 
@@ -18,12 +19,36 @@ def precision_and_recall(features: Tensor, reference: Tensor, k: int = NEIGHBOUR
     Precision is the share of features within the ball around some reference point that reaches its k-th nearest other
     reference point; recall the same with the sets exchanged. Computed in the features' dtype.
     """
-    # Distances come from a·b, which loses digits where vectors are long against their distances: take out the mean.
-    centre = reference.mean(0, keepdim=True)
-    features, reference = features - centre, reference - centre
+    features, reference = _centred(features, reference)
     precision = _share_covered(features, reference, radii(reference, k))
     recall = _share_covered(reference, features, radii(features, k))
     return precision, recall
+
+
+def density_and_coverage(features: Tensor, reference: Tensor, k: int = NEIGHBOURS_OF_DENSITY) -> tuple[float, float]:
+    """(density, coverage) of features (N, D) against reference (M, D), M > k.
+
+    With a ball around each reference point that reaches its k-th nearest other one: density is the number of balls that
+    a feature lies in, on average, divided by k (an outlier of the data adds one ball, while to precision it may add all
+    of a region; above 1 where samples crowd where data is dense). Coverage is the share of balls with a feature in
+    them; for samples of the data's own law it is 1 − Π_{i=1…k} (M − i)/(M + N − i) in expectation.
+    """
+    features, reference = _centred(features, reference)
+    balls, met = 0, 0
+    for centres, reach in zip(reference.split(ROWS), radii(reference, k).split(ROWS), strict=True):
+        found = torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
+        for points in features.split(COLUMNS):
+            inside = torch.cdist(centres, points) <= reach[:, None]
+            balls += int(inside.sum())
+            found |= inside.any(1)
+        met += int(found.sum())
+    return balls / (k * len(features)), met / len(reference)
+
+
+def _centred(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances come from a·b, which loses digits where vectors are long against their distances: without the mean."""
+    centre = reference.mean(0, keepdim=True)
+    return features - centre, reference - centre
 
 
 def radii(points: Tensor, k: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The metrics that need every feature, and seeded subsets of them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from dtrain.evaluation.metrics.frechet import bootstrap_interval, fd_infinity, f
 from dtrain.evaluation.metrics.inception_score import inception_score
 from dtrain.evaluation.metrics.kernel import kernel_distance, squared_mmd
 from dtrain.evaluation.metrics.moments import statistics_of
-from dtrain.evaluation.metrics.neighbours import precision_and_recall, radii
+from dtrain.evaluation.metrics.neighbours import density_and_coverage, precision_and_recall, radii
 from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.metrics.subsets import KERNEL_REFERENCE, KERNEL_SAMPLES, Subsets
 from tests.ranks import run_ranks
@@ -77,6 +79,31 @@ def test_precision_and_recall_equal_torch_fidelitys(offset):
     assert recall == pytest.approx(theirs[KEY_METRIC_RECALL], abs=1e-6)
     assert 0.2 < recall < precision < 1  # so that neither is trivially right
     assert precision_and_recall(x.float(), y.float()) == pytest.approx((precision, recall), abs=0.005)
+
+
+def test_density_and_coverage_are_what_brute_force_counts(monkeypatch):
+    """In tiles that divide neither set."""
+    monkeypatch.setattr(neighbours, "ROWS", 64)
+    monkeypatch.setattr(neighbours, "COLUMNS", 100)
+    x, y = normals(430, 3, 0, scale=0.7).double() + 50, normals(310, 3, 1).double() + 50
+    distances, between = torch.cdist(y - 50, y - 50).numpy(), torch.cdist(x - 50, y - 50).numpy()
+    reach = np.sort(distances, axis=1)[:, 5]  # itself is the nearest
+    counted = [[row[j] <= reach[j] for j in range(len(y))] for row in between]
+    density, coverage = density_and_coverage(x, y)
+    assert density == pytest.approx(sum(map(sum, counted)) / (5 * len(x)), abs=1e-12)
+    assert coverage == pytest.approx(sum(map(any, zip(*counted, strict=True))) / len(y), abs=1e-12)
+    assert 1 < density < 2  # as samples crowd in the middle
+    assert coverage < 0.9
+
+
+@pytest.mark.parametrize(("samples", "k"), [(40, 5), (40, 2), (15, 3)])
+def test_samples_of_the_datas_own_law_have_density_1_and_the_coverage_of_order_statistics(samples, k):
+    """Which of the nearest points of a real one are real is a draw without replacement, whatever the law."""
+    found = np.array(
+        [density_and_coverage(normals(samples, 2, 2 * i), normals(30, 2, 2 * i + 1), k) for i in range(400)]
+    )
+    expected = 1.0, 1 - math.prod((30 - i) / (30 + samples - i) for i in range(1, k + 1))
+    assert np.all(np.abs(found.mean(0) - expected) < 4 * found.std(0) / np.sqrt(len(found)))
 
 
 def test_distances_are_made_in_tiles_of_bounded_memory(monkeypatch):
