@@ -181,8 +181,15 @@ class _Accelerator(TorchFunctionMode):
             dtype = torch.bfloat16 if function in PRODUCTS else torch.float32
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(dtype), (args, kwargs))
         if function is F.scaled_dot_product_attention:
-            return aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+            return _fused_attention(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> torch.Tensor:
+    """Called as `F.scaled_dot_product_attention` is; the kernel has its arguments in another order."""
+    mask = None if attn_mask is None else attn_mask.to(q.dtype)
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
 def _attention_flops(q, k, v, *_, out_shape=None, **__) -> int:
