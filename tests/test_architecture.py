@@ -121,7 +121,8 @@ def found(digits, tmp_path_factory):
         *(data, folder / "run"),
         *("train.steps=1", "train.micro_batch=12", "eval.every=1", "eval.num_samples=24", "eval.features=pixels"),
     )
-    return run_ranks(train_traced, 1, config)[0]
+    # A slow machine would have kept there what a trace is to see being read.
+    return run_ranks(train_traced, 1, config, environment={"XDG_CACHE_HOME": str(folder / "cache")})[0]
 
 
 def listed(heading):
