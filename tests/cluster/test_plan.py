@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrain.cluster.cost import activations, flops_per_image
+from dtrain.cluster.cost import FUSED_ATTENTION, _Accelerator, activations, flops_per_image
 from dtrain.cluster.memory import Sizes, checkpoint_bytes, state
 from dtrain.cluster.plan import ActivationBytes, plan
 from dtrain.config import load
@@ -69,6 +70,18 @@ def measured_activations(config, rows: int, checkpointing: bool) -> tuple[int, i
         elif event.name() == "forward is done":
             saved = held
     return saved, most
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_to_masked_tokens_is_two_products(autocast):
+    """16 tokens to 44, in 2 heads of 8 channels, for 3 rows; with a mask as with none."""
+    q, k = (torch.empty(3, 2, tokens, 8, device="meta") for tokens in (16, 44))
+    for mask in ([], [torch.empty(3, 1, 1, 44, dtype=torch.bool, device="meta")]):
+        with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, _Accelerator(autocast, "cuda"):
+            found = F.scaled_dot_product_attention(q, k, k, *mask)
+        assert found.shape == q.shape
+        assert found.dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 2 * 16 * 44 * 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
