@@ -165,9 +165,9 @@ def test_exported_it_is_diffusers_own_and_the_first_stage_of_a_training(digits, 
     assert run_readme_in_a_fork(folder, tmp_path).exists()
     statistics = tmp_path / "latents.json"
     arguments = ["encode", f"{digits}/train", str(statistics), "--first-stage", str(folder), "--size", "8"]
-    ((code, said),) = run_ranks(command, 1, *arguments, "--statistics-only")
+    ((code, said),) = run_ranks(command, 1, *arguments, "--statistics-only", "--block", 64)
     assert code == 0, said
-    more = [f"first_stage={{kind: kl, source: {folder}, normalise: dataset, statistics: {statistics}}}"]
+    more = [f"first_stage={{kind: kl, source: {folder}, normalise: dataset, statistics: {statistics}, block: 64}}"]
     latent = tiny(digits, tmp_path, "run.name=latent", "eval.every=4", "train.steps=4", "eval.features=pixels", *more)
     run_ranks(train, 1, latent)
     evaluation = next(line for line in read(latent.run.path / "journal.jsonl") if line["event"] == "eval")
