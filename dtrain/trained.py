@@ -12,6 +12,7 @@ import torch
 from dtrain import config as configuration
 from dtrain import distributed
 from dtrain.checkpoint.export import class_names_of, load_weights, open_checkpoint, weights_key
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
@@ -187,6 +188,7 @@ def load(
     meta = checkpoint.meta
     names = class_names_of(config.data, config.model.num_classes)
     first_stage = of_checkpoint(config, meta.get("first_stage"), where)
+    build_conditions(config).check(meta.get("text_encoders"))
     return _trained(model, config, meta["step"], meta["images"], names, where, first_stage)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from dtrain.batch import Batch, Condition
 from dtrain.conditions.classes import Classes
 from dtrain.conditions.condition import Conditioning
+from dtrain.conditions.encoders import Frozen
 from dtrain.conditions.text import Trained, Words
 from dtrain.config import Config, Section, Text
 from dtrain.data.declared import caption
@@ -67,6 +69,21 @@ class Conditions:
         return {part.name: prompts for part in self.words}
 
     @property
+    def stated(self) -> dict[str, Any]:
+        """What a checkpoint says of the frozen encoders, as plain data; nothing where there are none."""
+        return {"text_encoders": found} if (found := self.fingerprints) else {}
+
+    def check(self, stated: Any) -> None:
+        """Raises UserError where a checkpoint, as its `text_encoders` say, was trained with other frozen encoders."""
+        for name, own in self.fingerprints.items():
+            theirs = stated.get(name) if isinstance(stated, dict) else None
+            if theirs not in (None, own):
+                raise UserError(
+                    f"it was trained with another text encoder (fingerprint {str(theirs)[:12]} there, {own[:12]} here) "
+                    f"of other files, precision or block; name the right folder in conditions.{name}.encoder"
+                )
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """Of the frozen encoders, by condition."""
         return {part.name: part.fingerprint for part in self.words if part.fingerprint is not None}
@@ -93,7 +110,8 @@ def build(config: Config) -> Conditions:
 def _part(name: str, section: Section, config: Config) -> Conditioning:
     if not isinstance(section, Text):
         return section.build(config)
-    return Words(caption(name, section), Trained(section.length), section.dropout, section.null == "empty")
+    encoder = Trained(section.length) if section.trained else Frozen(section)
+    return Words(caption(name, section), encoder, section.dropout, section.null == "empty")
 
 
 def typical_forward(model: nn.Module, config: Config, rows: int, training: bool = True) -> Callable[[], Tensor]:

@@ -1,14 +1,17 @@
 """The section of a condition of words, `conditions.NAME` with kind text. Plug-ins bring further kinds."""
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.config.sections import PartSection, Positive, Probability
+from dtrain.config.encoders import described
+from dtrain.config.sections import PartSection, Place, Positive, Probability
 
 BYTES = "bytes"
 BEGIN = 256  # before the bytes, so that an empty caption is a token too
 VOCABULARY = 257  # of that encoder
+OWN_WIDTH = 128
 
 
 class Text(PartSection):
@@ -16,23 +19,47 @@ class Text(PartSection):
     """the network is told in words, which it attends to; a section called `text` needs no `kind`"""
     field: str = Field("txt", pattern=r"^(txt|([\w-]+\.)*json:[^.:\s]+(\.[^.:\s]+)*)$")
     """where a sample's caption is: txt, or a path into json such as json:caption; of a list there, one by chance"""
-    encoder: Literal["bytes"] = BYTES
-    """bytes: a small transformer over UTF-8, trained with the network"""
+    encoder: Place = BYTES
+    """bytes: a small transformer over UTF-8, trained along; else a folder of transformers, frozen: CLIP, T5 or BERT"""
     length: Positive = 64
     """tokens that are told; a longer caption is cut, and counted"""
-    width: Positive = 128
-    """channels of the encoder's tokens; a multiple of 32"""
+    width: Positive | None = None
+    """channels of the encoder's tokens; null: 128 of bytes, else as the folder's config.json says; a run keeps it"""
     depth: Positive = 2
-    """transformer blocks of the encoder"""
+    """transformer blocks of encoder bytes"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of a frozen encoder, whatever deepspeed.precision is"""
+    block: Positive = 1
+    """captions that a frozen encoder takes together; larger blocks are faster and differ by 1e-6"""
     null: Literal["learned", "zeros", "empty"] = "learned"
     """what stands for no words: a token that is trained, one of zeros, or what the encoder says of an empty caption"""
     dropout: Probability = 0.1
     """share of images told nothing, so that guidance works; 0: guidance is refused"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _width_of_encoder(cls, tree: Any) -> Any:
+        """What the network's shape follows from is kept with the run, which is read back where `encoder` is not."""
+        if not isinstance(tree, dict) or tree.get("width") is not None:
+            return tree
+        encoder = tree.get("encoder", BYTES)
+        if encoder == BYTES:
+            return tree | {"width": OWN_WIDTH}
+        return tree | {"width": described(os.path.expanduser(encoder)).width} if isinstance(encoder, str) else tree
+
     @model_validator(mode="after")
     def _consistent(self):
-        if self.width % 32:
+        if self.trained and self.width % 32:
             raise ValueError(f"width {self.width} of encoder bytes must be a multiple of 32, the width of its heads")
         if self.length < 2:
             raise ValueError(f"length {self.length} leaves no room for words beside the token that begins them")
         return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether the encoder is a part of the network, and not a folder's."""
+        return self.encoder == BYTES
+
+    def identity_keys(self) -> list[str]:
+        """Where a frozen encoder lies may change; what it is is held by its fingerprint."""
+        return [key for key in super().identity_keys() if self.trained or key != "encoder"]

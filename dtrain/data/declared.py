@@ -9,7 +9,7 @@ from dtrain.config import Config, Section, Text
 from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.field import Array, Field, Label, Picture
 from dtrain.data.fields.moments import Moments
-from dtrain.data.fields.tokens import Bytes
+from dtrain.data.fields.tokens import Bytes, OfFolder
 from dtrain.draws import Draw, Purpose, purpose_of
 from dtrain.errors import UserError
 
@@ -76,7 +76,7 @@ def fields_of(name: str, section: Section, config: Config) -> list[Field]:
 
 def caption(name: str, section: Text) -> Caption:
     """Captions as the condition of this name reads them."""
-    return Caption(name, section.field, section.length, Bytes())
+    return Caption(name, section.field, section.length, Bytes() if section.trained else OfFolder(section.encoder))
 
 
 def _draws_of(name: str, section: Section, config: Config) -> list[Draw]:

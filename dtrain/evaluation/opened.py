@@ -10,6 +10,7 @@ import torch
 from dtrain import distributed
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import load_weights, open_checkpoint
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.generate import Generator
@@ -92,6 +93,7 @@ def open_generator(
         model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
         generator = generator_of(model, build_objective(config).process, config, device, first_stage)
+        build_conditions(config).check(checkpoint.meta.get("text_encoders"))
         return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)

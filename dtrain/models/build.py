@@ -39,7 +39,7 @@ def _network(section: Section, width: int) -> nn.Module | None:
     """The part of a backbone of this width that a condition has."""
     if not isinstance(section, Text):
         return section.network(width)
-    own = TokenEncoder(VOCABULARY, section.length, section.width, section.depth)
+    own = TokenEncoder(VOCABULARY, section.length, section.width, section.depth) if section.trained else None
     return TextNetwork(own, section.width, width, section.null == "learned")
 
 

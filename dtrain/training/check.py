@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
 from dtrain.config import Config, Data, Text, architecture, with_earlier_values
+from dtrain.config.encoders import check as check_encoder
 from dtrain.data.declared import caption
 from dtrain.data.fields.captions import look
 from dtrain.data.fields.check import LOOKED_AT, check_fields, check_training
@@ -118,6 +119,9 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
         )
     manifests.check_all(manifest, config.data)
     check_first_stage(config, manifest)
+    for name, section in config.conditions.items():
+        if isinstance(section, Text) and not section.trained:
+            check_encoder(f"conditions.{name}.width", section.width, section.encoder)
     check_fields(config, manifest)
     if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):
         raise UserError(f"objective.perceptual.file names {weights}{from_where(weights)}, which is no file")

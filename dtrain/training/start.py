@@ -8,6 +8,7 @@ import torch
 from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, identity, with_earlier_values
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
@@ -115,6 +116,7 @@ def _load(
         players.check_held(checkpoint.meta.get("held", {}))
         if first_stage is not None:
             check_first_stage(first_stage, checkpoint.meta.get("first_stage"))
+        build_conditions(config).check(checkpoint.meta.get("text_encoders"))
     except UserError as e:
         raise UserError(f"{checkpoint.path} cannot be resumed from: {e}") from None
     players.load(checkpoint)

@@ -60,8 +60,7 @@ class Steps:
     def __post_init__(self):
         config, rank, world_size = self.config, distributed.rank(), distributed.world_size()
         self._is_rank_0 = rank == 0
-        conditions = build_conditions(config)
-        self._one = Step(self.first_stage, conditions, self.objective, self.players, config.model.draws())
+        self._one = Step(self.first_stage, build_conditions(config), self.objective, self.players, config.model.draws())
         self._progress = TrainingProgress(config.train.steps, self.position.step, visible=self._is_rank_0)
         made = self.manifest.hash, statement(self.first_stage)
         self._saving = Saving(self.run, config, *made, self.position, self.tracker, self._progress)
@@ -247,7 +246,8 @@ class Steps:
 
     def _save(self) -> None:
         with self.watchdog.during("saving"), self.goodput.during("save_stall_s"):
-            self._saving.begin(self.position, self.players, self.objective.state(), bad_steps=self.bad_steps.state())
+            meta = {"bad_steps": self.bad_steps.state(), **self._one.conditions.stated}
+            self._saving.begin(self.position, self.players, self.objective.state(), **meta)
 
     def _save_before_the_end(self) -> None:
         """Some rank has no batch any more. What stood in for it was refused, so the run is where it was before."""

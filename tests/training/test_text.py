@@ -137,3 +137,29 @@ def test_the_null_is_in_the_weights_and_evaluations_ask_held_out_captions(run, p
     assert manifest.samples == len(reference.captions["text"]) == 48
     assert all(one.startswith("the digit ") for one in reference.captions["text"])
     assert captions_of([1, 49], reference) == {"text": [reference.captions["text"][1]] * 2}
+
+
+def test_a_frozen_encoder_is_in_no_checkpoint_and_no_other_takes_its_place(pairs, tmp_path):
+    pytest.importorskip("transformers")
+    from dtrain.checkpoint.export import open_checkpoint
+    from dtrain.conditions import encoders
+    from dtrain.errors import UserError
+    from dtrain.run import RunDirectory
+    from tests.conditions.encoder_folders import written
+
+    folder, other = (written("bert", tmp_path / name, seed) for seed, name in enumerate(("encoder", "other")))
+    of_folder = f"conditions.text.encoder={folder}", "conditions.text.width=null", "train.steps=2", "eval.every=2"
+    config = words(pairs, tmp_path, *of_folder, "eval.num_samples=12")
+    run_ranks(train, 2, config)
+    assert np.isfinite(losses(config)).all()
+    checkpoint = open_checkpoint(RunDirectory(config.run.path))
+    names = {name.split(":")[0] for name in checkpoint.tensors if name.startswith("conditions.")}
+    assert names == {f"conditions.text.{n}" for n in ("null", "proj.weight", "proj.bias", "norm.weight", "norm.bias")}
+    line = next(line for line in read(config.run.path / "journal.jsonl") if line["event"] == "eval")
+    assert line["context"]["text_encoders"] == checkpoint.meta["text_encoders"]
+    assert len(dtrain.load(config.run.path).sample(prompts="a one", steps=1)) == 1
+    for path in other.iterdir():
+        path.replace(folder / path.name)
+    encoders._fingerprint.cache_clear()
+    with pytest.raises(UserError, match="trained with another text encoder"):
+        dtrain.load(config.run.path)
