@@ -31,6 +31,8 @@ def pack(
     split: Annotated[str | None, typer.Option(help="which of several to take, such as train")] = None,
     label_column: Annotated[str | None, typer.Option(help="of metadata.jsonl, metadata.csv or Parquet files")] = None,
     image_column: Annotated[str | None, typer.Option(help="of Parquet files with several")] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="with the .txt beside each picture of its name")] = False,
+    caption_column: Annotated[str | None, typer.Option(help="of metadata.jsonl or metadata.csv")] = None,
     root: Annotated[str | None, typer.Option(help="folder of torchvision's files; default: data/torchvision")] = None,
     download: Annotated[bool, typer.Option("--download", help="fetch torchvision's files into its root")] = False,
 ) -> None:
@@ -42,7 +44,7 @@ def pack(
     from dtrain.data.pack.source import Choice
 
     ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
-    choice = Choice(split, label_column, image_column, root, download)
+    choice = Choice(split, label_column, image_column, root, download, captions, caption_column)
     with progress("packing") as on_sample:
         packed = run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample, choice=choice)
     say(packed.report)

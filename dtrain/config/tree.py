@@ -95,8 +95,6 @@ class Config(Section):
             )
         if self.model.name == "kl_autoencoder":
             self._autoencoder_fits()
-        if self.model.name == "unet" and any(isinstance(section, Text) for section in self.conditions.values()):
-            raise ValueError("a condition of words needs model.name dit, whose blocks attend to its tokens")
         if self.model.name == "dit" and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")

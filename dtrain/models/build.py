@@ -65,4 +65,4 @@ def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAuto
 def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool, cross: bool) -> UNet:
     sizes = model.model_dump(exclude={"name"})
     channels, side, _ = shape
-    return UNet(side, channels, learn_sigma=learn_sigma, **sizes)
+    return UNet(side, channels, learn_sigma=learn_sigma, cross=cross, **sizes)

@@ -130,9 +130,12 @@ class ConditionNetworks(nn.ModuleDict):
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Biases begin at 0, norms at 1, the rest small."""
+        """Biases begin at 0, norms at 1, the rest small; layers that make tokens of words by Glorot's law."""
         if name.endswith(".bias"):
             return torch.zeros(shape)
+        if ".words." in name and len(shape) > 1:
+            inputs = ".embedding." in name or name.endswith(".positions")
+            return normal(name, shape, seed, std=0.5) if inputs else xavier_uniform(name, shape, seed)
         return torch.ones(shape) if len(shape) == 1 else normal(name, shape, seed, std=0.02)
 
 

@@ -16,9 +16,11 @@ from dtrain.models.layers import (
     Attention,
     ConditionNetworks,
     Conv2d,
+    CrossAttention,
     LabelEmbedder,
     Linear,
     TimestepEmbedder,
+    Tokens,
     normal,
     xavier_uniform,
 )
@@ -83,16 +85,26 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all places of the image, added to the input."""
+    """Self-attention over all places of the image, added to the input.
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float = EPS):
+    told: channels of the tokens of conditions that each place then attends to, where there are any.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float = EPS, told: int | None = None):
         super().__init__()
         self.norm = group_norm(channels, groups, eps)
         self.attn = Attention(channels, heads)
+        if told is not None:
+            self.norm_cross = group_norm(channels, groups, eps)
+            self.cross = CrossAttention(channels, heads, told)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tokens | None = None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (N, H·W, C)
-        return x + self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        x = x + self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        if told is not None:
+            h = self.norm_cross(x).flatten(2).transpose(1, 2)  # (N, H·W, C)
+            x = x + self.cross(h, *told).transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        return x
 
 
 class Upsample(nn.Module):
@@ -132,7 +144,8 @@ class UNet(nn.Module):
     num_classes > 0 labels run from 0 to num_classes, and num_classes itself is the null label; with num_classes = 0
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
     the variance. resblock_updown: residual blocks change the side between levels, as ADM's do, instead of single
-    convolutions. group_norm_eps: 1e-5 in ADM.
+    convolutions. group_norm_eps: 1e-5 in ADM. cross: where it attends, each place attends to the tokens of `conditions`
+    too, of which one at least makes some.
     """
 
     def __init__(
@@ -150,6 +163,7 @@ class UNet(nn.Module):
         learn_sigma: bool = False,
         resblock_updown: bool = False,
         group_norm_eps: float = EPS,
+        cross: bool = False,
     ):
         super().__init__()
         assert image_size % 2 ** (len(multipliers) - 1) == width % 4 == 0
@@ -164,6 +178,7 @@ class UNet(nn.Module):
         self.groups, self.eps, self.resblock_updown = math.gcd(32, width), group_norm_eps, resblock_updown
         self.activation_checkpointing = False  # recompute each block's activations in backward
         embedding = 4 * width
+        told = embedding if cross else None
         layer = 0
 
         def block(inputs: int, out: int, resample=None) -> ResidualBlock:
@@ -181,7 +196,7 @@ class UNet(nn.Module):
         def attend(out: int, side: int) -> nn.Module:
             if side not in attention:
                 return nn.Identity()
-            return AttentionBlock(out, out // (head_width or out), self.groups, group_norm_eps)
+            return AttentionBlock(out, out // (head_width or out), self.groups, group_norm_eps, told)
 
         self.t_embedder = TimestepEmbedder(embedding, frequencies=width)
         if num_classes:
@@ -201,7 +216,7 @@ class UNet(nn.Module):
             here = out
 
         self.middle1 = block(here, here)
-        self.middle_attention = AttentionBlock(here, here // (head_width or here), self.groups, group_norm_eps)
+        self.middle_attention = AttentionBlock(here, here // (head_width or here), self.groups, group_norm_eps, told)
         self.middle2 = block(here, here)
 
         self.up = nn.ModuleList()
@@ -234,27 +249,31 @@ class UNet(nn.Module):
         c = self.t_embedder(t)  # (N, E)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, E)
+        told = None
         if condition or self.conditions:
-            vectors, _ = self.conditions(condition)
+            vectors, told = self.conditions(condition)
             c = c + vectors  # (N, E)
         run = _recomputed if self.activation_checkpointing and self.training else _called
 
         def resampled(between: nn.Module, h: Tensor) -> Tensor:
             return run(between, h, c, keys) if self.resblock_updown else between(h)
 
+        def attended(attention: nn.Module, h: Tensor) -> Tensor:
+            return attention(h) if isinstance(attention, nn.Identity) else attention(h, told)
+
         h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(run(block, h, c, keys))
+                h = attended(attention, run(block, h, c, keys))
                 skips.append(h)
             if level.resample is not None:
                 h = resampled(level.resample, h)
                 skips.append(h)
-        h = run(self.middle2, self.middle_attention(run(self.middle1, h, c, keys)), c, keys)
+        h = run(self.middle2, attended(self.middle_attention, run(self.middle1, h, c, keys)), c, keys)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(run(block, torch.cat([h, skips.pop()], dim=1), c, keys))
+                h = attended(attention, run(block, torch.cat([h, skips.pop()], dim=1), c, keys))
             if level.resample is not None:
                 h = resampled(level.resample, h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)
@@ -272,7 +291,7 @@ class UNet(nn.Module):
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
-        if name.endswith((".conv2.weight", ".attn.proj.weight")) or name == "conv_out.weight":
+        if name.endswith((".conv2.weight", ".attn.proj.weight", ".cross.proj.weight")) or name == "conv_out.weight":
             return torch.zeros(shape)
         if name.startswith("y_embedder."):
             return normal(name, shape, seed, std=0.02)

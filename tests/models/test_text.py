@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.models.dit import DiT
 from dtrain.models.layers import Attention, CrossAttention, initialize
 from dtrain.models.text import TextNetwork, TokenEncoder
-from tests.models.told import SMALL, E, L, N, filled, inputs, masks, random, told_in_words, words
+from tests.models.told import E, L, N, bare, filled, inputs, masks, random, told_in_words, words
 
 
 def attended(q, k, v, mask):
@@ -61,9 +60,9 @@ def test_self_attention_with_a_mask_is_the_formula():
     assert np.abs(block(x, mask).detach().numpy() - expected).max() < 1e-10
 
 
-@pytest.mark.parametrize("encoder", [True, False])
-def test_what_stands_in_the_padding_changes_nothing(encoder):
-    model, mask = told_in_words(encoder), masks()
+@pytest.mark.parametrize(("encoder", "kind"), [(True, "dit"), (False, "dit"), (False, "unet")])
+def test_what_stands_in_the_padding_changes_nothing(encoder, kind):
+    model, mask = told_in_words(encoder, kind=kind), masks()
     told, other = words(encoder), words(encoder, seed=5)
     hidden = mask.view(N, L, *[1] * (told.dim() - 2))
     mixed = torch.where(hidden, told, other)
@@ -86,18 +85,22 @@ def test_rows_told_nothing_are_alike_whatever_they_would_have_been_told(learned)
     assert torch.equal(model(*inputs(), text=told, text_mask=only)[1], one[1])
 
 
-def test_a_fresh_network_with_words_is_the_one_without():
-    """Cross-attention begins at 0, so the first outputs and the first gradients of all else are those without it."""
-    bare, model = DiT(**SMALL), DiT(**SMALL, cross=True)
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_a_fresh_network_with_words_is_the_one_without(kind):
+    """Cross-attention begins at 0, so the first outputs are those without it, whatever the rest of it is."""
+    plain, model = bare(kind), bare(kind, cross=True)
     model.conditions["text"] = TextNetwork(TokenEncoder(257, L, 32, 1), 32, model.condition_width, True)
-    for one in (bare, model):
+    last = "adaLN", "final_layer.linear", ".attn.proj", ".conv2", "conv_out"  # else the output is 0 whatever is inside
+    for one in (plain, model):
         initialize(one, 0)
         for name, parameter in one.named_parameters():
-            if "adaLN" in name or name.startswith("final_layer.linear"):  # else the output is 0 whatever is inside
+            if any(part in name for part in last) and "conditions" not in name:
                 parameter.data = 0.3 * random(tuple(parameter.shape), len(name)).float()
     x, t = (part.float() for part in inputs())
-    assert torch.equal(bare(x, t), model(x, t, text=words(True), text_mask=masks()))
-    assert {n for n, _ in bare.named_parameters()} < {n for n, _ in model.named_parameters()}
+    without = plain(x, t)
+    assert without.abs().max() > 0.1
+    assert torch.equal(without, model(x, t, text=words(True), text_mask=masks()))
+    assert {n for n, _ in plain.named_parameters()} < {n for n, _ in model.named_parameters()}
 
 
 def test_a_network_that_is_not_told_what_it_attends_to_says_so():

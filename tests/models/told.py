@@ -5,6 +5,7 @@ import torch
 
 from dtrain.models.dit import DiT
 from dtrain.models.text import TextNetwork, TokenEncoder
+from dtrain.models.unet import UNet
 
 N, L, E = 3, 6, 24
 SMALL = {"image_size": 12, "channels": 3, "patch": 2, "width": 32, "depth": 2, "heads": 4, "num_classes": 0}
@@ -27,12 +28,20 @@ def masks():
     return torch.arange(L) < lengths[:, None]
 
 
-def told_in_words(encoder=True, learned_null=True, seed=0):
-    """A small float64 DiT with random parameters that attends to the tokens of one condition, `text`."""
-    model = DiT(**SMALL, cross=True)
+def told_in_words(encoder=True, learned_null=True, seed=0, kind="dit"):
+    """A small float64 network with random parameters that attends to the tokens of one condition, `text`."""
+    model = bare(kind, cross=True)
     own = TokenEncoder(257, L, 32, 2) if encoder else None
     model.conditions["text"] = TextNetwork(own, 32 if encoder else E, model.condition_width, learned_null)
     return filled(model, seed)
+
+
+def bare(kind, cross=False):
+    """A DiT, or a UNet that attends at one of its two levels."""
+    if kind == "dit":
+        return DiT(**SMALL, cross=cross)
+    shape = {"image_size": 12, "channels": 3, "width": 8, "multipliers": [1, 2], "res_blocks": 1, "attention": [6]}
+    return UNet(**shape, num_classes=0, head_width=4, cross=cross)
 
 
 def inputs():

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from dtrain.data.pack.fitness import Files, field_of
 from dtrain.data.pack.left_out import LeftOut, summary
-from dtrain.data.pack.metadata import Labels, find, labels_of
-from dtrain.data.pack.source import FORMS, Choice, Source, check_classes, labelled
+from dtrain.data.pack.metadata import Labels, captions_of, find, labels_of
+from dtrain.data.pack.source import FORMS, Choice, Source, captioned, check_classes, labelled
 from dtrain.data.pack.splits import choose, is_training, splits_among
 from dtrain.data.pack.walk import SUFFIXES, Walk, files_below, folders_in, walk
 from dtrain.errors import UserError
+from dtrain.files import read_bytes
+
+LONGEST_CAPTION = 1 << 20  # bytes
 
 
 def folder(path: Path, choice: Choice) -> Source:
@@ -26,7 +29,7 @@ def folder(path: Path, choice: Choice) -> Source:
         choice.only(str(path), "split", "label_column", "image_column")
         return parquet_files(path, tables, choice)
 
-    choice.only(str(path), "split", "label_column")
+    choice.only(str(path), "split", "label_column", "captions", "caption_column")
     folders = folders_in(path)
     splits = splits_among(folders)
     if choice.split is not None and choice.split in folders and choice.split not in splits:
@@ -69,15 +72,25 @@ def _pictures(base: Path, split: str | None, choice: Choice, training: list[str]
     if choice.label_column is not None and table is None:
         raise UserError(f"there is no metadata.jsonl or metadata.csv in {base} that --label-column could be of")
     taken = _by_table(found, labels, table) if isinstance(labels, Labels) else _by_folders(base, found, training)
-    notes = (*taken.notes, labels) if isinstance(labels, str) else taken.notes
+    notes = (*taken.notes, labels) if isinstance(labels, str) and not choice.caption_column else taken.notes
+    captions = _captions(base, split, choice, table, [name for name, _ in taken.pictures])
+    left_out = taken.left_out
+    if captions is not None:
+        there = sum(one is not None for one in captions)
+        notes = (*notes, f"captions: {there:,}" + (f"; {n:,} without, empty" if (n := len(captions) - there) else ""))
+        if choice.captions:
+            beside = {_beside(name) for name, _ in taken.pictures}
+            left_out = [one for one in left_out if one.name not in beside]
 
     content = hashlib.sha256()
     for n, (name, size) in enumerate(taken.pictures):
         own = f"\0{taken.labels[n]}" if isinstance(labels, Labels) else ""
+        own += f"\0{captions[n]}" if captions is not None else ""
         content.update(os.fsencode(f"{name}\0{size}{own}\n"))
 
-    def item(i: int) -> tuple[str, int | None]:
-        return os.path.join(base, taken.pictures[i][0]), taken.labels[i] if taken.labels is not None else None
+    def item(i: int) -> tuple[str, int | None, str | None]:
+        label = taken.labels[i] if taken.labels is not None else None
+        return os.path.join(base, taken.pictures[i][0]), label, None if captions is None else captions[i] or ""
 
     return Source(
         len(taken.pictures),
@@ -87,9 +100,44 @@ def _pictures(base: Path, split: str | None, choice: Choice, training: list[str]
         _file,
         foreign=True,
         unfit=lambda i, reason: LeftOut.file(taken.pictures[i][0], reason),
-        left_out=tuple(taken.left_out),
+        left_out=tuple(left_out),
         notes=notes,
     )
+
+
+def _captions(
+    base: Path, split: str | None, choice: Choice, table: Path | None, names: list[str]
+) -> list[str | None] | None:
+    """The caption of each of these pictures, None for one without; None where none are asked for. Raises UserError."""
+    if choice.captions and choice.caption_column is not None:
+        raise UserError("--captions are of .txt files and --caption-column is of a table; give one of them")
+    if choice.caption_column is not None:
+        if table is None:
+            raise UserError(f"there is no metadata.jsonl or metadata.csv in {base} that --caption-column could be of")
+        rows = captions_of(table, base, split, choice.caption_column)
+        return [rows.get(name) for name in names]
+    if not choice.captions:
+        return None
+    found = [_read_caption(base / _beside(name)) for name in names]
+    if not any(one is not None for one in found):
+        raise UserError(f"no picture in {base} has a .txt of its name beside it; leave --captions away")
+    return found
+
+
+def _beside(name: str) -> str:
+    """What the file with a picture's caption is called."""
+    return os.path.splitext(name)[0] + ".txt"
+
+
+def _read_caption(path: Path) -> str | None:
+    try:
+        return read_bytes(path, LONGEST_CAPTION).decode("utf-8-sig").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 at byte {e.start}; correct it") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; restore it, or take it out of the folder") from None
 
 
 def _by_folders(base: Path, found: Walk, training: list[str] | None) -> _Found:
@@ -163,11 +211,11 @@ def _shown(names: list[str], most: int = 5) -> str:
     return ", ".join([*names[:most], *more])
 
 
-def _file(item: tuple[str, int | None]) -> Files:
-    path, label = item
+def _file(item: tuple[str, int | None, str | None]) -> Files:
+    path, label, caption = item
     try:
         data = Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}; restore it, or take it out of the folder") from None
     field_of(data)  # the field is the name's, as it always was: decoders look at the bytes
-    return labelled({SUFFIXES[os.path.splitext(path)[1].lower()]: data}, label)
+    return captioned(labelled({SUFFIXES[os.path.splitext(path)[1].lower()]: data}, label), caption)

@@ -65,6 +65,28 @@ def labels_of(table: Path, base: Path, split: str | None, column: str | None) ->
     return Labels(classes, dict(zip(found, numbers, strict=True)), left_out)
 
 
+def captions_of(table: Path, base: Path, split: str | None, column: str) -> dict[str, str]:
+    """The caption of each picture in the table, by its name relative to its folder; "" of a row without one.
+
+    Raises UserError where it is damaged, or has no such column.
+    """
+    found: dict[str, str] = {}
+    inside = "" if table.parent == base else f"{split}/"
+    for line, row in _jsonl(table) if table.suffix == ".jsonl" else _csv(table):
+        if COLUMN not in row:
+            raise UserError(f"{table}, line {line}: there is no {COLUMN}; name each picture there")
+        if column not in row and table.suffix == ".csv":
+            others = ", ".join(c for c in row if c != COLUMN) or "none"
+            raise UserError(f"{table} has no column {column}; besides {COLUMN} it has {others}")
+        words = row.get(column)
+        if words is not None and not isinstance(words, str):
+            raise UserError(f"{table}, line {line}: {column} is {words!r}, no text; correct it")
+        name = os.path.normpath(str(row[COLUMN]))
+        if name.startswith(inside):
+            found.setdefault(name.removeprefix(inside), words or "")
+    return found
+
+
 def class_numbers(values: list, where: object, csv_text: bool = False) -> tuple[list[str], list[int | None]]:
     """Class names and the number of each value, None for one that is missing or negative.
 

@@ -28,8 +28,8 @@ FORMS = (
 class Choice:
     """What to take of a source that holds several things; None where there is nothing to choose.
 
-    split: by its folder's or its files' name. label_column, image_column: of a table. root: folder of torchvision's
-    files. download: fetch them where they are missing.
+    split: by its folder's or its files' name. label_column, image_column, caption_column: of a table. captions: those
+    of the .txt files beside pictures. root: folder of torchvision's files. download: fetch them where they are missing.
     """
 
     split: str | None = None
@@ -37,6 +37,8 @@ class Choice:
     image_column: str | None = None
     root: str | None = None
     download: bool = False
+    captions: bool = False
+    caption_column: str | None = None
 
     def only(self, source: str, *options: str) -> None:
         """UserError for an option that was given and means nothing for this source."""
@@ -45,10 +47,10 @@ class Choice:
                 raise UserError(f"--{option.replace('_', '-')} means nothing for {source}; leave it away")
 
     @property
-    def request(self) -> dict[str, str]:
+    def request(self) -> dict[str, str | bool]:
         """What of it decides which samples are packed."""
-        chosen = {key: getattr(self, key) for key in ("split", "label_column", "image_column")}
-        return {key: value for key, value in chosen.items() if value is not None}
+        keys = ("split", "label_column", "image_column", "caption_column", "captions")
+        return {key: value for key in keys if (value := getattr(self, key)) not in (None, False)}
 
 
 @dataclass(frozen=True)
