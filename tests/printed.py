@@ -32,8 +32,13 @@ class Command:
     @property
     def without_optional(self) -> tuple[str, ...]:
         """The words without `[…]` and dots, which stand for what may be left out."""
-        text = re.sub(r"(?<= )\[[^\]]*\](?= |$)|(?<= )(\.\.\.|…)(?= |$)", "", " ".join(self.words))
-        return tuple(text.split())
+        words, within = [], False
+        for word in self.words:
+            within = within or word.startswith("[")
+            if not within and word not in ("...", "…"):
+                words.append(word)
+            within = within and not word.endswith("]")
+        return tuple(words)
 
     def __str__(self) -> str:
         return shlex.join(self.words)
