@@ -19,6 +19,7 @@ from PIL import Image
 
 from dtrain.cli import UsageError, app
 from tests.command_line import command as run_command
+from tests.first_stage.folders import save_kl
 from tests.printed import PAGES, ROOT, Command, blocks, commands, inline
 from tests.ranks import run_ranks
 
@@ -34,13 +35,13 @@ SHORT = {
     "sample": ("--n=8", "--steps=2"),
     "submit": ("--dry-run",),
     "data bench": ("--seconds=0.1",),
+    "encode": ("--block=32",),
 }
 PARSED_ONLY = {
     "chaos": "takes minutes; tests/chaos runs it",
     "plan": "lays out a model of 674 M parameters; tests/cluster/test_plan.py runs it",
     "doctor": "measures disks and network; tests/cluster/test_doctor.py runs it",
     "sweep": "evaluates many times; tests/evaluation/test_sweep.py runs it",
-    "encode": "needs the folder of an autoencoder; tests/first_stage runs it",
     "sync": "needs MLflow; tests/tracking runs it",
 }
 ROOT_OPTIONS = ("--version", "--help", "--install-completion", "--show-completion")
@@ -102,7 +103,9 @@ def every_command(command, name: str = ""):
 
 
 PRINTED = [*of_pages(), *of_files(), *of_help()]
-ONCE = list({str(command): command for command in reversed(PRINTED)}.values())[::-1]
+ONCE: dict[str, Command] = {}  # each where it is printed first
+for command in PRINTED:
+    ONCE.setdefault(str(command), command)
 
 
 def parse(words: tuple[str, ...], in_prose: bool = False) -> str:
@@ -173,7 +176,7 @@ def check_known(command: Command) -> None:
         assert program in FOREIGN | {"cp"}, f"nobody knows the program {program}"
 
 
-@pytest.mark.parametrize("command", ONCE, ids=lambda c: f"{c.where}: {c}")
+@pytest.mark.parametrize("command", ONCE.values(), ids=lambda c: f"{c.where}: {c}")
 def test_the_program_knows_the_command_and_its_options(command):
     check_known(command)
 
@@ -195,6 +198,8 @@ def folder(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DTRAIN_CIFAR10", PHOTOGRAPHS["DTRAIN_CIFAR10"])  # which `os.path.expandvars` looks at
+        save_kl(folder / "data/cifar10-vae", in_channels=3, out_channels=3)
+        save_kl(folder / "vae")
         ran("pack", "cifar/images", "cifar/packed")
         ran("index", "cifar/packed/train", "--out", "data/cifar10.json")
         ran("train", "configs/digits-dit.yaml", *SHORT_RUN)
@@ -255,7 +260,7 @@ def trouble_of(command: Command, tried: set[tuple[str, ...]]) -> str | None:
 
 def test_commands_without_placeholders_run_in_the_order_they_are_printed_in(folder):
     """The README's come first, as each builds on those before."""
-    found = [c for c in ONCE if not c.is_pattern and c.words[0] in ("cp", "dtrain", "deepspeed")]
+    found = [c for c in ONCE.values() if not c.is_pattern and c.words[0] in ("cp", "dtrain", "deepspeed")]
     found = [c for c in found if "in prose" not in c.where]
     tried = set()
     troubles = [f"{c.where}: {c}: {trouble}" for c in found if (trouble := trouble_of(c, tried)) is not None]
