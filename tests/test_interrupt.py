@@ -135,6 +135,7 @@ def losses_of(config):
     return losses(config)
 
 
+@pytest.mark.campaign
 def test_ctrl_c_in_a_sweep_says_which_results_are_kept(digits, work):
     config = tiny(digits, work / "runs", "train.steps=2")
     trained(config, 1)

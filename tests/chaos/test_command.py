@@ -43,6 +43,7 @@ def test_three_faults_and_their_report(tmp_path):
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
+@pytest.mark.campaign
 def test_a_product_that_takes_damaged_bytes_for_good_does_not_pass(tmp_path):
     done = run(tmp_path, "-m", "tests.chaos.broken", "chaos", "--faults", "2", "--out", "report.md")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -73,7 +74,8 @@ def until(condition, seconds):
     return condition()
 
 
-@pytest.mark.parametrize("how", [longer(signal.SIGTERM), signal.SIGKILL])
+@pytest.mark.campaign
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_goes_on_when_the_command_is_ended(digits, tmp_path, how):
     (tmp_path / "hours.yaml").write_text(tiny(digits, tmp_path / "runs").dump())
     environment = os.environ | {"TMPDIR": str(tmp_path)}

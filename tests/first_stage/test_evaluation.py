@@ -99,6 +99,7 @@ def test_the_reconstructions_distance_is_that_of_pictures_through_diffusers_and_
     assert line["step"] == 1  # as soon as there is something to compare with
 
 
+@pytest.mark.campaign
 def test_it_is_measured_again_by_no_resume_and_no_evaluation_but_one_with_other_settings(tmp_path, place, run):
     config = copied(run, place, tmp_path, "train.steps=13", "eval.metrics=[fd]")
     trained(config, 1)

@@ -179,6 +179,7 @@ def watched_training(config):
     return outcome, [line["step"] for line in lines], threads, ended - lines[-1]["time"]
 
 
+@pytest.mark.campaign
 def test_a_real_training_beside_a_paused_server_connects_from_no_thread_that_trains(
     server, digits, tmp_path, monkeypatch
 ):

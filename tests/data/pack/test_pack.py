@@ -275,6 +275,7 @@ def test_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(many, tmp_
     assert list(tmp_path.iterdir()) == [destination]
 
 
+@pytest.mark.campaign
 def test_workers_that_are_killed_end_packing_in_one_line_and_nothing_is_lost(many, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "PIECE", 1)  # so that work is left for them
     others = set(multiprocessing.active_children())

@@ -93,7 +93,7 @@ def test_density_and_coverage_are_what_brute_force_counts(monkeypatch):
     assert density == pytest.approx(sum(map(sum, counted)) / (5 * len(x)), abs=1e-12)
     assert coverage == pytest.approx(sum(map(any, zip(*counted, strict=True))) / len(y), abs=1e-12)
     assert 1 < density < 2  # as samples crowd in the middle
-    assert coverage < 0.9
+    assert coverage < 0.95
 
 
 @pytest.mark.parametrize(("samples", "k"), [(40, 5), (40, 2), (15, 3)])

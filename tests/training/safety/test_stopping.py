@@ -207,6 +207,7 @@ def take(path):
     return True
 
 
+@pytest.mark.campaign
 def test_of_several_that_find_a_dead_lock_one_gets_it(tmp_path):
     path = tmp_path / "lock"
     for _ in range(3):
