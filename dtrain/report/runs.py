@@ -17,7 +17,7 @@ from dtrain.run import RunDirectory
 from dtrain.tracking.journal import EVALUATIONS, OTHER_RANKS, SWEEP, Tail, combinations, stride, valid
 from dtrain.tracking.lines import Line
 
-CURVES = 1 << 23  # bytes of a journal's curves that are read
+CURVES = 1 << 22  # bytes of a journal's curves that are read
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,8 @@ def thinned(lines: list[dict], every: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_of_curves_each_nth_line_and_the_last_is_read_and_all_else(tmp_path, seed):
+def test_of_curves_each_nth_line_and_the_last_is_read_and_all_else(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr("dtrain.tracking.journal._CHUNK", random.Random(seed).choice([64, 400, 1000, 1 << 18]))
     path = tmp_path / "journal.jsonl"
     written(path, seed, torn=False)
     for every in (1, 2, 3, 7, ENDS):
