@@ -85,11 +85,11 @@ class Conditions:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the frozen encoders, by condition."""
+        """The fingerprint of each frozen encoder, by condition."""
         return {part.name: part.fingerprint for part in self.words if part.fingerprint is not None}
 
     def typical(self, rows: int) -> Condition:
-        """Of the shapes that a condition of so many rows has, on the default device; no encoder is asked."""
+        """A stand-in of the shapes that so many rows have, on the default device; no encoder is asked."""
         condition: Condition = {}
         for part in self._parts:
             if isinstance(part, Words):

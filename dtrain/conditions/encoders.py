@@ -41,7 +41,7 @@ class Frozen:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the folder's files, and of how they are computed with. Raises UserError where they cannot be read."""
+        """A hash of the folder's files and of how it computes. Raises UserError where they cannot be read."""
         return _fingerprint(self._folder, self._precision, self._block)
 
     @torch.no_grad()

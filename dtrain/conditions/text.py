@@ -64,7 +64,7 @@ class Words:
         return self.null(self.typical(len(ids), labels.device))
 
     def typical(self, rows: int, device: torch.device | None = None) -> Condition:
-        """Of the shapes that a condition has; no encoder is asked."""
+        """A stand-in of the shapes that a condition has; no encoder is asked."""
         told = torch.zeros(rows, *self._encoder.shape, dtype=self._encoder.dtype, device=device)
         mask = torch.ones(rows, self._caption.shape[0] - 1, dtype=torch.bool, device=device)
         return {self.name: told, f"{self.name}_mask": mask}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.errors import UserError, from_where
-from dtrain.files import read_json
+from dtrain.config.folders import config_json
+from dtrain.errors import UserError
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,15 +44,7 @@ class Autoencoder:
 def described(folder: str | Path) -> Autoencoder:
     """Raises UserError where the folder is none of an autoencoder that can be used."""
     path = Path(folder) / "config.json"
-    try:
-        tree = read_json(path)
-    except FileNotFoundError:
-        where = from_where(folder)
-        raise UserError(
-            f"there is no {path}{where}, which describes an autoencoder; {_instead(Path(folder))}"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    tree = config_json(folder, "an autoencoder", _instead(Path(folder)))
     if not isinstance(tree, dict) or tree.get("_class_name") not in KINDS:
         kind = tree.get("_class_name") if isinstance(tree, dict) else None
         raise UserError(f"{path} describes {kind or 'no model of diffusers'}; take a folder of {' or '.join(KINDS)}")

@@ -53,7 +53,7 @@ class Critic(IdentitySection):
         return [key for key in super().identity_keys() if key not in ("lr", "betas")]
 
     def optim(self, backbone: Optim) -> Optim:
-        """Of its turn. backbone: the `optim` section."""
+        """The settings of its turn. backbone: the `optim` section."""
         own = {"lr": self.lr, "betas": self.betas}
         return backbone.model_copy(update={key: value for key, value in own.items() if value is not None})
 

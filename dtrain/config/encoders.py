@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dtrain.errors import UserError, from_where
-from dtrain.files import read_json
+from dtrain.config.folders import config_json
+from dtrain.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -32,14 +32,9 @@ class TextEncoder(NamedTuple):
 def described(folder: str | Path) -> TextEncoder:
     """Raises UserError where the folder has no text encoder that can be used."""
     path = Path(folder) / "config.json"
-    try:
-        tree = read_json(path)
-    except FileNotFoundError:
-        inner = Path(folder) / "text_encoder"
-        hint = f"take {inner}" if (inner / "config.json").is_file() else "copy a folder that transformers has saved"
-        raise UserError(f"there is no {path}{from_where(folder)}, which describes a text encoder; {hint}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    inner = Path(folder) / "text_encoder"
+    instead = f"take {inner}" if (inner / "config.json").is_file() else "copy a folder that transformers has saved"
+    tree = config_json(folder, "a text encoder", instead)
     kind = tree.get("model_type") if isinstance(tree, dict) else None
     if kind not in KINDS:
         raise UserError(f"{path} describes {kind or 'no model of transformers'}; take a folder of {', '.join(KINDS)}")

@@ -19,9 +19,8 @@ class StepLosses:
         self._levels = torch.zeros(2 * LEVEL_BINS, dtype=torch.float64, device=device)
         self.sum = torch.zeros((), device=device)
         self.named: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}  # (sum, count) of what else is reported
-        self.vectors: dict[
-            str, tuple[torch.Tensor, int]
-        ] = {}  # (sum, rows) of what the objective is to have of all ranks
+        # (sum, rows) of what the objective is to have of all ranks
+        self.vectors: dict[str, tuple[torch.Tensor, int]] = {}
 
     def add(self, turn: str, part: Batch, losses: Losses) -> None:
         """The losses of the rows of `part` in the turn of this name, as `objective.losses` gave them."""
