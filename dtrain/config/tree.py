@@ -101,6 +101,11 @@ class Config(Section):
         return self
 
     @property
+    def texts(self) -> dict[str, Text]:
+        """Those of `conditions` that are told in words, by their names."""
+        return {name: section for name, section in self.conditions.items() if isinstance(section, Text)}
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network sees and the samplers draw: pixels, or what the first stage makes of them."""
         return self.first_stage.latent_shape(self.data.channels, self.data.image_size)
@@ -171,9 +176,8 @@ class Config(Section):
             raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
         if e.guidance != 1 and not self.model.num_classes and not self.conditions:
             raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
-        words = any(isinstance(section, Text) for section in self.conditions.values())
         for key in ("prompts", "negative_prompt"):
-            if getattr(e, key) and not words:
+            if getattr(e, key) and not self.texts:
                 raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
         if e.negative_prompt and e.guidance == 1:
             raise ValueError("eval.negative_prompt has no effect with eval.guidance 1; take 3, or leave it out")

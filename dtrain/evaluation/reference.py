@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtrain import distributed
 from dtrain.conditions.build import Said
-from dtrain.config import Config, Data, Eval, Text
+from dtrain.config import Config, Data, Eval
 from dtrain.data.declared import caption
 from dtrain.data.fields.picture import normalize
 from dtrain.data.fields.samples import read_captions, read_labels, read_split
@@ -182,8 +182,7 @@ def _captions(config: Config, manifest: Manifest, cache: BlockCache | None) -> S
     """Of a split, M of each condition that is told in words."""
     return {
         name: read_captions(manifest, manifest.place, caption(name, section), cache)
-        for name, section in config.conditions.items()
-        if isinstance(section, Text)
+        for name, section in config.texts.items()
     }
 
 

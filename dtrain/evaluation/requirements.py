@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dtrain import plugins
-from dtrain.config import Config, Data, Eval, Text
+from dtrain.config import Config, Data, Eval
 from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
@@ -191,8 +191,8 @@ def check_guidance(config: Config) -> None:
             f"eval.guidance {guidance} contrasts the model with itself without a class, which "
             "diffusion.label_dropout 0 never trains; take guidance 1, or train with label_dropout 0.1"
         )
-    for name, section in config.conditions.items():
-        if isinstance(section, Text) and section.dropout == 0:
+    for name, section in config.texts.items():
+        if section.dropout == 0:
             raise UserError(
                 f"eval.guidance {guidance} contrasts the model with itself without words, which "
                 f"conditions.{name}.dropout 0 never trains; take guidance 1, or train with dropout 0.1"

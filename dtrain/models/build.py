@@ -27,7 +27,7 @@ def allocate(config: Config) -> DiT | UNet | KLAutoencoder:
     if config.model.name == "kl_autoencoder":
         return _kl_autoencoder(config.model, config.data.channels)
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    words = any(isinstance(section, Text) for section in config.conditions.values())
+    words = bool(config.texts)
     backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma, words)
     for name, section in config.conditions.items():
         if (network := _network(section, backbone.condition_width)) is not None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
-from dtrain.config import Config, Data, Text, architecture, with_earlier_values
+from dtrain.config import Config, Data, architecture, with_earlier_values
 from dtrain.config.encoders import check as check_encoder
 from dtrain.data.declared import caption
 from dtrain.data.fields.captions import look
@@ -101,8 +101,7 @@ def about_pictures(data: Data, num_classes: int, manifest: manifests.Manifest) -
 
 def about_captions(config: Config, manifest: manifests.Manifest) -> list[str]:
     """What a look at some captions says, a line for each condition of words."""
-    of_words = {name: section for name, section in config.conditions.items() if isinstance(section, Text)}
-    found = [look(manifest, config.data.shards, caption(*one), LOOKED_AT) for one in of_words.items()]
+    found = [look(manifest, config.data.shards, caption(*one), LOOKED_AT) for one in config.texts.items()]
     return [str(one) for one in found if one.looked_at]
 
 
@@ -119,8 +118,8 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
         )
     manifests.check_all(manifest, config.data)
     check_first_stage(config, manifest)
-    for name, section in config.conditions.items():
-        if isinstance(section, Text) and not section.trained:
+    for name, section in config.texts.items():
+        if not section.trained:
             check_encoder(f"conditions.{name}.width", section.width, section.encoder)
     check_fields(config, manifest)
     if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.conditions.build import typical_forward
-from dtrain.config import Config, Text
+from dtrain.config import Config
 from dtrain.models.build import allocate
 from dtrain.training.record.levels import mean_by_level
 from dtrain.training.record.peaks import nominal_flops_per_second
@@ -27,7 +27,7 @@ class Meter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         nominal = nominal_flops_per_second(name, precision, config.train.tf32)
         self.nominal_peak = None if nominal is None else world_size * nominal
-        self._has_captions = any(isinstance(section, Text) for section in config.conditions.values())
+        self._has_captions = bool(config.texts)
         self.device = device
         self.seconds_per_step = 0.0
         self.restart()
