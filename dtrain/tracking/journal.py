@@ -39,7 +39,6 @@ NEVER_VOID = {"system", "sweep", "floor"}  # true of machines, a checkpoint or a
 _CHUNK = 1 << 18  # bytes read at a time: lines that are passed over stay in the processor's cache
 _END = 1 << 22  # bytes in which a last line is looked for
 _TRAIN, _WHOLE = b'{"event": "train", ', ord("}")  # how the lines begin that are most of a journal, and end
-_NEXT_TRAIN = b"}\n" + _TRAIN
 ENDS = 1 << 62  # as `every` of a Tail: of "train" lines that follow each other the last alone
 
 
@@ -293,37 +292,22 @@ class Tail:
 
     def _wanted(self, data: bytes, start: int) -> Iterator[bytes]:
         """Of the whole lines from `start` on all but "train" lines that are passed over; the last of those is held."""
-        if self._every > 1 and (trains := _all_of_training(data, start)):
-            first = self._every - self._since - 1  # of these that is wanted
-            yield from trains[first :: self._every]
-            self._since = (self._since + len(trains)) % self._every
-            self._held = trains[-1] if self._since else None
-            return
-        held = None  # where it begins
-        while (end := data.find(b"\n", start)) >= 0:
-            if self._every > 1 and data.startswith(_TRAIN, start) and data[end - 1] == _WHOLE:
-                self._since += 1
-                if self._since < self._every:
-                    held, start = start, end + 1
-                    continue
-            elif held is not None:
-                yield data[held : start - 1]
-            elif self._held is not None:
-                yield self._held
-            held, self._held, self._since = None, None, 0
-            if end > start:
-                yield data[start:end]
-            start = end + 1
-        if held is not None:
-            self._held = data[held : start - 1]
-
-
-def _all_of_training(data: bytes, start: int) -> list[bytes]:
-    """The whole lines from `start` on where all are "train" lines, else none; a million lines take half a second."""
-    lines = data[start : data.rfind(b"\n") + 1]
-    if not (lines.startswith(_TRAIN) and lines.count(_NEXT_TRAIN) == lines.count(b"\n") - 1):
-        return []
-    return lines.split(b"\n")[:-1] if lines.endswith(_NEXT_TRAIN[:2]) else []
+        lines = data[start : data.rfind(b"\n") + 1].split(b"\n")
+        lines.pop()  # what follows the last newline
+        others = [n for n, line in enumerate(lines) if not (line.startswith(_TRAIN) and line[-1] == _WHOLE)]
+        begin = 0
+        for other in [*others, len(lines)]:
+            if trains := lines[begin:other]:
+                yield from trains[self._every - self._since - 1 :: self._every]
+                self._since = (self._since + len(trains)) % self._every
+                self._held = trains[-1] if self._since else None
+            if other < len(lines):
+                if self._held is not None:
+                    yield self._held
+                self._held, self._since = None, 0
+                if lines[other]:
+                    yield lines[other]
+            begin = other + 1
 
 
 def _number(value: Any) -> int | float | str:
