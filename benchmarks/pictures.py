@@ -31,6 +31,7 @@ from dtrain.config import validate
 from dtrain.data.fields import jpeg
 from dtrain.data.shards.indexing import index
 from dtrain.data.stream import StepDataset
+from dtrain.distributed import keep_freed_memory
 
 BATCH = 50
 COUNT = 500  # of a set
@@ -138,6 +139,7 @@ def main() -> int:
     parser.add_argument("--seconds-per-run", type=float, default=0.5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a data worker does
     missed = []
     columns = ("kB", 7), ("dtrain", 9), ("best", 9), ("bound", 8), ("former", 9), ("webdataset", 12), ("ratio", 8)
     print(f"{'pictures per second of a core':30}" + "".join(f"{name:>{width}}" for name, width in columns))

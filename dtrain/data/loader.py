@@ -308,3 +308,4 @@ def _detach(worker: int, owner: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    distributed.keep_freed_memory()  # a worker's tensors are of the processor, whatever its rank computes on

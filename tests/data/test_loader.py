@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -110,6 +111,25 @@ def test_what_goes_wrong_in_a_batch_and_is_no_mistake_in_the_data_is_one_line_wi
     assert str(error.value) == "a batch could not be made: MemoryError: out of memory"
     assert "in broken" in error.value.details
     assert worker_pids() == []
+
+
+def test_a_worker_uses_the_memory_of_its_freed_tensors_again(folder, monkeypatch):
+    """Else each picture of 256 × 256 pixels costs 48 fresh pages, and a fifth of its time."""
+    read, pages = StepDataset.read, 8 * 50 * 48
+
+    def with_large_pictures(self, index):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(8):
+            [torch.ones(3, 256, 256, dtype=torch.uint8) for _ in range(50)]
+        k, batch = read(self, index)
+        return k, batch | {"faults": torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before])}
+
+    monkeypatch.setattr(StepDataset, "read", with_large_pictures)
+    batches = opened(folder, workers=1)
+    next(batches)
+    faults = next(batches)["faults"].item()
+    batches.close()
+    assert faults < pages / 8
 
 
 def test_a_process_that_cannot_be_started_is_one_line(folder, monkeypatch):
