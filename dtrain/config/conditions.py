@@ -40,7 +40,10 @@ class Text(PartSection):
     @classmethod
     def _width_of_encoder(cls, tree: Any) -> Any:
         """What the network's shape follows from is kept with the run, which is read back where `encoder` is not."""
-        if not isinstance(tree, dict) or tree.get("width") is not None:
+        if not isinstance(tree, dict):
+            return tree
+        tree = {"null" if key is None else key: value for key, value in tree.items()}  # YAML's `null:` is no text
+        if tree.get("width") is not None:
             return tree
         encoder = tree.get("encoder", BYTES)
         if encoder == BYTES:

@@ -6,12 +6,14 @@ import torch
 
 from dtrain.conditions.build import Conditions
 from dtrain.conditions.text import Trained, Words
+from dtrain.config import load
 from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.tokens import Bytes
 from dtrain.diffusion.guidance import guided
 from dtrain.draws import purpose_of
 from dtrain.errors import UserError
 from dtrain.randomness import Draws
+from tests.digits import CONFIG
 from tests.models.told import inputs, told_in_words
 
 N, L = 3, 6
@@ -74,6 +76,12 @@ def test_a_negative_prompt_stands_in_the_place_of_the_null():
     bare, nothing = model(*inputs(), **said), model(*inputs(), **other)
     found = guided(model, 3.0, lambda told: conditions.null(told, "not"))(*inputs(), **said)
     assert torch.allclose(found, nothing + 3 * (bare - nothing), atol=1e-10)
+
+
+def test_the_key_null_is_read_from_yaml_without_quotes():
+    own = "model.num_classes=0", "conditions={text: {null: zeros, dropout: 0.2}}"
+    section = load(CONFIG, ["data.shards=d", "data.holdout=null", "eval.every=0", *own]).conditions["text"]
+    assert (section.null, section.width) == ("zeros", 128)
 
 
 def test_prompts_for_a_model_that_is_not_told_in_words_are_refused():
