@@ -3,7 +3,7 @@
 from typing import Any
 
 from dtrain.checkpoint.diffusers import Exported
-from dtrain.config import Config, Data, DiT, UNet
+from dtrain.config import Config, Data, DiT, MMDiT, UNet
 
 SHOWN = 8  # images of the picture
 
@@ -82,9 +82,9 @@ def _block(introduction: str, code: list[str]) -> str:
     return "\n".join([introduction, "", "```python", *code, "```", ""])
 
 
-def _head(data: Data, model: DiT | UNet, source: dict[str, Any], class_names: list[str] | None) -> str:
+def _head(data: Data, model: DiT | MMDiT | UNet, source: dict[str, Any], class_names: list[str] | None) -> str:
     side, classes = data.image_size, model.num_classes
-    kind = {"dit": "DiT", "unet": "UNet"}[model.name]
+    kind = {"dit": "DiT", "mmdit": "MMDiT", "unet": "UNet"}[model.name]
     weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
     colours = "grey" if data.channels == 1 else "RGB"
     lines = [f"# {source['run']}", ""]

@@ -10,7 +10,7 @@ from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
 from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
-from dtrain.config.models import DiT, KLAutoencoder, UNet
+from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import FirstStageSection
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
 from dtrain.config.run import Run, Tracking
@@ -32,6 +32,7 @@ __all__ = [
     "Flow",
     "Gaussian",
     "KLAutoencoder",
+    "MMDiT",
     "Optim",
     "PartSection",
     "Run",

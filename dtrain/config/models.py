@@ -1,4 +1,4 @@
-"""The `model` section: a DiT, a UNet or an autoencoder. `dtrain config` prints the string below a key."""
+"""The `model` section: a DiT, an MMDiT, a UNet or an autoencoder. `dtrain config` prints the string below a key."""
 
 from typing import Annotated, Literal
 
@@ -20,9 +20,10 @@ DIT_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-class DiT(IdentitySection):
-    name: Literal["dit"]
-    """a transformer over image patches (Peebles & Xie 2023)"""
+class Transformer(IdentitySection):
+    """What transformers over image patches have in common."""
+
+    name: str
     size: str | None = Field(None, pattern=r"^(S|B|L|XL)/[248]$")
     """a row of the DiT paper's table, such as S/2: letter and patch; the four keys below override it"""
     depth: Positive | None = None
@@ -33,12 +34,6 @@ class DiT(IdentitySection):
     """attention heads of a block"""
     patch: Positive | None = None
     """side of a square of pixels that is one token; must divide data.image_size"""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys: steadier at high learning rates, unlike published weights"""
-    frequency_shift: Literal[0, 1] = 0
-    """of the time frequencies; 1 as in diffusers' DiT, to be exported to it"""
-    num_classes: NonNegative = 0
-    """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
 
     @model_validator(mode="after")
     def _complete(self):
@@ -60,15 +55,37 @@ class DiT(IdentitySection):
         own = {"depth": self.depth, "width": self.width, "heads": self.heads, "patch": self.patch}
         return table | {key: size for key, size in own.items() if size is not None}
 
+    def draws(self) -> dict[str, Draw]:
+        """Argument of the network in training → the random number of each row that it is."""
+        return {}
+
+
+class DiT(Transformer):
+    name: Literal["dit"]
+    """a transformer over image patches (Peebles & Xie 2023)"""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys: steadier at high learning rates, unlike published weights"""
+    frequency_shift: Literal[0, 1] = 0
+    """of the time frequencies; 1 as in diffusers' DiT, to be exported to it"""
+    num_classes: NonNegative = 0
+    """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
+
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
         # Its positions are parameters that do not learn.
         return {"data.image_size": image_size, **sizes, "model.qk_norm": self.qk_norm}
 
-    def draws(self) -> dict[str, Draw]:
-        """Argument of the network in training → the random number of each row that it is."""
-        return {}
+
+class MMDiT(Transformer):
+    name: Literal["mmdit"]
+    """two streams of tokens, of image patches and of words, and one attention over both (Esser et al. 2024)"""
+    num_classes: NonNegative = 0
+    """labels go from 0 to this minus 1; 0: no class beside the words, labels are not read"""
+
+    def architecture(self, image_size: int) -> dict[str, object]:
+        """Key → value of what decides which parameters there are, and their shapes."""
+        return {"data.image_size": image_size} | {f"model.{k}": size for k, size in self.sizes.items()}
 
 
 class UNet(IdentitySection):

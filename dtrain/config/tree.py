@@ -12,7 +12,7 @@ from dtrain.config.conditions import Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.evaluation import OF_THE_MODEL, SAMPLERS, Eval
-from dtrain.config.models import DiT, KLAutoencoder, UNet
+from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import IdentitySection, Section
@@ -35,7 +35,7 @@ class Config(Section):
     """between pixels and what the network sees"""
     conditions: Annotated[dict[str, Section], Chosen("condition", {"text": Text}, by_name=True)] = Field({})
     """what the network is told beside the class: name → section; a section may say its `kind`, by default its name"""
-    model: Annotated[DiT | UNet | KLAutoencoder, Field(discriminator="name")]
+    model: Annotated[DiT | MMDiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
         Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
@@ -95,7 +95,9 @@ class Config(Section):
             )
         if self.model.name == "kl_autoencoder":
             self._autoencoder_fits()
-        if self.model.name == "dit" and height % self.model.sizes["patch"]:
+        if self.model.name == "mmdit" and not self.texts:
+            raise ValueError("model.name mmdit attends to words; add a section conditions.text, or take model.name dit")
+        if isinstance(self.model, DiT | MMDiT) and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         return self

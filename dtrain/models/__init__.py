@@ -1,6 +1,6 @@
-"""The backbones, DiT and UNet, and how their weights begin.
+"""The backbones, DiT, MMDiT and UNet, and how their weights begin.
 
-Those imported from here come with initial weights, those of their own modules are only allocated:
+DiT and UNet come from here with initial weights, those of their own modules are only allocated:
 
     from dtrain.models import DiT
 

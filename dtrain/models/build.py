@@ -8,6 +8,7 @@ from dtrain.config.conditions import VOCABULARY
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
 from dtrain.models.layers import initialize
+from dtrain.models.mmdit import MMDiT
 from dtrain.models.text import TextNetwork, TokenEncoder
 from dtrain.models.unet import UNet
 
@@ -22,13 +23,12 @@ def build(config: Config) -> nn.Module:
     return backbone
 
 
-def allocate(config: Config) -> DiT | UNet | KLAutoencoder:
+def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder:
     """The model of `build`, its weights not yet written: for those who write them otherwise."""
     if config.model.name == "kl_autoencoder":
         return _kl_autoencoder(config.model, config.data.channels)
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    words = bool(config.texts)
-    backbone = (_unet if config.model.name == "unet" else _dit)(config.model, config.shape, learn_sigma, words)
+    backbone = _BACKBONES[config.model.name](config.model, config.shape, learn_sigma, bool(config.texts))
     for name, section in config.conditions.items():
         if (network := _network(section, backbone.condition_width)) is not None:
             backbone.conditions[name] = network
@@ -57,6 +57,11 @@ def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: boo
     )
 
 
+def _mmdit(model: configuration.MMDiT, shape: tuple[int, int, int], learn_sigma: bool, words: bool) -> MMDiT:
+    channels, side, _ = shape
+    return MMDiT(side, channels, num_classes=model.num_classes, learn_sigma=learn_sigma, **model.sizes)
+
+
 def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAutoencoder:
     widths = [model.width * multiplier for multiplier in model.multipliers]
     return KLAutoencoder(channels, widths, model.res_blocks, model.latent_channels, model.attention)
@@ -66,3 +71,6 @@ def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: b
     sizes = model.model_dump(exclude={"name"})
     channels, side, _ = shape
     return UNet(side, channels, learn_sigma=learn_sigma, cross=cross, **sizes)
+
+
+_BACKBONES = {"dit": _dit, "mmdit": _mmdit, "unet": _unet}

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from dtrain.models.dit import DiTBlock
+from dtrain.models.mmdit import MMDiTBlock
 from dtrain.models.unet import AttentionBlock, ResidualBlock
 
-BLOCKS = (DiTBlock, ResidualBlock, AttentionBlock)
+BLOCKS = (DiTBlock, MMDiTBlock, ResidualBlock, AttentionBlock)
 SHAPES = 64  # of a kind of block; a UNet of six levels has some thirty
 
 

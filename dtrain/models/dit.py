@@ -23,6 +23,7 @@ from dtrain.models.layers import (
     modulate,
     normal,
     positions,
+    unpatchify,
     xavier_uniform,
 )
 
@@ -130,13 +131,7 @@ class DiT(nn.Module):
             else:
                 x = block(x, c, told)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p·p·O)
-        return self.unpatchify(x)  # (N, O, image_size, image_size)
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        side = self.image_size // self.patch
-        x = x.unflatten(2, (self.patch, self.patch, self.out_channels))  # (N, T, p, p, O)
-        x = x.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)  # (N, O, side, p, side, p)
-        return x.reshape(-1, self.out_channels, self.image_size, self.image_size)  # (N, O, image_size, image_size)
+        return unpatchify(x, self.patch)  # (N, O, image_size, image_size)
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

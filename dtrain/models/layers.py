@@ -212,6 +212,14 @@ class MLP(nn.Module):
         return self.fc2(x)  # (N, T, D)
 
 
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """Square images of tokens that lie row by row: (N, T, p·p·O) → (N, O, √T·p, √T·p)."""
+    side = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (patch, patch, -1))  # (N, T, p, p, O)
+    x = x.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)  # (N, O, side, p, side, p)
+    return x.reshape(*x.shape[:2], side * patch, side * patch)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) scaled by 1 + scale and shifted, both (N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]  # (N, T, D)

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from dtrain.models.dit import DiT
 from dtrain.models.layers import time_frequencies
+from dtrain.models.mmdit import MMDiT
 from dtrain.models.unet import UNet
 
 
-def time_turned(state: dict[str, Tensor], model: DiT | UNet) -> dict[str, Tensor]:
+def time_turned(state: dict[str, Tensor], model: DiT | MMDiT | UNet) -> dict[str, Tensor]:
     """The weights of a network that is told t in [0, 1], as those of one that is told 1 − t and predicts the opposite.
 
     state: name → tensor of this model's names and shapes; the answer has its dtypes, and is computed in float64.
     """
-    time, last = "t_embedder.mlp.0.weight", "final_layer.linear" if isinstance(model, DiT) else "conv_out"
+    time, last = "t_embedder.mlp.0.weight", "conv_out" if isinstance(model, UNet) else "final_layer.linear"
     of_cos, of_sin = state[time].double().chunk(2, dim=1)  # (D, F/2) each
     embedder, exact = model.t_embedder, torch.promote_types(torch.float32, state[time].dtype)
     frequencies = time_frequencies(embedder.frequencies, exact, embedder.shift).double()

@@ -106,7 +106,7 @@ def _highlights(run: Run) -> list[str]:
     size, channels, classes = get("data.image_size"), get("data.channels", 3), get("model.num_classes", 0)
     world = next((line["context"].get("world_size") for line in reversed(run.of("attempt"))), None)
     found: list[Any] = [
-        " ".join([{"dit": "DiT", "unet": "UNet"}.get(str(model.get("name")), "model"), *sizes]),
+        " ".join([{"dit": "DiT", "mmdit": "MMDiT", "unet": "UNet"}.get(str(model.get("name")), "model"), *sizes]),
         f"images {size} × {size} × {channels}" + (f", {classes} classes" if classes else ""),
         ", ".join(map(str, filter(None, [process, *how]))),
         f"batch {get('data.batch_size')}, learning rate {get('optim.lr')}",

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dtrain.cluster.plan import ActivationBytes, plan
 from dtrain.config import load
 from dtrain.models.build import allocate, build
 from dtrain.models.layers import Attention
+from dtrain.models.mmdit import MMDiTBlock
 from dtrain.training.record.throughput import training_flops
 from tests.command_line import command
 from tests.digits import CONFIG, tiny
@@ -27,8 +29,11 @@ from tests.shared_memory import needs_root, own_shared_memory
 UNET = "model={name: unet, width: 32, multipliers: [1, 2], attention: [16], res_blocks: 2}"
 ADM = "model={name: unet, width: 48, multipliers: [1, 2, 2], attention: [8], head_width: 24, scale_shift: true, "
 ADM += "dropout: 0.1, num_classes: 10, res_blocks: 1}"
+MMDIT = "model={name: mmdit, depth: 2, width: 192, heads: 6, patch: 4, num_classes: 10}"
+WORDS = "conditions={text: {length: 24, width: 32, depth: 1}}"
 MODELS = {
     "dit": ["model={name: dit, depth: 4, width: 384, heads: 6, patch: 2, num_classes: 10}"],
+    "mmdit": [MMDIT, WORDS],
     "unet": [UNET],
     "unet with dropout and heads": [ADM],
 }
@@ -40,7 +45,7 @@ def config_of(model: str, *overrides: str):
 
 
 def real(config, rows: int, checkpointing: bool):
-    """(the model with weights, inputs) on the CPU; each gradient goes as soon as it is there."""
+    """(the model with weights, a call of it) on the CPU; each gradient goes as soon as it is there."""
     model = build(config).train()
     model.activation_checkpointing = checkpointing
     for p in model.parameters():
@@ -48,16 +53,18 @@ def real(config, rows: int, checkpointing: bool):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     labels = torch.zeros(rows, dtype=torch.long)
     inputs = [torch.randn(rows, 3, 32, 32), torch.full((rows,), 500.0), labels]
-    return model, inputs + ([labels] if getattr(model, "dropout", 0) else [])
+    inputs += [labels] if getattr(model, "dropout", 0) else []
+    words = {"text": torch.zeros(rows, 24, dtype=torch.long), "text_mask": torch.ones(rows, 24, dtype=torch.bool)}
+    return model, partial(model, *inputs, **(words if config.texts else {}))
 
 
 def measured_activations(config, rows: int, checkpointing: bool) -> tuple[int, int]:
     """(bytes held when the loss is there, most bytes) by torch's own record of every allocation on the CPU."""
-    model, inputs = real(config, rows, checkpointing)
+    _, forward = real(config, rows, checkpointing)
     autocast = config.deepspeed.precision == "bf16_autocast"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(*inputs)
+            loss = forward()
         loss = loss.float().square().mean()
         with record_function("forward is done"):
             pass
@@ -108,7 +115,7 @@ def test_activations_between_two_traced_micro_batches_are_never_underestimated()
 
 def by_hand(config) -> int:
     """Operations of forward and backward from the shapes that pass through the layers of a real forward pass."""
-    model, inputs = real(config, 1, checkpointing=False)
+    model, call = real(config, 1, checkpointing=False)
     forward, first = 0, 0
 
     def count(layer, arguments, out):
@@ -117,15 +124,19 @@ def by_hand(config) -> int:
             forward += (n := 2 * out.numel() * layer.in_features)
         elif isinstance(layer, nn.Conv2d):
             forward += (n := 2 * out.numel() * layer.in_channels * layer.kernel_size[0] ** 2)
+        elif isinstance(layer, MMDiTBlock):
+            (_, tokens, width), text = out[0].shape, out[1].shape[1]
+            forward += 4 * (tokens if layer.text.last else tokens + text) * (tokens + text) * width
+            return
         else:  # Q K^T and the product with V
             tokens, width = out.shape[1:]
             forward += (n := 4 * tokens**2 * width)
         first += 0 if arguments[0].requires_grad else n  # nobody asks for the gradient of an image or a time
 
     for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | Attention):
+        if isinstance(layer, nn.Linear | nn.Conv2d | Attention | MMDiTBlock):
             layer.register_forward_hook(count)
-    model(*inputs)
+    call()
     return 3 * forward - first
 
 
@@ -136,9 +147,9 @@ def test_operations_are_those_counted_by_hand_and_by_torch_within_1_percent(mode
     assert found == pytest.approx(by_hand(config), rel=0.01)
     assert found == pytest.approx(training_flops(config), rel=0.01)
     for checkpointing in (False, True):
-        real_model, inputs = real(config, 1, checkpointing)
+        _, call = real(config, 1, checkpointing)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            real_model(*inputs).square().mean().backward()
+            call().square().mean().backward()
         assert flops_per_image(config, checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -63,6 +63,7 @@ def test_keys_are_found_by_section_by_whole_name_and_by_last_name():
     assert [k.name for k in find("lr")] == ["objective.critic.lr", "optim.lr"]
     assert [(k.name, k.of) for k in find("num_classes")] == [
         ("model.num_classes", "dit"),
+        ("model.num_classes", "mmdit"),
         ("model.num_classes", "unet"),
         ("model.num_classes", "kl_autoencoder"),
     ]

@@ -9,6 +9,7 @@ from dtrain.models.build import allocate
 
 DIT = {"name": "dit", "depth": 2, "width": 32, "heads": 2, "patch": 2}
 UNET = {"name": "unet", "width": 8, "multipliers": [1, 2], "attention": []}
+MMDIT = {"name": "mmdit", "depth": 2, "width": 32, "heads": 2, "patch": 2}
 MODELS = [
     DIT,
     DIT | {"depth": 3},
@@ -19,6 +20,12 @@ MODELS = [
     DIT | {"qk_norm": True},
     DIT | {"qk_norm": True, "heads": 4},
     DIT | {"frequency_shift": 1},
+    MMDIT,
+    MMDIT | {"depth": 3},
+    MMDIT | {"width": 64},
+    MMDIT | {"heads": 4},
+    MMDIT | {"patch": 4},
+    MMDIT | {"num_classes": 3},
     UNET,
     UNET | {"width": 16},
     UNET | {"multipliers": [1, 1]},
@@ -39,6 +46,8 @@ OTHERS += [("diffusion", {"process": "flow"}), ("optim", {"lr": 1.0})]
 
 def configuration(model: dict, section: str = "data", values: dict | None = None):
     tree = {"data": {"shards": "nowhere", "image_size": 16, "batch_size": 8}, "model": model, "train": {"steps": 1}}
+    if model["name"] == "mmdit":
+        tree["conditions"] = {"text": {"length": 8, "width": 32, "depth": 1}}
     return validate(tree | {section: tree.get(section, {}) | (values or {})}, "a test")
 
 
@@ -49,7 +58,9 @@ def parameters(config) -> dict[str, torch.Size]:
 
 def test_two_configs_agree_in_their_architecture_just_where_their_models_have_the_same_parameters():
     configs = [configuration(model) for model in MODELS]
-    configs += [configuration(model, *other) for model in (DIT, UNET, UNET | {"attention": [16]}) for other in OTHERS]
+    configs += [
+        configuration(model, *other) for model in (DIT, MMDIT, UNET, UNET | {"attention": [16]}) for other in OTHERS
+    ]
     told, built = [architecture(c) for c in configs], [parameters(c) for c in configs]
     assert 20 < len({str(b) for b in built}) < len(built) - 9  # many differ, and many do not
     for (a, x), (b, y) in combinations(zip(told, built, strict=True), 2):

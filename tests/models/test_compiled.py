@@ -8,8 +8,23 @@ from torch._dynamo.utils import counters
 
 from dtrain.models import DiT, UNet
 from dtrain.models.compiled import BLOCKS, compile_blocks
+from dtrain.models.mmdit import MMDiT
+from dtrain.models.text import TextNetwork
+
+WORDS = {
+    "text": torch.arange(4 * 5 * 6).view(4, 5, 6).sin(),
+    "text_mask": torch.arange(5) < torch.tensor([[5], [1], [3], [2]]),
+}
+
+
+def mmdit():
+    model = MMDiT(image_size=8, channels=3, patch=2, width=16, depth=3, heads=2, num_classes=10)
+    model.conditions["text"] = TextNetwork(None, 6, 16, False)
+    return model
+
 
 MODELS = {
+    "mmdit": mmdit,
     "dit": lambda: DiT(image_size=8, channels=3, patch=2, width=16, depth=3, heads=2, num_classes=10, learn_sigma=True),
     "unet": lambda: UNet(8, 3, 8, [1, 2], 1, [4], 10, scale_shift=True, dropout=0.3),
 }
@@ -21,8 +36,8 @@ def with_gradients(model, checkpointing):
         p.data = torch.randn(p.shape, generator=generator) * 0.1
     model.train().activation_checkpointing = checkpointing
     x = torch.randn(4, 3, 8, 8, generator=generator)
-    keys = {"keys": torch.arange(4) * 0x1234567} if isinstance(model, UNet) else {}
-    out = model(x, torch.tensor([0, 3, 500, 999]), torch.tensor([0, 1, 2, 10]), **keys)
+    more = {UNet: {"keys": torch.arange(4) * 0x1234567}, MMDiT: WORDS}.get(type(model), {})
+    out = model(x, torch.tensor([0, 3, 500, 999]), torch.tensor([0, 1, 2, 10]), **more)
     out.square().mean().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -60,7 +60,7 @@ def test_self_attention_with_a_mask_is_the_formula():
     assert np.abs(block(x, mask).detach().numpy() - expected).max() < 1e-10
 
 
-@pytest.mark.parametrize(("encoder", "kind"), [(True, "dit"), (False, "dit"), (False, "unet")])
+@pytest.mark.parametrize(("encoder", "kind"), [(True, "dit"), (False, "dit"), (False, "mmdit"), (False, "unet")])
 def test_what_stands_in_the_padding_changes_nothing(encoder, kind):
     model, mask = told_in_words(encoder, kind=kind), masks()
     told, other = words(encoder), words(encoder, seed=5)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dtrain.models.dit import DiT
+from dtrain.models.mmdit import MMDiT
 from dtrain.models.text import TextNetwork, TokenEncoder
 from dtrain.models.unet import UNet
 
@@ -37,7 +38,9 @@ def told_in_words(encoder=True, learned_null=True, seed=0, kind="dit"):
 
 
 def bare(kind, cross=False):
-    """A DiT, or a UNet that attends at one of its two levels."""
+    """A DiT, an MMDiT, or a UNet that attends at one of its two levels."""
+    if kind == "mmdit":
+        return MMDiT(**SMALL)
     if kind == "dit":
         return DiT(**SMALL, cross=cross)
     shape = {"image_size": 12, "channels": 3, "width": 8, "multipliers": [1, 2], "res_blocks": 1, "attention": [6]}
