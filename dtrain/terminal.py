@@ -17,6 +17,13 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def size(of_bytes: float) -> str:
+    """Bytes in decimal units, as disks are sold: 4.19 MB."""
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = min(len(units) - 1, (len(f"{max(0, round(of_bytes)):d}") - 1) // 3)
+    return f"{of_bytes / 1000**power:.3g} {units[power]}"
+
+
 def say(text: object) -> None:
     """Print what a command was asked for, as `printable_lines`."""
     print(printable_lines(text), flush=True)

@@ -30,6 +30,7 @@ ROOMS = [
     ["diffusion"],
     ["first_stage"],
     ["conditions"],
+    ["encoding"],
     ["objectives"],
     ["tracking"],
     ["checkpoint"],
@@ -99,7 +100,7 @@ LETTER = 0.56  # of a letter's size: its width, on average, and a little more
 
 FAMILIES = {  # what a room's name begins with → its colour
     "data": "#dbeafe",
-    **dict.fromkeys(("models", "diffusion", "first_stage", "conditions", "objectives"), "#dcfce7"),
+    **dict.fromkeys(("models", "diffusion", "first_stage", "conditions", "encoding", "objectives"), "#dcfce7"),
     **dict.fromkeys(("run", "tracking", "checkpoint", "report"), "#fef3c7"),
     **dict.fromkeys(("evaluation", "trained", "training"), "#fee2e2"),
 }

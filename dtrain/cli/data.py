@@ -9,7 +9,7 @@ from dtrain.cli.arguments import Overrides, RunName, this_command
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED
 from dtrain.interrupt import ctrl_c
-from dtrain.terminal import printable, say
+from dtrain.terminal import printable, say, tell
 
 
 def pack(
@@ -54,19 +54,32 @@ def encode(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="a folder with a manifest.json, or a manifest")],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="a folder; with --statistics-only a .json file")],
     first_stage: Annotated[
-        str, typer.Option(metavar="SOURCE", help="the folder of a diffusers AutoencoderKL or AutoencoderTiny")
-    ],
+        str | None, typer.Option(metavar="SOURCE", help="the folder of a diffusers AutoencoderKL or AutoencoderTiny")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="of a text encoder of transformers: CLIP, T5 or BERT")
+    ] = None,
     size: Annotated[int, typer.Option(min=1, help="data.image_size of the trainings to come")] = 256,
     mirrors: Annotated[bool, typer.Option("--mirrors", help="of the mirrored pictures too, for data.flip")] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or float16, half as large")] = "float32",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16, as first_stage.precision")] = "fp32",
-    block: Annotated[int, typer.Option(min=1, help="pictures encoded together, as first_stage.block")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: latents float32, words float16")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32 or bf16, as first_stage.precision, conditions.NAME.precision")
+    ] = ("fp32"),
+    block: Annotated[
+        int, typer.Option(min=1, help="encoded together, as first_stage.block, conditions.NAME.block")
+    ] = 1,
     scaling: Annotated[str, typer.Option(help="bicubic or adm, as data.scaling")] = "bicubic",
     statistics_only: Annotated[
         bool, typer.Option("--statistics-only", help="for first_stage.statistics, without a cache")
     ] = False,
+    name: Annotated[str, typer.Option(help="of the condition that reads the words: conditions.NAME")] = "text",
+    caption: Annotated[str, typer.Option(help="where captions are, as conditions.NAME.field")] = "txt",
+    length: Annotated[int, typer.Option(min=2, help="tokens of a caption, as conditions.NAME.length")] = 64,
 ) -> None:
-    """Make a latent cache: shards of what an autoencoder says of each picture, for first_stage.cached.
+    """Make a cache: shards of what an autoencoder says of each picture, for first_stage.cached, of what a text encoder
+    says of each caption, for conditions.NAME.cached, or of both.
 
     Alone, or on every rank a launcher started. Labels and other files of the samples are copied.
     """
@@ -75,12 +88,16 @@ def encode(
     ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
     distributed.prepare()
     distributed.initialize()
-    from dtrain.first_stage.encoding import Request
-    from dtrain.first_stage.encoding import encode as run
+    from dtrain.encoding.captions import CaptionRequest
+    from dtrain.encoding.encode import Request
+    from dtrain.encoding.encode import encode as run
+    from dtrain.encoding.pictures import PictureRequest
 
-    request = Request(first_stage, size, mirrors, dtype, precision, block, scaling)
-    with progress("encoding") as on_picture:
-        done = run(shards, destination, request, statistics_only, on_picture)
+    how = {"precision": precision, "block": block}
+    latents = first_stage and PictureRequest(first_stage, size, mirrors, dtype or "float32", scaling=scaling, **how)
+    words = text and CaptionRequest(text, name, caption, length, dtype or "float16", **how)
+    with progress("encoding") as on_sample:
+        done = run(shards, destination, Request(latents or None, words or None, statistics_only), on_sample, tell)
     if distributed.rank() == 0:
         say(printable(done))
     distributed.finalize()

@@ -11,7 +11,7 @@ from dtrain.batch import Batch, Condition
 from dtrain.conditions.classes import Classes
 from dtrain.conditions.condition import Conditioning
 from dtrain.conditions.encoders import Frozen
-from dtrain.conditions.text import Trained, Words
+from dtrain.conditions.text import CachedWords, Trained, Words
 from dtrain.config import Config, Section, Text
 from dtrain.data.declared import caption
 from dtrain.errors import UserError
@@ -57,7 +57,7 @@ class Conditions:
         condition: Condition = {}
         for part in self._parts:
             if isinstance(part, Words) and part.name in said:
-                condition |= part.given({part.name: part.rows(said[part.name]).to(labels.device)})
+                condition |= part.said(said[part.name], labels.device)
             else:
                 condition |= part.of_ids(ids, labels)
         return condition
@@ -111,7 +111,8 @@ def _part(name: str, section: Section, config: Config) -> Conditioning:
     if not isinstance(section, Text):
         return section.build(config)
     encoder = Trained(section.length) if section.trained else Frozen(section)
-    return Words(caption(name, section), encoder, section.dropout, section.null == "empty")
+    words = CachedWords if section.cached else Words
+    return words(caption(name, section), encoder, section.dropout, section.null == "empty")
 
 
 def typical_forward(model: nn.Module, config: Config, rows: int, training: bool = True) -> Callable[[], Tensor]:

@@ -3,15 +3,14 @@
 They are no part of the network: no optimizer, no checkpoint and no ZeRO stage knows their weights.
 """
 
-import hashlib
 from collections import OrderedDict
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrain.conditions.requirements import fingerprint_of
 from dtrain.config import Text
 from dtrain.config.encoders import described
 from dtrain.data.fields.tokens import missing
@@ -34,6 +33,7 @@ class Frozen:
     dtype = torch.float32
 
     def __init__(self, section: Text):
+        self._section = section
         self._folder, self._precision, self._block = section.encoder, section.precision, section.block
         self.shape = (section.length, section.width)
         self._kept: OrderedDict[tuple[torch.device, bytes], Tensor] = OrderedDict()  # the newest last
@@ -41,8 +41,8 @@ class Frozen:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the folder's files and of how it computes. Raises UserError where they cannot be read."""
-        return _fingerprint(self._folder, self._precision, self._block)
+        """As `requirements.fingerprint_of`."""
+        return fingerprint_of(self._section)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -88,17 +88,3 @@ def _read(folder: str, precision: str, device: str) -> Any:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"the text encoder in {folder} cannot be read ({reason}); copy the folder again") from None
     return model.to(device).eval().requires_grad_(False)
-
-
-@lru_cache(maxsize=8)
-def _fingerprint(folder: str, precision: str, block: int) -> str:
-    digest = hashlib.sha256(f"{precision} {block}".encode())
-    places = [Path(folder), Path(folder).parent / "tokenizer"]
-    try:
-        for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".txt", ".model"):
-                with open(path, "rb") as file:
-                    digest.update(f"\0{path.name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
-    except OSError as e:
-        raise UserError(f"the text encoder in {folder} cannot be read: {e.strerror}") from None
-    return digest.hexdigest()

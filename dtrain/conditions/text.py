@@ -48,9 +48,13 @@ class Words:
         self.name, self.fingerprint = caption.name, encoder.fingerprint
 
     def given(self, batch: Batch) -> Condition:
-        condition = self._encoded(batch[self.name])
-        wordless = batch[self.name][:, 0] == 0
-        return self._nulled(condition, wordless)
+        rows = batch[self.name]
+        return self._nulled(self._encoded(rows), rows[:, 0] == 0)
+
+    def said(self, words: list[str], device: torch.device) -> Condition:
+        """What rows are told these words, of prompts and captions that come in no batch."""
+        rows = self.rows(words).to(device)
+        return self._nulled(self._encoded(rows), rows[:, 0] == 0)
 
     def dropped(self, condition: Condition, batch: Batch) -> Condition:
         return self._nulled(condition, batch[f"{self.name}_drop"] < self._dropout)
@@ -100,3 +104,12 @@ class Words:
         if self._null_is_empty:
             return self._encoded(self._caption.collate([self._caption.empty()]).to(told.device))
         return {name: torch.zeros_like(condition[name][:1]) for name in (self.name, f"{self.name}_mask")}
+
+
+class CachedWords(Words):
+    """The words of a batch come encoded (`data/fields/embedded.py`); others, such as prompts, the encoder is asked."""
+
+    def given(self, batch: Batch) -> Condition:
+        counts, told = batch[f"{self.name}_tokens"], batch[self.name]
+        mask = torch.arange(told.shape[1], device=told.device) < counts[:, :1]  # (n, L)
+        return self._nulled({self.name: told, f"{self.name}_mask": mask}, counts[:, 0] == 0)

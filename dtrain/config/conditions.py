@@ -31,6 +31,8 @@ class Text(PartSection):
     """of a frozen encoder, whatever deepspeed.precision is"""
     block: Positive = 1
     """captions that a frozen encoder takes together; larger blocks are faster and differ by 1e-6"""
+    cached: Literal["float16", "bfloat16", "float32"] | None = None
+    """dtype in which the shards hold what a frozen encoder says (`dtrain encode --text`); null: encoded in each step"""
     null: Literal["learned", "zeros", "empty"] = "learned"
     """what stands for no words: a token that is trained, one of zeros, or what the encoder says of an empty caption"""
     dropout: Probability = 0.1
@@ -54,6 +56,8 @@ class Text(PartSection):
     def _consistent(self):
         if self.trained and self.width % 32:
             raise ValueError(f"width {self.width} of encoder bytes must be a multiple of 32, the width of its heads")
+        if self.trained and self.cached:
+            raise ValueError(f"cached {self.cached}: encoder bytes is trained and has no cache; take a folder, or null")
         if self.length < 2:
             raise ValueError(f"length {self.length} leaves no room for words beside the token that begins them")
         return self

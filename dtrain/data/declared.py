@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dtrain.config import Config, Section, Text
 from dtrain.data.fields.caption import Caption
+from dtrain.data.fields.embedded import Embedded, TokenCounts
 from dtrain.data.fields.field import Array, Field, Label, Picture
 from dtrain.data.fields.moments import Moments
 from dtrain.data.fields.tokens import Bytes, OfFolder
@@ -71,7 +72,12 @@ def declared(config: Config) -> Declared:
 
 def fields_of(name: str, section: Section, config: Config) -> list[Field]:
     """The fields of the part that this section describes, of conditions by their name."""
-    return [caption(name, section)] if isinstance(section, Text) else section.fields(config)
+    if not isinstance(section, Text):
+        return section.fields(config)
+    if section.cached is None:
+        return [caption(name, section)]
+    tokens = Embedded(name, section.length, section.width, section.cached)
+    return [tokens, TokenCounts(tokens)]
 
 
 def caption(name: str, section: Text) -> Caption:

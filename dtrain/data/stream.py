@@ -17,6 +17,7 @@ from dtrain.config import Config
 from dtrain.data.declared import Declared, declared
 from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.check import check_fields
+from dtrain.data.fields.embedded import TokenCounts
 from dtrain.data.fields.field import View
 from dtrain.data.fields.picture import Crop
 from dtrain.data.fields.samples import SampleReader, read_split
@@ -94,7 +95,7 @@ class StepDataset(Dataset):
         self._skipped = skipped
         self._centre_crop, self._random = Crop(data.image_size, data.scaling), data.crop == "random"
         self._flip = data.flip
-        self._captions = [one for one in self._wanted.fields if isinstance(one, Caption)]
+        self._captions = [one for one in self._wanted.fields if isinstance(one, Caption | TokenCounts)]
         self._chooses = any(one.chooses for one in self._wanted.fields)
         self._replace = data.on_error == "replace"
         self._replaced: list[Replaced] = []

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from dtrain.checkpoint.directory import LARGEST, complete
+from dtrain.conditions.requirements import check as check_words
 from dtrain.config import Config, Data, architecture, with_earlier_values
 from dtrain.config.encoders import check as check_encoder
 from dtrain.data.declared import caption
@@ -100,9 +101,15 @@ def about_pictures(data: Data, num_classes: int, manifest: manifests.Manifest) -
 
 
 def about_captions(config: Config, manifest: manifests.Manifest) -> list[str]:
-    """What a look at some captions says, a line for each condition of words."""
-    found = [look(manifest, config.data.shards, caption(*one), LOOKED_AT) for one in config.texts.items()]
-    return [str(one) for one in found if one.looked_at]
+    """What a look at some captions says, a line for each condition of words; of cached ones, what all of them are."""
+    found = [
+        look(manifest, config.data.shards, caption(*one), LOOKED_AT)
+        for one in config.texts.items()
+        if not one[1].cached
+    ]
+    cached = {made.name: made for made in manifest.embeddings}
+    lines = [cached[name].about for name, section in config.texts.items() if section.cached]
+    return [*(str(one) for one in found if one.looked_at), *lines]
 
 
 def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
@@ -118,6 +125,7 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
         )
     manifests.check_all(manifest, config.data)
     check_first_stage(config, manifest)
+    check_words(config, manifest)
     for name, section in config.texts.items():
         if not section.trained:
             check_encoder(f"conditions.{name}.width", section.width, section.encoder)

@@ -27,15 +27,16 @@ def encoded(shards, destination, source, world_size=1, statistics_only=False, **
 
 
 def encode(shards, destination, source, statistics_only=False, request=(), kill_at=None):
-    from dtrain.first_stage.encoding import Request
-    from dtrain.first_stage.encoding import encode as run
+    from dtrain.encoding.encode import Request
+    from dtrain.encoding.encode import encode as run
+    from dtrain.encoding.pictures import PictureRequest
 
     def on_progress(done, of):
         if done == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    asked = Request(**{"first_stage": str(source), "size": 8, **dict(request)})
-    return run(str(shards), str(destination), asked, statistics_only, on_progress)
+    asked = PictureRequest(**{"first_stage": str(source), "size": 8, **dict(request)})
+    return run(str(shards), str(destination), Request(asked, None, statistics_only), on_progress)
 
 
 def killed(shards, destination, source, world_size, kill_at, **request) -> None:

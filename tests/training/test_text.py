@@ -144,7 +144,7 @@ def test_the_null_is_in_the_weights_and_evaluations_ask_held_out_captions(run, p
 def test_a_frozen_encoder_is_in_no_checkpoint_and_no_other_takes_its_place(pairs, tmp_path):
     pytest.importorskip("transformers")
     from dtrain.checkpoint.export import open_checkpoint
-    from dtrain.conditions import encoders
+    from dtrain.conditions import requirements
     from dtrain.errors import UserError
     from dtrain.run import RunDirectory
     from tests.conditions.encoder_folders import written
@@ -165,6 +165,6 @@ def test_a_frozen_encoder_is_in_no_checkpoint_and_no_other_takes_its_place(pairs
     assert len(dtrain.load(config.run.path).sample(prompts="a one", steps=1)) == 1
     for path in other.iterdir():
         path.replace(folder / path.name)
-    encoders._fingerprint.cache_clear()
+    requirements.fingerprint.cache_clear()
     with pytest.raises(UserError, match="trained with another text encoder"):
         dtrain.load(config.run.path)

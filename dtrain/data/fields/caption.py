@@ -29,13 +29,18 @@ class Words(NamedTuple):
     def of(self, data: bytes, choice: float = 0.0) -> str:
         """The caption of a file; "" for null and for spaces alone: an image without words.
 
-        choice: in [0, 1), which of several. Of a list, entries without words are left out. Raises BadSample.
+        choice: in [0, 1), which of several. Raises BadSample.
         """
+        said = self.all_of(data)
+        return said[chosen(choice, len(said))] if said else ""
+
+    def all_of(self, data: bytes) -> list[str]:
+        """The captions of a file; of a list, entries without words are left out. Raises BadSample."""
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise BadSample(f"is not UTF-8 at byte {e.start}; correct it") from None
-        return self._words(self._found(text) if self.path else text, choice)
+        return self._words(self._found(text) if self.path else text)
 
     def _found(self, text: str) -> Any:
         try:
@@ -48,12 +53,16 @@ class Words(NamedTuple):
             found = found[key]
         return found
 
-    def _words(self, found: Any, choice: float) -> str:
+    def _words(self, found: Any) -> list[str]:
         several = found if isinstance(found, list) else [found]
         if not all(one is None or isinstance(one, str) for one in several):
             raise BadSample(f"has at {'.'.join(self.path)} no text, null, or list of these; correct it")
-        said = [words for one in several if (words := " ".join((one or "").split()))]
-        return said[int(choice * len(said))] if said else ""
+        return [words for one in several if (words := " ".join((one or "").split()))]
+
+
+def chosen(choice: float, several: int) -> int:
+    """Which of so many captions a draw in [0, 1) stands for."""
+    return int(choice * several)
 
 
 class Caption(Field):
@@ -80,6 +89,10 @@ class Caption(Field):
     def words(self, data: bytes, choice: float = 0.0) -> str:
         """The caption of a file, as `Words.of` finds it."""
         return self._words.of(data, choice)
+
+    def all_words(self, data: bytes) -> list[str]:
+        """All captions of a file, none of an image without words."""
+        return self._words.all_of(data)
 
     def is_long(self, words: str) -> bool:
         """Whether it is cut."""

@@ -20,6 +20,7 @@ import numpy as np
 from dtrain.addresses import kept
 from dtrain.credentials import redacted
 from dtrain.data.shards import remote
+from dtrain.data.shards.embeddings import Embeddings
 from dtrain.data.shards.lacking import lacking, of_labels
 from dtrain.data.shards.latents import Latents
 from dtrain.data.shards.manifest import (
@@ -50,6 +51,7 @@ def index_shards(
     classes: list[str] | None = None,
     processes: int | None = None,
     latents: Latents | None = None,
+    embeddings: Sequence[Embeddings] = (),
 ) -> Manifest:
     """Scan tar shards, paths or URLs, and write their manifest to `destination`, its side file beside it.
 
@@ -103,6 +105,7 @@ def index_shards(
         classes=classes,
         members=SideFile(file=side.name, sha256=digest.hexdigest()),
         latents=latents,
+        embeddings=list(embeddings),
     )
     with replacing(destination) as file:
         file.write(document.as_json())

@@ -4,7 +4,8 @@
      "shards": [{"name": "train-000000.tar", "samples": 2000, "bytes": 5140480, "sha256": "…"}, …],
      "classes": ["airplane", …] or null,
      "members": {"file": "manifest.members", "sha256": "…"},
-     "latents": {…}}  of a latent cache alone (`latents.py`)
+     "latents": {…},  of a latent cache alone (`latents.py`)
+     "embeddings": [{…}, …]}  where there are cached words (`embeddings.py`)
 
 The side file is a (samples, fields) table in the manifest's order of one 16-byte little-endian record a member: offset
 uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
@@ -24,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dtrain import files
 from dtrain.config import Data
 from dtrain.data.shards.checked import checked
+from dtrain.data.shards.embeddings import Embeddings
 from dtrain.data.shards.latents import Latents
 from dtrain.data.shards.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
@@ -81,11 +83,13 @@ class Document(_Record):
     classes: list[str] | None
     members: SideFile
     latents: Latents | None = None
+    embeddings: list[Embeddings] = []
 
     def as_json(self) -> bytes:
         tree = self.model_dump()
-        if self.latents is None:
-            del tree["latents"]
+        for key in ("latents", "embeddings"):
+            if not tree[key]:
+                del tree[key]
         return json.dumps(tree, indent=1).encode() + b"\n"
 
 
@@ -101,6 +105,7 @@ class Manifest:
     mixed: tuple["Manifest", ...] = ()  # further data sets, which count in the hash
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
     latents: Latents | None = None  # what a latent cache was made of
+    embeddings: tuple[Embeddings, ...] = ()  # and cached words, of each condition that has some
     complete: bool = False  # whether it is known that no sample lacks a field
     remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
@@ -132,6 +137,7 @@ class Manifest:
         """Identifies the data: what the shards hold and in which order, not their names nor where they lie."""
         shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
         cache = [] if self.latents is None else [self.latents.model_dump()]
+        cache += [one.model_dump() for one in self.embeddings]
         content = json.dumps([self.fields, self.classes, shards, *cache], separators=(",", ":"))
         own = hashlib.sha256(content.encode()).hexdigest()
         if not self.mixed:
@@ -187,8 +193,8 @@ def load(path: str | Path) -> Manifest:
         where = ".".join(map(str, e.errors()[0]["loc"])) or "the whole file"
         raise UserError(f"{path} is not a manifest ({where}: {e.errors()[0]['msg']}); {again}") from None
 
-    side = path.parent / document.members.file
-    manifest = Manifest(path, document.fields, document.shards, document.classes, side, latents=document.latents)
+    manifest = _of(document, path)
+    side = manifest.side
     try:
         with open(side, "rb", opener=files.opener) as file:
             size = os.fstat(file.fileno()).st_size
@@ -235,8 +241,13 @@ def glance(path: str | Path) -> Manifest | None:
         document = Document.model_validate_json(files.read_bytes(path, LARGEST))
     except (OSError, ValueError):
         return None
+    return _of(document, path)
+
+
+def _of(document: Document, path: Path) -> Manifest:
     side = path.parent / document.members.file
-    return Manifest(path, document.fields, document.shards, document.classes, side, latents=document.latents)
+    caches = {"latents": document.latents, "embeddings": tuple(document.embeddings)}
+    return Manifest(path, document.fields, document.shards, document.classes, side, **caches)
 
 
 def class_names(path: Path) -> list[str] | None:

@@ -1,0 +1,3 @@
+from tests.first_stage.conftest import autoencoder
+
+__all__ = ["autoencoder"]
