@@ -33,8 +33,13 @@ Raw = Annotated[bool, typer.Option("--raw", help="the raw weights instead of an 
 Step = Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")]
 NumSamples = Annotated[int | None, typer.Option("--n", "-n", min=2, help="how many samples; default: eval.num_samples")]
 Metrics = Annotated[
-    str | None, typer.Option(help="fd,fd_infinity,kid,precision,recall,density,coverage,is,bpd,nats_per_dim_latent")
+    str | None,
+    typer.Option(
+        help="fd,fd_infinity,kid,precision,recall,density,coverage,is,bpd,nats_per_dim_latent,clip_score,agreement"
+    ),
 ]
+ClipModel = Annotated[str | None, typer.Option(help="the folder of a CLIPModel, for clip_score")]
+Classifier = Annotated[str | None, typer.Option(help="a TorchScript file with scores of the classes, for agreement")]
 Features = Annotated[str | None, typer.Option(help=FEATURES_HELP)]
 Bootstrap = Annotated[int | None, typer.Option(min=0, help="resamplings for an interval of fd; 0: none")]
 BpdClip = Annotated[bool | None, typer.Option(help="hold x_0 within [−1, 1] in bpd, as published figures do")]

@@ -10,6 +10,8 @@ from dtrain.cli.arguments import (
     FEATURES_HELP,
     Bootstrap,
     BpdClip,
+    Classifier,
+    ClipModel,
     Ema,
     Eta,
     Features,
@@ -55,6 +57,8 @@ def evaluate(
     raw: Raw = False,
     step: Step = None,
     metrics: Metrics = None,
+    clip_model: ClipModel = None,
+    classifier: Classifier = None,
     features: Features = None,
     weights: Weights = None,
     resize: Resize = None,
@@ -81,6 +85,7 @@ def evaluate(
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
+    chosen |= {"clip_model": clip_model, "classifier": classifier}
     directory = None if init else RunDirectory.find(run)
     own = load(run) if init else directory.config()
     settings = with_eval(own, chosen, raw or init is not None)
@@ -145,6 +150,8 @@ def sweep(
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2; the table has their mean")] = None,
     n: NumSamples = None,
     metrics: Metrics = None,
+    clip_model: ClipModel = None,
+    classifier: Classifier = None,
     features: Features = None,
     weights: Weights = None,
     resize: Resize = None,
@@ -161,7 +168,7 @@ def sweep(
 
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
-    chosen |= {"bpd_clip": bpd_clip, "resize": resize}
+    chosen |= {"bpd_clip": bpd_clip, "resize": resize, "clip_model": clip_model, "classifier": classifier}
     settings = with_eval(directory.config(), chosen, raw=False)
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()

@@ -75,16 +75,20 @@ class Frozen:
 @lru_cache(maxsize=4)
 def _read(folder: str, precision: str, device: str) -> Any:
     """The encoder, in eval mode. One a process and device, whoever asks."""
+    kind = _CLASSES.get(described(folder).kind, _OTHERS)
+    return pretrained(folder, kind, _DTYPES[precision]).to(device).eval().requires_grad_(False)
+
+
+def pretrained(folder: str, kind: str, dtype: torch.dtype) -> Any:
+    """The model that transformers has saved in a local folder, as its class of this name. Raises UserError."""
     try:
         import transformers
     except ImportError as e:
         raise UserError(missing(folder, e)) from None
-    kind = getattr(transformers, _CLASSES.get(described(folder).kind, _OTHERS))
     transformers.utils.logging.disable_progress_bar()
     how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = kind.from_pretrained(folder, dtype=_DTYPES[precision], **how)
+        return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"the text encoder in {folder} cannot be read ({reason}); copy the folder again") from None
-    return model.to(device).eval().requires_grad_(False)
+        raise UserError(f"the {kind} in {folder} cannot be read ({reason}); copy the folder again") from None

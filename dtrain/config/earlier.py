@@ -73,6 +73,8 @@ EARLIER: dict[str, Earlier] = {
     "eval.bootstrap": Earlier(0),
     "eval.reference": Earlier(None),
     "eval.resize": Earlier(None),
+    "eval.clip_model": Earlier(None),
+    "eval.classifier": Earlier(None),
     "eval.precision": Earlier("fp32"),
     "eval.decode_batch": Earlier(None),
 }

@@ -11,14 +11,16 @@ from dtrain.config.sections import NonNegative, Place, Positive, Probability, Se
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
 # bpd: the bound on held-out images, in bits/dim; nats_per_dim_latent: the bound on the density of their latents
-Metric = Literal[
+_OfSets = Literal[
     "fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "is", "bpd", "nats_per_dim_latent"
 ]
+Metric = Literal[_OfSets, "clip_score", "agreement"]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
 _HIGHER = ("precision", "recall", "density", "coverage", "is")
-HIGHER_IS_BETTER = {*_HIGHER, *(f"r{metric}" for metric in _HIGHER), "psnr", "ssim"}
+HIGHER_IS_BETTER = {*_HIGHER, *(f"r{metric}" for metric in _HIGHER), "psnr", "ssim", "clip_score", "agreement"}
 OF_THE_MODEL = {"bpd", "nats_per_dim_latent"}  # without samples and features; `evaluate` asks the model itself
+OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of samples alone → key of their network
 
 
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
@@ -78,6 +80,10 @@ class Eval(Sampling):
     """images drawn for an evaluation"""
     metrics: list[Metric] = Field(["fd"], min_length=1)
     """fd: Fréchet distance; bpd: bound on held-out images, nats_per_dim_latent on their latents; is: Inception score"""
+    clip_model: Place | None = None
+    """for clip_score: the folder of a CLIPModel of transformers, with its tokenizer and preprocessor_config.json"""
+    classifier: Place | None = None
+    """for agreement: a TorchScript file that gives scores of the classes (net.pt#sha256=… pins it)"""
     validation_images: Positive = 256
     """the first held-out images, for bpd and the loss by noise level"""
     features: Place = "auto"

@@ -11,7 +11,7 @@ from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
-from dtrain.config.evaluation import OF_THE_MODEL, SAMPLERS, Eval
+from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
@@ -172,6 +172,8 @@ class Config(Section):
             raise ValueError(f"eval.metrics bpd is of pixels, which have levels, and first_stage.kind is {kind}{more}")
         if "nats_per_dim_latent" in bounds and not self.first_stage.is_continuous:
             raise ValueError(f"eval.metrics nats_per_dim_latent is of latents, and first_stage.kind is {kind}")
+        for metric in OF_WHAT_IS_ASKED.keys() & set(e.metrics):
+            self._asks(metric)
         if e.clip and self.first_stage.is_continuous:
             raise ValueError(f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {kind}; leave it out")
         if e.decode_batch is not None and self.first_stage.kind == "pixels":
@@ -185,6 +187,14 @@ class Config(Section):
             raise ValueError("eval.negative_prompt has no effect with eval.guidance 1; take 3, or leave it out")
         if e.guidance_interval[0] >= e.guidance_interval[1]:
             raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
+
+    def _asks(self, metric: str) -> None:
+        key = OF_WHAT_IS_ASKED[metric]
+        if getattr(self.eval, key) is None:
+            raise ValueError(f"eval.metrics {metric} needs a network of your own; name it in eval.{key}")
+        if not (self.texts if metric == "clip_score" else self.model.num_classes):
+            told = "is told in words" if metric == "clip_score" else "has classes"
+            raise ValueError(f"eval.metrics {metric} is of what samples are asked for; it needs a model that {told}")
 
     def dump(self) -> str:
         """The whole tree as YAML, defaults filled in; `load` reads it back."""

@@ -22,6 +22,7 @@ from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
 from dtrain.evaluation.likelihood import bits_per_dim, nats_per_dim
 from dtrain.evaluation.metrics import build as metrics
+from dtrain.evaluation.metrics.asked import mean_score, scorers
 from dtrain.evaluation.metrics.kept import KeptFeatures
 from dtrain.evaluation.metrics.moments import MomentStream
 from dtrain.evaluation.names import reconstructed
@@ -91,7 +92,12 @@ def evaluate(
     kept = KeptFeatures(extractor.dimensions, generator.device) if needs_features(e) else None
     starts, mine = blocks_of_a_rank(e)
     a_block = generator.evaluations(e)
+    judges = distributed.agree(scorers, config, reference.captions, generator.device)
+    scores: dict[str, dict[int, Tensor]] = {judge.name: {} for judge in judges}  # of this rank's blocks
     qualities: dict[int, Quality] = {}  # of this rank's blocks, where the images are reconstructions
+
+    def asked(ids: list[int]) -> tuple[Tensor, Said]:
+        return labels_of(ids, e, config.model.num_classes, reference), captions_of(ids, reference)
 
     def draw() -> list[int]:
         bad: list[int] = []  # ids
@@ -101,7 +107,7 @@ def evaluate(
             images = _images(
                 generator,
                 ids,
-                lambda ids: (labels_of(ids, e, config.model.num_classes, reference), captions_of(ids, reference)),
+                asked,
                 e,
                 scratch,
                 (config.data.channels, config.data.image_size, config.data.image_size),
@@ -114,6 +120,8 @@ def evaluate(
             moments.update(features)
             if kept is not None:
                 kept.update(number, features)
+            for judge in judges:
+                scores[judge.name][number] = judge(images.to(generator.device), *asked(ids))
             if generator.reconstructs:
                 qualities[number] = generator.quality(ids, images)
             on_progress((before + 1) * a_block, len(mine) * a_block)
@@ -134,6 +142,7 @@ def evaluate(
         found = distributed.on_rank_0(compute)
         if generator.reconstructs:
             found = {reconstructed(name): value for name, value in found.items()} | mean_quality(qualities)
+    found |= {name: mean_score(own) for name, own in scores.items()}
     if "bpd" in e.metrics:
         found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress, reference.captions)
     if "nats_per_dim_latent" in e.metrics:
@@ -150,6 +159,7 @@ def evaluate(
     }
     if generator.first_stage.fingerprint != Pixels.fingerprint:
         context["first_stage"] = generator.first_stage.fingerprint
+    context |= {judge.key: judge.fingerprint for judge in judges}
     if not generator.reconstructs and (encoders := generator.conditions.fingerprints):
         context["text_encoders"] = encoders
     return found, context

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from dtrain.config import Eval
-from dtrain.config.evaluation import OF_THE_MODEL
+from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED
 from dtrain.errors import UserError
 
 OF_STATISTICS = {"fd", "fd_infinity"}  # those that a file of another tool may stand behind
@@ -28,12 +28,13 @@ CLEAN_FID = re.compile(r"_(clean|legacy_tensorflow|legacy_pytorch)_[^_]+_(?:\d+|
 
 
 def metric_name(metric: str, features: str, suffix: str = "", comparable: bool = True) -> str:
-    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels`; a bound is of no features.
+    """The journal's key of a metric: `<metric>_<features>`, as `fd_pixels`; a bound is of no features, and neither is
+    what compares a sample with what it was asked for.
 
     comparable: whether what is compared with is known to have been resized as the samples are; only then the Fréchet
     distance of Inception's features is called `fid`. A suffix names what belongs to the value: `kid_inception_std`.
     """
-    if metric in OF_THE_MODEL:
+    if metric in OF_THE_MODEL or metric in OF_WHAT_IS_ASKED:
         return metric
     name = FRECHET[features] if metric == "fd" and features in FRECHET and comparable else f"{metric}_{features}"
     return f"{name}_{suffix}" if suffix else name

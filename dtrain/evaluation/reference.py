@@ -44,7 +44,7 @@ from dtrain.evaluation.names import (
 )
 from dtrain.evaluation.reference_origin import AS_IT_IS, Changed, Origin, preprocessing, stored_path
 from dtrain.evaluation.reference_store import ReferenceStore
-from dtrain.evaluation.requirements import check_metrics, needs_reference_features, split_of
+from dtrain.evaluation.requirements import check_asked, check_metrics, needs_reference_features, split_of
 
 READ_BLOCK = 512  # images of the split read and embedded at a time
 
@@ -96,6 +96,7 @@ class Reference:
         found: Extractor = distributed.agree(
             extractor, e.features, data.image_size, data.channels, e.weights, device, e.resize
         )
+        distributed.agree(check_asked, e)
         split = distributed.agree(split_of, config)
         distributed.agree(check_metrics, e, found, None if split is None else split.samples)
         held_out: dict[str, Any] = {}

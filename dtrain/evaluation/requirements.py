@@ -3,11 +3,13 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dtrain import plugins
 from dtrain.config import Config, Data, Eval
-from dtrain.config.evaluation import OF_THE_MODEL
+from dtrain.config.encoders import INDEX, WEIGHTS
+from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED
+from dtrain.config.folders import config_json
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.manifest import Manifest
@@ -25,7 +27,9 @@ from dtrain.evaluation.names import (
     metric_names,
     resize_of_reference,
 )
+from dtrain.files import read_json
 
+PREPROCESSOR = "preprocessor_config.json"  # of a CLIPModel's folder
 OF_MOMENTS = {"fd"}
 PRECISION, DENSITY = ("precision", "recall"), ("density", "coverage")
 OF_REFERENCE_FEATURES = {"kid", *PRECISION, *DENSITY}
@@ -52,7 +56,9 @@ class Known:
 
 def needs_features(e: Eval) -> bool:
     """Whether the samples' features have to be kept; the Fréchet distance alone lives on moments."""
-    return bool(set(e.metrics) - OF_MOMENTS - OF_THE_MODEL) or bool(e.bootstrap and "fd" in e.metrics)
+    return bool(set(e.metrics) - OF_MOMENTS - OF_THE_MODEL - OF_WHAT_IS_ASKED.keys()) or bool(
+        e.bootstrap and "fd" in e.metrics
+    )
 
 
 def needs_reference_features(e: Eval) -> bool:
@@ -67,6 +73,7 @@ def needs_split(e: Eval) -> bool:
 def check_evaluation(config: Config) -> None:
     """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
     check_guidance(config)
+    check_asked(config.eval)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
         check_split(split)
@@ -77,6 +84,49 @@ def check_evaluation(config: Config) -> None:
         raise UserError(f"no statistics at {config.eval.reference}{from_where(config.eval.reference)}")
     if features is not None and config.eval.reference:
         resize_of_reference(config.eval, features.name, config.eval.reference)
+
+
+def check_asked(e: Eval) -> None:
+    """Raises UserError where the networks that compare samples with what they were asked for are not there."""
+    if "clip_score" in e.metrics:
+        ClipFolder.of(e.clip_model)
+    if "agreement" in e.metrics:
+        read_program(e.classifier, "eval.classifier")
+
+
+class ClipFolder(NamedTuple):
+    """What a folder says of its CLIPModel. size: pixels a side; width: of the common space; length: tokens taken;
+    padding: the token behind a caption. normalisation: means and deviations of red, green and blue in [0, 1].
+    """
+
+    size: int
+    width: int
+    length: int
+    padding: int
+    normalisation: tuple[list[float], list[float]]
+
+    @classmethod
+    def of(cls, folder: str) -> "ClipFolder":
+        """Raises UserError for what is missing, with what to copy where."""
+        tree = config_json(folder, "a CLIPModel", "copy a folder that transformers has saved")
+        saved = "copy it from where the folder comes from"
+        if not isinstance(tree, dict) or tree.get("model_type") != "clip":
+            raise UserError(f"{folder} describes no CLIPModel of both towers, which eval.clip_model needs")
+        if not any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
+            raise UserError(f"{folder} has no {WEIGHTS}, which eval.clip_model needs; {saved}, or save it anew")
+        missing = next((n for n in ("tokenizer_config.json", PREPROCESSOR) if not (Path(folder) / n).is_file()), None)
+        if missing:
+            raise UserError(f"{folder} has no {missing}, which eval.clip_model needs; {saved}")
+        try:
+            text, vision, seen = tree["text_config"], tree["vision_config"], read_json(Path(folder) / PREPROCESSOR)
+            scale = [float(v) for v in seen["image_mean"]], [float(v) for v in seen["image_std"]]
+            # What config.json leaves out is as transformers has it.
+            size, width = int(vision.get("image_size", 224)), int(tree.get("projection_dim", 512))
+            return cls(
+                size, width, int(text.get("max_position_embeddings", 77)), int(text.get("pad_token_id", 1)), scale
+            )
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{folder} does not describe its CLIPModel ({e!r}); copy it again") from None
 
 
 def about_names(config: Config) -> list[str]:

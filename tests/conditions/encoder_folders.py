@@ -5,6 +5,7 @@ from pathlib import Path
 WORDS = ["the", "a", "digit", "left", "of", "one", "two", "three", "four", "seven", "nine"]
 KINDS = ("bert", "clip", "t5")
 WIDTH = 32
+SIDE, TOKENS = 16, 8  # of a CLIP model: pixels of its pictures, tokens of its captions
 
 
 def written(kind: str, folder: Path, seed: int = 0) -> Path:
@@ -24,6 +25,16 @@ def written(kind: str, folder: Path, seed: int = 0) -> Path:
     layers = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     if kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**size, **layers))
+    elif kind == "clip model":  # of both towers, with what its pictures go through
+        seen = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        vision = seen | {"image_size": SIDE, "patch_size": 8}
+        own = {"text_config": size | layers | {"max_position_embeddings": TOKENS}, "vision_config": vision}
+        model = transformers.CLIPModel(transformers.CLIPConfig(**own, projection_dim=16))
+        for one in model.parameters():  # so that captions and pictures differ
+            one.data = one.data + 0.1 * torch.randn(one.shape)
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+        ).save_pretrained(folder)
     elif kind == "clip":
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, **layers))
     else:

@@ -143,9 +143,10 @@ class UserNetwork(Network):
     module's own attribute of that name, else 299. Goes by the file's name, never by one of ours.
     """
 
-    def __init__(self, path: str, device: torch.device | str = "cpu"):
+    def __init__(self, path: str, device: torch.device | str = "cpu", key: str = "eval.features"):
+        """key: of the config, which names it. Raises UserError."""
         super().__init__(device)
-        program = read_program(path)
+        program = read_program(path, key)
         path = program.path
         self._network = load_torchscript(path, self.device, program.data)
         check_graphs(path, self._network)

@@ -39,8 +39,8 @@ def file_of(features: str) -> tuple[Path, str | None]:
     return Path(path), pinned.lower() or None
 
 
-def read_program(features: str) -> Program:
-    """The TorchScript file of `eval.features`, whose code does nothing but compute.
+def read_program(features: str, key: str = "eval.features") -> Program:
+    """The TorchScript file that a key of the config names, whose code does nothing but compute.
 
     Raises UserError where it is missing, has another hash than is pinned, is no TorchScript, or could do more.
     """
@@ -48,15 +48,15 @@ def read_program(features: str) -> Program:
     try:
         data = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
-        raise UserError(
-            f"there is no TorchScript file {path}{from_where(path)}; eval.features is inception, effnet_lite0, pixels "
-            "or a path"
-        ) from None
+        ours = (
+            "is inception, effnet_lite0, pixels or a path" if key == "eval.features" else "names it, so copy it there"
+        )
+        raise UserError(f"there is no TorchScript file {path}{from_where(path)}; {key} {ours}") from None
     except OSError as e:
         raise UserError(f"cannot read the TorchScript file {path}: {e.strerror}") from None
     found = hashlib.sha256(data).hexdigest()
     if pinned not in (None, found):
-        raise UserError(f"{path} has the sha256 {found}, and eval.features pins {pinned}: it is another file")
+        raise UserError(f"{path} has the sha256 {found}, and {key} pins {pinned}: it is another file")
     members = _members(path, data)
     _check_code(path, {name: source for name, source in members.items() if _is_code(name)})
     return Program(path, _archive(members), found)
