@@ -1,7 +1,7 @@
 """A trained model in a program of one's own. `dtrain.load("runs/x").sample(labels=[3] * 8, steps=50, guidance=2)`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,7 @@ class Trained:
         *,
         prompts: str | Iterable[str] | None = None,
         negative_prompt: str | None = None,
-        guidance: float | None = None,
+        guidance: float | str | Mapping[str, float] | None = None,
         steps: int | None = None,
         seed: int | None = None,
         sampler: str | None = None,

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dtrain.config import Eval
+from dtrain.config.guidance import CLASS, scale_of
 from dtrain.diffusion.flow import MODEL_TIME, RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
@@ -74,7 +75,7 @@ def to_diffusers(
         names += [str(i) for i in range(len(names), model.num_classes)]
         index["id2label"] = {str(i): name for i, name in enumerate(names)}
         index["num_inference_steps"] = steps
-        index["guidance_scale"] = how.guidance
+        index["guidance_scale"] = scale_of(how.guidance, CLASS)
         index["eta"] = 0.0 if flow else _eta(how)
     return Exported(folder, config, weights, scheduler, index, steps, _left_out(how, flow, steps))
 

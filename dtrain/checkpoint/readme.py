@@ -4,6 +4,7 @@ from typing import Any
 
 from dtrain.checkpoint.diffusers import Exported
 from dtrain.config import Config, Data, DiT, MMDiT, UNet
+from dtrain.config.guidance import CLASS, scale_of
 
 SHOWN = 8  # images of the picture
 
@@ -13,7 +14,7 @@ def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], cla
     how, classes, side = config.eval, config.model.num_classes, _shown_side(config.data.image_size)
     own = ', custom_pipeline=".", trust_remote_code=True)  # runs ./pipeline.py' if exported.own_pipeline else ")"
     what = ["labels"] if classes else [f"batch_size={SHOWN}"]
-    what += [f"guidance_scale={how.guidance}"] if classes else []
+    what += [f"guidance_scale={scale_of(how.guidance, CLASS)}"] if classes else []
     what += [f"num_inference_steps={exported.steps}"]
     if not exported.own_pipeline:
         what += [f"eta={how.eta}"] if how.eta not in (0, "sigma_hat") else []
@@ -37,7 +38,7 @@ def of_diffusers(exported: Exported, config: Config, source: dict[str, Any], cla
 def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
     """Lines that need dtrain."""
     how, classes, side = config.eval, config.model.num_classes, _shown_side(config.data.image_size)
-    what = f"labels=range({min(SHOWN, classes)}), guidance={how.guidance}" if classes else str(SHOWN)
+    what = f"labels=range({min(SHOWN, classes)}), guidance={how.guidance!r}" if classes else str(SHOWN)
     code = ["import numpy as np", "from PIL import Image", "", "import dtrain", ""]
     code += ['model = dtrain.load(".")  # model.model is the plain torch module']
     code += [f"images = model.sample({what}, steps={how.steps}, seed=0)  # uint8 (n, H, W, C)"]

@@ -27,7 +27,9 @@ RunName = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, help="DDIM steps")]
 Eta = Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")]
 SamplerName = Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, heun, euler")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none")]
+Guidance = Annotated[
+    str | None, typer.Option(help="1 is none; or of each condition apart, in their order: text=3,label=1.5")
+]
 Ema = Annotated[int | None, typer.Option(min=0, help="EMA profile")]
 Raw = Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")]
 Step = Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")]

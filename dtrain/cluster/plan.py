@@ -94,7 +94,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     ]
     own = next(s for s in stages if s.stage == deepspeed.zero_stage)
     gathered = 4 * (sizes.trainable + sizes.frozen)
-    sampled = config.eval.batch_size * (2 if config.eval.guidance != 1 else 1)
+    sampled = config.eval.batch_size * (1 + len(config.eval.asked.steps))
     drawn = max(sampling_bytes(config, sampled), first_stage.decoding, first_stage.encoding)
     evaluation = own.state.device - own.state.gradients + gathered + first_stage.weights + drawn
     flops = flops_per_image(config, checkpointing=False)

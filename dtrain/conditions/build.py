@@ -1,6 +1,6 @@
 """The conditions a configuration asks for, side by side."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from dtrain.conditions.condition import Conditioning
 from dtrain.conditions.encoders import Frozen
 from dtrain.conditions.text import CachedWords, Trained, Words
 from dtrain.config import Config, Section, Text
+from dtrain.config.guidance import CLASS
 from dtrain.data.declared import caption
 from dtrain.errors import UserError
 
@@ -23,8 +24,10 @@ NOTHING: Said = {}
 class Conditions:
     """Several conditions as one: each keeps to its own arguments, and each is dropped by its own draw."""
 
-    def __init__(self, parts: Sequence[Conditioning] = ()):
+    def __init__(self, parts: Sequence[Conditioning] = (), names: Sequence[str] | None = None):
+        """names: by which guidance may lead to each of the parts apart; None: by none."""
         self._parts = list(parts)
+        self._names = list(names) if names is not None else [None] * len(self._parts)
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -41,13 +44,15 @@ class Conditions:
             condition |= part.dropped(part.given(batch), batch)
         return condition
 
-    def null(self, condition: Condition, negative: str = "") -> Condition:
+    def null(self, condition: Condition, negative: str = "", told: Collection[str] = ()) -> Condition:
         """The same rows told nothing. An argument that is no condition's stays as it is.
 
-        negative: what those that are told in words are told instead, a negative prompt.
+        negative: what those that are told in words are told instead, a negative prompt. told: those that stay.
         """
         nothing = dict(condition)
-        for part in self._parts:
+        for name, part in zip(self._names, self._parts, strict=True):
+            if name in told:
+                continue
             said = part in self.words and negative.strip()
             nothing |= part.all_told(condition, negative) if said else part.null(condition)
         return nothing
@@ -101,10 +106,11 @@ class Conditions:
 
 def build(config: Config) -> Conditions:
     """The class where `model.num_classes` > 0, then those of `conditions`."""
-    parts: list[Conditioning] = []
+    parts: dict[str, Conditioning] = {}
     if config.model.num_classes:
-        parts.append(Classes(config.model.num_classes, config.diffusion.label_dropout))
-    return Conditions([*parts, *(_part(name, section, config) for name, section in config.conditions.items())])
+        parts[CLASS] = Classes(config.model.num_classes, config.diffusion.label_dropout)
+    parts |= {name: _part(name, section, config) for name, section in config.conditions.items()}
+    return Conditions(list(parts.values()), list(parts))
 
 
 def _part(name: str, section: Section, config: Config) -> Conditioning:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from dtrain import plugins
-from dtrain.config.sections import NonNegative, Place, Positive, Probability, Section
+from dtrain.config import guidance as guidances
+from dtrain.config.sections import NonNegative, NonNegativeFloat, Place, Positive, Probability, Section
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
@@ -46,8 +47,8 @@ class Sampling(Section):
     """which timesteps the sampler visits, or these themselves, falling"""
     clip: bool = False
     """hold every estimate of x_0 within [−1, 1] while sampling"""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    """s in uncond + s·(cond − uncond); 1: none"""
+    guidance: NonNegativeFloat | str = 1.0
+    """s in uncond + s·(cond − uncond), 1: none; or of each condition apart, in their order: text=3,label=1.5"""
     negative_prompt: str = ""
     """words that guidance leads away from, of a model that is told in words; empty: from no words"""
     guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
@@ -64,6 +65,13 @@ class Sampling(Section):
     """latents that first_stage kl decodes together, which bounds memory; null: 8"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the samples' noise"""
+
+    _kept_guidance = field_validator("guidance", mode="before")(guidances.kept)
+
+    @property
+    def asked(self) -> guidances.Chain:
+        """What the network is asked for one answer, by `guidance`."""
+        return guidances.chain(self.guidance)
 
     @field_validator("sampler")
     @classmethod

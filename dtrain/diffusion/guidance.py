@@ -1,11 +1,13 @@
 """Classifier-free guidance (Ho & Salimans 2022)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dtrain.batch import Condition
+from dtrain.config.guidance import chain
 from dtrain.diffusion.tables import known
 from dtrain.errors import UserError
 
@@ -14,8 +16,8 @@ Model = Callable[..., Tensor]  # (x (N, C, H, W), t (N,), **condition) → (N, O
 
 def guided(
     model: Model,
-    guidance: float,
-    null: Callable[[Condition], Condition] | None,
+    guidance: float | str,
+    null: Callable[..., Condition] | None,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     last_time: float = 1000,
@@ -23,8 +25,13 @@ def guided(
 ) -> Model:
     """A model(x, t, **condition) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
 
-    null: what the rows of a condition are told where nothing is said; None for a model that is told nothing. s = 1 is
-    the model itself, so its outputs are the same bit for bit; the papers' w is s − 1.
+    null: null(condition) is what the rows of a condition are told where nothing is said, null(condition, told=NAMES)
+    where these conditions alone are told; None for a model that is told nothing. s = 1 is the model itself, so its
+    outputs are the same bit for bit; the papers' w is s − 1.
+
+    guidance: also a text such as `text=3,label=1.5`, of each condition c_1, c_2, … apart, all in one batch (Brooks et
+    al. 2023, equation 3): ε(nothing) + Σ s_i (ε(c_1 … c_i) − ε(c_1 … c_(i−1))). `config.guidance.chain` says which of
+    these answers are needed.
 
     channels: how many of the image's channels, counted from the first, are guided; all by default. 3 repeats published
     DiT results on 4-channel latents. All other channels of the output are the conditional ones: a learned variance,
@@ -36,21 +43,28 @@ def guided(
 
     Raises UserError for s ≠ 1 on a model without conditions.
     """
-    if guidance == 1:
+    begun, steps = chain(guidance)
+    if not steps:
         return model
     if null is None:
         raise UserError(f"guidance {guidance} needs a model with classes, but model.num_classes is 0; use guidance 1")
 
-    def both(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    asked = [*(names for _, names in reversed(steps[:-1])), begun]  # beside everything, from the most told on
+
+    def mixture(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         inside = _within(t, interval, last_time)
         if not (inside if isinstance(inside, bool) else bool(inside.any())):
             return model(x, t, **condition)
-        nothing = null(condition)
-        told = {name: torch.cat([value, nothing[name]]) for name, value in condition.items()}  # (2N, …)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), **told).chunk(2)  # (N, O, H, W) each
+        less = [null(condition, told=names) if names else null(condition) for names in asked]
+        told = {name: torch.cat([value, *(one[name] for one in less)]) for name, value in condition.items()}  # (MN, …)
+        m = 1 + len(less)
+        cond, *others = model(torch.cat([x] * m), torch.cat([t] * m), **told).chunk(m)  # (N, O, H, W) each
         n = x.shape[1] if channels is None else min(channels, x.shape[1])
-        towards, away, rest = cond[:, :n], uncond[:, :n], cond[:, n:]
-        mixed = away + guidance * (towards - away)
+        towards, rest = cond[:, :n], cond[:, n:]
+        answers = [*(one[:, :n] for one in reversed(others)), towards]  # from the least told on
+        mixed = answers[0]
+        for (scale, _), (before, after) in zip(steps, pairwise(answers), strict=True):
+            mixed = mixed + scale * (after - before)
         if rescale:
             contrast = _std(towards) / _std(mixed)
             mixed = mixed * (rescale * contrast + (1 - rescale))
@@ -58,7 +72,7 @@ def guided(
             mixed = torch.cat([mixed, rest], dim=1)
         return mixed if inside is True else torch.where(inside.view(-1, 1, 1, 1), mixed, cond)
 
-    return both
+    return mixture
 
 
 def _within(t: Tensor, interval: tuple[float, float], last_time: float) -> Tensor | bool:

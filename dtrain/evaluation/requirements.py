@@ -10,6 +10,7 @@ from dtrain.config import Config, Data, Eval
 from dtrain.config.encoders import INDEX, WEIGHTS
 from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED
 from dtrain.config.folders import config_json
+from dtrain.config.guidance import CLASS
 from dtrain.data.fields.check import check_classes, check_split
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.manifest import Manifest
@@ -233,16 +234,16 @@ def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
 
 def check_guidance(config: Config) -> None:
     """Raises UserError where guidance would contrast with a model that nothing has trained."""
-    guidance = config.eval.guidance
-    if guidance == 1:
+    guidance, (begun, steps) = config.eval.guidance, config.eval.asked
+    if not steps:
         return
-    if config.model.num_classes and config.diffusion.label_dropout == 0:
+    if config.model.num_classes and config.diffusion.label_dropout == 0 and CLASS not in begun:
         raise UserError(
             f"eval.guidance {guidance} contrasts the model with itself without a class, which "
             "diffusion.label_dropout 0 never trains; take guidance 1, or train with label_dropout 0.1"
         )
     for name, section in config.texts.items():
-        if section.dropout == 0:
+        if section.dropout == 0 and name not in begun:
             raise UserError(
                 f"eval.guidance {guidance} contrasts the model with itself without words, which "
                 f"conditions.{name}.dropout 0 never trains; take guidance 1, or train with dropout 0.1"

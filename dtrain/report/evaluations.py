@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from dtrain.config import guidance
 from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.evaluation.names import BOUND_PARTS, FRECHET, reconstructed
 from dtrain.report.chart import Chart, Point, Series, line_of
@@ -177,7 +178,7 @@ def described(context: dict, run: Run) -> str:
     if context.get("eta") not in (None, 0, 0.0) or context.get("sampler") == "ddim":
         how.append(f"η {_eta(context.get('eta', 0))}")
     if context.get("guidance", 1) != 1:
-        how.append(f"guidance {context['guidance']:g}")
+        how.append(f"guidance {guidance.shown(context['guidance'])}")
     return " · ".join([*parts, ", ".join(how)] if how else parts)
 
 

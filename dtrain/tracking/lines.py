@@ -71,13 +71,18 @@ def _label(value: Any) -> bool:
     return value is None or _text(value) or _number(value) or type(value) is bool
 
 
+def _scale(value: Any) -> bool:
+    """Of guidance: one number, or the text of one of each condition."""
+    return _number(value) or _text(value)
+
+
 def _settings(value: Any) -> bool:
     return type(value) is dict and all(map(_label, value.values()))
 
 
 # What readers rely on in a context, by event; keys that are not here are only ever shown.
 _MEASURED = dict.fromkeys(("n", "steps", "sampler", "eta", "seed", "features"), _label)
-_MEASURED |= {"ema": _text, "guidance": _number, "reference": _or_null(_text), "holdout": _or_null(_text)}
+_MEASURED |= {"ema": _text, "guidance": _scale, "reference": _or_null(_text), "holdout": _or_null(_text)}
 _MEASURED |= {"differs": lambda value: type(value) is dict}
 _CONTEXT: dict[str, dict[str, Callable[[Any], bool]]] = {
     "eval": _MEASURED,

@@ -1,10 +1,13 @@
 """Words as a condition: dropped by a draw of its own, one null in training and in sampling, guidance and what it leads
 away from."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dtrain.conditions.build import Conditions
+from dtrain.conditions.classes import Classes
 from dtrain.conditions.text import Trained, Words
 from dtrain.config import load
 from dtrain.data.fields.caption import Caption
@@ -14,13 +17,26 @@ from dtrain.draws import purpose_of
 from dtrain.errors import UserError
 from dtrain.randomness import Draws
 from tests.digits import CONFIG
-from tests.models.told import inputs, told_in_words
+from tests.models.told import E, inputs, told_in_words, two_texts_and_a_class
 
 N, L = 3, 6
 
 
 def condition(name="text", dropout=0.2, null_is_empty=False):
     return Words(Caption(name, "txt", L, Bytes()), Trained(L), dropout, null_is_empty)
+
+
+class Spread:
+    """A stand-in for a frozen encoder: each token as E numbers."""
+
+    dtype, fingerprint, shape = torch.float64, None, (L, E)
+
+    def __call__(self, tokens, mask):
+        return torch.sin(tokens[..., None] * torch.arange(1, E + 1, dtype=torch.float64))
+
+
+def frozen_condition(name):
+    return Words(Caption(name, "txt", L, Bytes()), Spread(), 0.1, False)
 
 
 def batch(words, *parts):
@@ -82,6 +98,28 @@ def test_the_key_null_is_read_from_yaml_without_quotes():
     own = "model.num_classes=0", "conditions={text: {null: zeros, dropout: 0.2}}"
     section = load(CONFIG, ["data.shards=d", "data.holdout=null", "eval.every=0", *own]).conditions["text"]
     assert (section.null, section.width) == ("zeros", 128)
+
+
+def test_guidance_leads_to_words_and_class_apart_and_a_negative_prompt_stands_where_words_are_not_told():
+    model = two_texts_and_a_class()
+    parts = Classes(4, 0.1), frozen_condition("one"), frozen_condition("two")
+    conditions = Conditions(parts, ["label", "one", "two"])
+    said = conditions.of_ids([0, 1, 2], torch.tensor([0, 3, 1]), {"one": ["ab", "c", "defg"], "two": ["x", "", "zz"]})
+    null = partial(conditions.null, negative="no")
+
+    def of(*told):
+        return model(*inputs(), **null(said, told=told))
+
+    found = guided(model, "one=3,label=1.5,two=2", null)(*inputs(), **said)
+    both = of("one", "label")
+    expected = of() + 3 * (of("one") - of()) + 1.5 * (both - of("one")) + 2 * (model(*inputs(), **said) - both)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+    plain = guided(model, 3.0, null)(*inputs(), **said)
+    assert torch.equal(plain, guided(model, "one=3,label=3,two=3", null)(*inputs(), **said))
+    assert not torch.allclose(found, plain, atol=1e-3)
+    without = null(said, told=("one",))
+    other = conditions.of_ids([0, 1, 2], torch.tensor([4, 4, 4]), {"one": ["ab", "c", "defg"], "two": ["no"] * 3})
+    assert all(torch.equal(without[name], other[name]) for name in other)
 
 
 def test_prompts_for_a_model_that_is_not_told_in_words_are_refused():

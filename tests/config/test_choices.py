@@ -85,3 +85,33 @@ def test_a_dumped_configuration_reads_back_the_same(sections, kinds):
     c = config(**sections)
     assert (type(c.model), type(c.diffusion)) == kinds
     assert Config.model_validate(yaml.safe_load(c.dump())) == c
+
+
+APART = {"model": {"name": "dit", "size": "S/2", "num_classes": 10}, "conditions": {"text": {}}}
+
+
+@pytest.mark.parametrize("guidance", [{"text": 3, "label": 1.5}, "text=3,label=1.5", " text=3.0, label=1.5"])
+def test_guidance_over_each_condition_apart_is_kept_as_one_text_in_its_order(guidance):
+    c = config(**APART, eval={"guidance": guidance})
+    assert c.eval.guidance == "text=3,label=1.5"
+    assert validate(c.model_dump(mode="json"), "again").eval.guidance == "text=3,label=1.5"
+    assert config(**APART, eval={"guidance": "2"}).eval.guidance == 2.0
+
+
+@pytest.mark.parametrize(
+    ("guidance", "line"),
+    [
+        ("words=3,label=1", r"eval.guidance names words, and this model is told label and text"),
+        ("text=3", r"eval.guidance text=3 must name each of label, text once"),
+        ("text=3,text=1", r"names each condition once"),
+        ("text=3,label=-1", r"takes finite numbers of at least 0"),
+        ("text=3,label", r"takes a number, or one of each condition in their order, such as text=3,label=1.5"),
+        ("strong", r"takes a number, or one of each condition"),
+        (-1, r"takes finite numbers of at least 0"),
+        ([1, 2], r"takes a number, or one of each condition"),
+    ],
+)
+def test_guidance_that_names_no_condition_or_is_no_number_is_one_line(guidance, line):
+    with pytest.raises(UserError, match=line) as error:
+        config(**APART, eval={"guidance": guidance})
+    assert "\n" not in str(error.value)

@@ -98,3 +98,57 @@ def test_rescaling_returns_the_contrast_of_the_conditional_model(rescale):
         np.testing.assert_allclose(found[row], expected, rtol=1e-12)
         if rescale == 1:
             np.testing.assert_allclose(found[row].std(), cond[row].std(), rtol=1e-12)
+
+
+def sums(x, t, p, q, r):
+    """Of its rows alone, and of all three conditions at once: no two of the eight cases give the same."""
+    rows_of.append(len(x))
+    told = p + 10 * q + 100 * r + 0.5 * p * q + 7 * q * r + 3 * p * q * r
+    return torch.tanh(x) * told.view(-1, 1, 1, 1)
+
+
+rows_of = []
+TOLD = {name: torch.tensor(values, dtype=torch.float64) for name, values in
+        {"p": [1.0, 2.0, 3.0], "q": [0.5, 1.0, 2.0], "r": [3.0, 1.0, 4.0]}.items()}  # fmt: skip
+
+
+def nothing(condition, told=()):
+    return {name: value if name in told else torch.full_like(value, -1.0) for name, value in condition.items()}
+
+
+def of(*told):
+    return sums(x, t, **nothing(TOLD, told))
+
+
+def test_each_condition_is_led_to_by_a_scale_of_its_own_in_the_order_given():
+    """Brooks et al. 2023, equation 3: ε(nothing) + Σ s_i (ε(c_1 … c_i) − ε(c_1 … c_(i−1)))."""
+    found = guided(sums, "q=3,p=1.5,r=0.5", nothing)(x, t, **TOLD)
+    expected = of() + 3 * (of("q") - of()) + 1.5 * (of("q", "p") - of("q")) + 0.5 * (of("q", "p", "r") - of("q", "p"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    other = guided(sums, "p=1.5,q=3,r=0.5", nothing)(x, t, **TOLD)
+    assert (found - other).abs().max() > 1  # the order counts
+
+
+@pytest.mark.parametrize(
+    ("guidance", "answers"),
+    [("p=2,q=3,r=4", 4), ("p=1,q=3,r=4", 3), ("p=3,q=3,r=2", 3), ("p=1,q=1,r=4", 2), ("p=2,q=1,r=1", 3)],
+)
+def test_answers_that_fall_out_are_not_asked_for(guidance, answers):
+    scales = [float(part[2:]) for part in guidance.split(",")]
+    steps = [of(), of("p"), of("p", "q"), of("p", "q", "r")]
+    expected = steps[0] + sum(s * (steps[i + 1] - steps[i]) for i, s in enumerate(scales))
+    rows_of.clear()
+    found = guided(sums, guidance, nothing)(x, t, **TOLD)
+    assert rows_of == [3 * answers]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_one_scale_for_each_is_that_number_and_1_the_conditional_model_bit_for_bit():
+    assert torch.equal(guided(sums, "p=3,q=3,r=3", nothing)(x, t, **TOLD), guided(sums, 3.0, nothing)(x, t, **TOLD))
+    assert guided(sums, "p=1,q=1,r=1", nothing) is sums
+
+
+def test_apart_too_guidance_acts_within_its_interval_alone():
+    found = guided(sums, "p=2,q=3,r=4", nothing, interval=(0.2, 0.6))(x, t, **TOLD)  # t is 1, 500 and 999 of 1000
+    everywhere, bare = guided(sums, "p=2,q=3,r=4", nothing)(x, t, **TOLD), sums(x, t, **TOLD)
+    assert torch.equal(found, torch.stack([bare[0], everywhere[1], bare[2]]))

@@ -8,7 +8,7 @@ import torch
 from dtrain.models.layers import ConditionNetworks, Tokens, initialize, unpatchify
 from dtrain.models.mmdit import MMDiT, MMDiTBlock, masked_mean
 from dtrain.models.text import TextNetwork
-from tests.models.told import SMALL, E, L, N, filled, inputs, masks, random, told_in_words, words
+from tests.models.told import SMALL, E, L, N, filled, inputs, masks, random, told_in_words, two_texts_and_a_class, words
 
 WIDTH, HEADS, T = 16, 4, 5
 
@@ -107,13 +107,6 @@ def test_a_fresh_network_says_0_and_its_blocks_are_the_identity():
     expected = unpatchify(model.final_layer(model.x_embedder(x) + model.pos_embed, c), model.patch)
     assert expected.abs().max() > 1
     assert torch.equal(model(x, t, **told), expected)
-
-
-def two_texts_and_a_class(depth=2):
-    model = MMDiT(**SMALL | {"num_classes": 4, "depth": depth})
-    for name in ("one", "two"):
-        model.conditions[name] = TextNetwork(None, E, model.condition_width, True)
-    return filled(model)
 
 
 def told_two(seed=0):

@@ -37,6 +37,14 @@ def told_in_words(encoder=True, learned_null=True, seed=0, kind="dit"):
     return filled(model, seed)
 
 
+def two_texts_and_a_class(depth=2):
+    """A float64 MMDiT with random parameters, told `one`, `two` and a class of 4."""
+    model = MMDiT(**SMALL | {"num_classes": 4, "depth": depth})
+    for name in ("one", "two"):
+        model.conditions[name] = TextNetwork(None, E, model.condition_width, True)
+    return filled(model)
+
+
 def bare(kind, cross=False):
     """A DiT, an MMDiT, or a UNet that attends at one of its two levels."""
     if kind == "mmdit":

@@ -430,3 +430,17 @@ def test_the_page_is_made_without_torch(run):
     )
     done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "report.html")), done.stderr
+
+
+def test_guidance_over_each_condition_apart_is_shown_and_swept_as_it_was_asked(run):
+    apart = CONTEXT | {"ema": "ema_0", "n": 500, "guidance": "text=3,label=1.5"}
+    append(run, "eval", 12, {"fd_pixels": 0.5}, apart)
+    with open(run / "sweep.jsonl", "w") as f:
+        for number, guidance in enumerate((2.0, "text=3,label=1.5")):
+            line = {"key": str(number), "step": 12, "images": 288, "context": apart | {"guidance": guidance}}
+            f.write(json.dumps(line | {"metrics": {"fd_pixels": 1.0 + number}}) + "\n")
+    text = page(run).text
+    assert "guidance text=3,label=1.5" in text
+    lines = [line for line in text.splitlines() if line]
+    begin = lines.index("guidance")
+    assert "|".join(lines[begin : begin + 5]).startswith("guidance|2|text=3,label=1.5")

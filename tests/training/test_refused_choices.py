@@ -6,7 +6,7 @@ from dtrain.config import load
 from dtrain.data.pack.pack import pack
 from dtrain.data.shards.manifest import load_all
 from dtrain.errors import UserError
-from dtrain.evaluation.requirements import check_evaluation
+from dtrain.evaluation.requirements import check_evaluation, check_guidance
 from dtrain.training.check import check_inputs, check_start, warnings
 from tests.digits import tiny
 
@@ -24,6 +24,12 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(digits, tmp_
     config = tiny(digits, tmp_path, "eval.guidance=2", "diffusion.label_dropout=0", "eval.every=10")
     with pytest.raises(UserError, match=r"eval.guidance 2.0 contrasts the model with itself without a class"):
         check_inputs(config, load_all(config.data))
+    both = "diffusion.label_dropout=0", "conditions={text: {length: 8}}"
+    check_guidance(tiny(digits, tmp_path, *both, "eval.guidance={label: 1, text: 3}"))  # always told its class
+    with pytest.raises(
+        UserError, match=r"eval.guidance text=3,label=1 contrasts the model with itself without a class"
+    ):
+        check_guidance(tiny(digits, tmp_path, *both, "eval.guidance={text: 3, label: 1}"))
     with pytest.raises(UserError, match=r"diffusion.label_dropout 1 never shows the model a label"):
         check_start(tiny(digits, tmp_path, "diffusion.label_dropout=1"), 1)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from dtrain.config import guidance
 from dtrain.tracking.best import better, made_alike
 from dtrain.tracking.journal import valid
 
@@ -73,7 +74,7 @@ def distance(evaluations: list[dict[str, Any]]) -> str | None:
     if "sampler" in context:
         how += [str(context["sampler"]), f"{context.get('steps')} steps"]
     if context.get("guidance", 1.0) != 1.0:
-        how.append(f"guidance {context['guidance']:g}")
+        how.append(f"guidance {guidance.shown(context['guidance'])}")
     n = context.get("n")
     said += f". Measured on {f'{n:,}' if isinstance(n, int) else n} samples of {context.get('ema')}"
     said += f" ({', '.join(how)})." if how else "."

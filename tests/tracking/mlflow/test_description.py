@@ -134,3 +134,14 @@ def test_goodput_adds_up_attempts():
         "4.0 min: steps 62 %, evaluations 12 %, waiting for data 0 %, starts 25 %, saving 0 %, refused steps 0 %, "
         "7 steps lost, 24 images refused"
     )
+
+
+def test_guidance_over_each_condition_apart_is_read_and_told_as_it_was_asked(run, journal):
+    from dtrain.tracking.history import History
+    from dtrain.tracking.mlflow.description import distance
+
+    evaluate(journal, 300, 2.0, guidance="text=3,label=1.5")
+    evaluate(journal, 600, 1.0, guidance=[3, 1.5])  # no line of ours
+    told = distance(History.read(run / "journal.jsonl").counting("eval"))
+    assert told.startswith("**fd_pixels 2** at step 300")
+    assert "(ddim, 50 steps, guidance text=3,label=1.5)" in told
