@@ -106,11 +106,11 @@ class Conditions:
 
 def build(config: Config) -> Conditions:
     """The class where `model.num_classes` > 0, then those of `conditions`."""
-    parts: dict[str, Conditioning] = {}
+    parts: list[Conditioning] = []
     if config.model.num_classes:
-        parts[CLASS] = Classes(config.model.num_classes, config.diffusion.label_dropout)
-    parts |= {name: _part(name, section, config) for name, section in config.conditions.items()}
-    return Conditions(list(parts.values()), list(parts))
+        parts.append(Classes(config.model.num_classes, config.diffusion.label_dropout))
+    names = [*([CLASS] if parts else []), *config.conditions]
+    return Conditions([*parts, *(_part(name, section, config) for name, section in config.conditions.items())], names)
 
 
 def _part(name: str, section: Section, config: Config) -> Conditioning:

@@ -204,6 +204,8 @@ class Config(Section):
         if not isinstance(guidance, str):
             return
         named = guidances.scales(guidance)
+        if len(set(told)) < len(told):
+            raise ValueError(f"eval.guidance {guidance}: the class is called {guidances.CLASS}, and so is a condition")
         if others := [name for name in named if name not in told]:
             raise ValueError(f"eval.guidance names {others[0]}, and this model is told {' and '.join(told)}")
         if len(named) < len(told):

@@ -74,10 +74,8 @@ class MMDiTBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, T, D), text (N, L, D), mask bool (N, L), which of it there is, c (N, D) → x and text."""
-        (shift, scale, *of_image), (text_shift, text_scale, *of_text) = (
-            self.image.modulation(c),
-            self.text.modulation(c),
-        )
+        shift, scale, *of_image = self.image.modulation(c)  # (N, D) each
+        text_shift, text_scale, *of_text = self.text.modulation(c)  # (N, D) each
         q, k, v = self.image.heads_of(x, shift, scale)  # (N, H, T, D/H) each
         *text_q, text_k, text_v = self.text.heads_of(text, text_shift, text_scale)  # (N, H, L, D/H) each
         q = torch.cat([q, *text_q], dim=2)  # (N, H, T + L, D/H), or of the last block (N, H, T, D/H)

@@ -1,8 +1,10 @@
 """Sections that come in kinds, and choices that exclude each other: the errors stay one clear line."""
 
 import pytest
+import torch
 import yaml
 
+from dtrain.conditions.build import build
 from dtrain.config import Config, DiT, Flow, Gaussian, UNet, validate
 from dtrain.errors import UserError
 
@@ -115,3 +117,11 @@ def test_guidance_that_names_no_condition_or_is_no_number_is_one_line(guidance, 
     with pytest.raises(UserError, match=line) as error:
         config(**APART, eval={"guidance": guidance})
     assert "\n" not in str(error.value)
+
+
+def test_a_condition_that_is_called_as_the_class_is_stands_beside_it_and_is_not_led_to_apart():
+    of_both = APART | {"conditions": {"label": {"kind": "text", "length": 8}}}
+    condition = build(config(**of_both)).of_ids([0], torch.tensor([3]))
+    assert condition.keys() == {"y", "label", "label_mask"}
+    with pytest.raises(UserError, match=r"the class is called label, and so is a condition"):
+        config(**of_both, eval={"guidance": "label=2"})
