@@ -46,7 +46,7 @@ def main() -> None:
     held = torch.optim.AdamW(weights)  # holds the same weights as the engine's, and is never stepped
     for p in weights:
         held.state[p]["ema_0"] = p.detach().clone()
-    ema.attach(held, [EMAProfile()])
+    ema.attach(held, [EMAProfile()], unless=lambda: False, step_of=lambda average: 1)
     (update,) = held._optimizer_step_post_hooks.values()
     step()
     rows = {"step": [], "ours": [], "theirs": []}

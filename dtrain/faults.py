@@ -48,6 +48,7 @@ POINTS = {
     "save:replace": "a damaged checkpoint of the same step has given up its name",
     "save:committed": "the checkpoint has its name, the folder is not durable",
     "save:journal": "the checkpoint is durable, the journal does not know",
+    "save:averages": "the averages of an old checkpoint are written for themselves, their folder has no name yet",
     "save:remove": "an old checkpoint has given up its name and is not yet deleted",
     "eval": "before an evaluation",
     "eval:draw": "before each block of samples",

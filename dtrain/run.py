@@ -1,6 +1,7 @@
 """The run directory: where everything a run leaves behind lies.
 
 runs/<name>/  config.yaml  journal.jsonl  outcome.json  checkpoints/step-00001000/  samples/  logs/rank-0.log
+              averages/step-00000500/  of a run with power-function averages: snapshots of these alone
 """
 
 import contextlib
@@ -28,6 +29,7 @@ class RunDirectory:
         self.stop_file = self.path / "stop"
         self.lock_file = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
+        self.averages = self.path / "averages"
         self.samples = self.path / "samples"
         self.logs = self.path / "logs"
         self._folders = (self.checkpoints, self.samples, self.logs)

@@ -11,7 +11,7 @@ import torch
 
 from dtrain import config as configuration
 from dtrain import distributed
-from dtrain.checkpoint.export import class_names_of, load_weights, open_checkpoint, weights_key
+from dtrain.checkpoint.export import class_names_of, load_weights, open_weights
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.diffusion.flow import RectifiedFlow
@@ -169,21 +169,23 @@ class Trained:
 
 
 def load(
-    run: str | Path, ema: int | None = 0, step: int | None = None, device: torch.device | str | None = None
+    run: str | Path,
+    ema: int | dict[str, float] | None = 0,
+    step: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Trained:
     """A run's trained model: `run` is its directory, a name under runs/, or a folder of `dtrain checkpoints export`.
 
-    ema: which profile; None for the raw weights. step: of which checkpoint; by default the newest complete one. An
-    exported folder has but one set of weights. device: by default a GPU where there is one. The run may be training.
-    Raises UserError.
+    ema: which profile; None for the raw weights; {"sigma_rel": 0.13} for an average made of snapshots. step: of which
+    checkpoint; by default the newest complete one. An exported folder has but one set of weights. device: by default a
+    GPU where there is one. The run may be training. Raises UserError.
     """
     where = torch.device(device) if device is not None else distributed.device()
     if (Path(run) / WEIGHTS).is_file():
         return _exported(Path(run), ema, step, where)
     directory = RunDirectory.find(run)
     config = directory.config()
-    key = weights_key(ema, config.ema, config.run.name)
-    checkpoint = open_checkpoint(directory, step)
+    checkpoint, key = open_weights(directory, config, ema, step)
     model = load_weights(checkpoint, allocate(config), key)
     meta = checkpoint.meta
     names = class_names_of(config.data, config.model.num_classes)
@@ -207,7 +209,7 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     generator = {"generator": tree.pop("generator")} if "generator" in tree else {}
     names = source["class_names"]
     complete = all(type(source[key]) is int for key in ("step", "images"))
-    complete &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}", str(source["weights"])))
+    complete &= bool(re.fullmatch(r"fp32|ema_[0-9]{1,3}|sigma_0[.][0-9]{1,20}", str(source["weights"])))
     complete &= names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
     if not complete:
         raise UserError(f"{folder}/config.json does not tell what its weights are; export the checkpoint again")
@@ -226,7 +228,7 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
 
 
 def _profile(weights: str) -> int | None:
-    return None if weights == "fp32" else int(weights.removeprefix("ema_"))
+    return None if weights == "fp32" else int(weights.removeprefix("ema_")) if weights.startswith("ema_") else 0
 
 
 def _trained(

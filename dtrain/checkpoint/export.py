@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from dtrain.checkpoint import readme
+from dtrain.checkpoint.averages import KEY as AVERAGE
+from dtrain.checkpoint.averages import Combination, combination
 from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
 from dtrain.config import Config, Data, EMAProfile
@@ -38,7 +40,7 @@ def open_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Checkpoint, module: torch.nn.Module, key: str) -> torch.nn.Module:
+def load_weights(checkpoint: Checkpoint | Combination, module: torch.nn.Module, key: str) -> torch.nn.Module:
     """Fill a module with a checkpoint's "fp32" weights or one of its EMAs ("ema_0"); frozen parameters have only fp32.
 
     Raises UserError when the checkpoint is damaged or holds no such weights.
@@ -74,6 +76,19 @@ def weights_key(ema: int | None, profiles: Sequence[EMAProfile], run: str) -> st
     return "fp32" if ema is None else f"ema_{ema}"
 
 
+def open_weights(
+    run: RunDirectory, config: Config, ema: int | dict[str, float] | None, step: int | None
+) -> tuple[Checkpoint | Combination, str]:
+    """What `load_weights` takes: a checkpoint of a run, and what it calls the weights.
+
+    ema: the number of a profile, None for the raw weights, or {"sigma_rel": 0.13} for an average made of snapshots.
+    step: by default the newest. Raises UserError.
+    """
+    if isinstance(ema, dict):
+        return combination(run, config, ema["sigma_rel"], step), AVERAGE
+    return open_checkpoint(run, step), weights_key(ema, config.ema, config.run.name)
+
+
 def class_names_of(data: Data, num_classes: int) -> list[str] | None:
     """The names of the model's classes by the manifest of its data; None where it names none, or is not here now."""
     from dtrain.data.shards.manifest import class_names
@@ -81,7 +96,9 @@ def class_names_of(data: Data, num_classes: int) -> list[str] | None:
     return class_names(data.manifest_path) if num_classes else None
 
 
-def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtype: str, format: str) -> str:
+def export(
+    run: RunDirectory, out: Path, step: int | None, ema: int | dict[str, float] | None, dtype: str, format: str
+) -> str:
     """Write a checkpoint's weights and how to draw with them to the folder `out`; lines that say what.
 
     safetensors: model.safetensors with the model's own parameter names, and config.json, for `dtrain.load`.
@@ -102,8 +119,8 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
         if format != "diffusers":
             raise UserError(f"--format {format} is for what draws; an autoencoder is exported with --format diffusers")
         write = _write_autoencoder
-    key = weights_key(ema, config.ema, config.run.name)
-    checkpoint = open_checkpoint(run, step)
+    checkpoint, key = open_weights(run, config, ema, step)
+    weights = key if key != AVERAGE else f"sigma_{ema['sigma_rel']}"
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     if "first_stage" in checkpoint.meta:
         source["trained_with"] = checkpoint.meta["first_stage"]  # what latents mean is in no weight
@@ -111,11 +128,13 @@ def export(run: RunDirectory, out: Path, step: int | None, ema: int | None, dtyp
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already; name a new folder, or an empty one")
         module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
-        left_out = write(module, config, source | {"weights": key}, out)
+        left_out = write(module, config, source | {"weights": weights}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
     parameters = sum(p.numel() for p in module.parameters())
-    lines = [f"{out}: {key} of step {checkpoint.meta['step']}, {parameters:,} parameters; its README.md draws with it"]
+    lines = [
+        f"{out}: {weights} of step {checkpoint.meta['step']}, {parameters:,} parameters; its README.md draws with it"
+    ]
     if left_out:
         lines.append(f"not in it, as diffusers draws otherwise: {', '.join(left_out)}")
     if config.model.num_classes and not class_names_of(config.data, config.model.num_classes):

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from dtrain.checkpoint.directory import complete, remove, step_of, surplus
+from dtrain.checkpoint.directory import complete, step_of, surplus
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.checkpoint.snapshots import retire
 from dtrain.errors import UserError
 from dtrain.lock import RunLock
 from dtrain.run import RunDirectory
@@ -83,8 +84,9 @@ def _prune(run: RunDirectory, keep_last: int, keep_every: int | None, keep_best:
                 Checkpoint.open(newest).verify()
             except Damaged as e:
                 raise UserError(f"the newest checkpoint is damaged, so nothing was deleted: {e}") from None
+        config = run.config()
         for step in going:
-            remove(found[step])
+            retire(run, config, step)
     finally:
         lock.release()
     kept = ", ".join(str(step) for step in sorted(found) if step not in going)

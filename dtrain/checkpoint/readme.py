@@ -69,7 +69,7 @@ def of_autoencoder(config: Config, source: dict[str, Any]) -> str:
     code += ["with torch.no_grad():", "    picture = vae.decode(latent).sample[0]  # in [-1, 1]"]
     code += ["levels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()"]
     code += ['Image.fromarray(np.squeeze(levels)).save("picture.png")']
-    weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
+    weights = _named(source["weights"])
     head = [f"# {source['run']}", "", f"An autoencoder of {side}×{side} pictures with {channels} channels."]
     head += [f"{weights} of step {source['step']:,} ({source['images']:,} images seen), trained with dtrain.", ""]
     return "\n".join([*head, _block("In this folder, with diffusers:", code)]) + "\n"
@@ -86,7 +86,7 @@ def _block(introduction: str, code: list[str]) -> str:
 def _head(data: Data, model: DiT | MMDiT | UNet, source: dict[str, Any], class_names: list[str] | None) -> str:
     side, classes = data.image_size, model.num_classes
     kind = {"dit": "DiT", "mmdit": "MMDiT", "unet": "UNet"}[model.name]
-    weights = "Raw weights" if source["weights"] == "fp32" else f"EMA {source['weights'].removeprefix('ema_')}"
+    weights = _named(source["weights"])
     colours = "grey" if data.channels == 1 else "RGB"
     lines = [f"# {source['run']}", ""]
     lines += [f"A {kind} for {side}×{side} {colours} pixels, {f'{classes} classes' if classes else 'without classes'}."]
@@ -95,3 +95,8 @@ def _head(data: Data, model: DiT | MMDiT | UNet, source: dict[str, Any], class_n
         named = [f"{i} {name}" for i, name in enumerate(class_names[:20])] + ["…"] * (len(class_names) > 20)
         lines += ["", f"Classes: {', '.join(named)}"]
     return "\n".join([*lines, ""])
+
+
+def _named(weights: str) -> str:
+    kind, _, which = weights.partition("_")
+    return {"fp32": "Raw weights", "ema": f"EMA {which}"}.get(kind, f"EMA of sigma_rel {which}")

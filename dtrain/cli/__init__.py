@@ -62,6 +62,7 @@ GROUPS = {
         "verify": "dtrain checkpoints verify digits",
         "prune": "dtrain checkpoints prune digits --keep-last 3",
         "export": "dtrain checkpoints export digits --ema 0 --out exported/digits",
+        "reconstruct": "dtrain checkpoints reconstruct RUN --sigma 0.13 --out averaged",
     },
 }
 

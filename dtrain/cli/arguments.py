@@ -31,6 +31,9 @@ Guidance = Annotated[
     str | None, typer.Option(help="1 is none; or of each condition apart, in their order: text=3,label=1.5")
 ]
 Ema = Annotated[int | None, typer.Option(min=0, help="EMA profile")]
+Sigma = Annotated[
+    float | None, typer.Option(help="σ_rel of an average made of snapshots, of a run with power-function averages")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="the raw weights instead of an EMA")]
 Step = Annotated[int | None, typer.Option(min=0, help="the checkpoint to take; default: the newest")]
 NumSamples = Annotated[int | None, typer.Option("--n", "-n", min=2, help="how many samples; default: eval.num_samples")]
@@ -60,6 +63,10 @@ def with_eval(config, chosen: dict, raw: bool):
     from dtrain.evaluation.requirements import check_guidance
 
     chosen = {"num_samples" if k == "n" else k: v for k, v in chosen.items() if v is not None}
+    if (sigma := chosen.pop("sigma", None)) is not None:
+        if raw or "ema" in chosen:
+            raise UserError(f"--sigma {sigma} is an average of its own; leave out --{'raw' if raw else 'ema'}")
+        chosen["ema"] = {"sigma_rel": sigma}
     if "metrics" in chosen:
         chosen["metrics"] = chosen["metrics"].split(",")
     tree = config.model_dump(mode="json")

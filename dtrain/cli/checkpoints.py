@@ -1,13 +1,13 @@
-"""`dtrain checkpoints list | verify | prune | export`."""
+"""`dtrain checkpoints list | verify | prune | export | reconstruct`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import RunName
+from dtrain.cli.arguments import RunName, Sigma
 from dtrain.cli.progress import progress
-from dtrain.errors import DAMAGED
+from dtrain.errors import DAMAGED, UserError
 from dtrain.terminal import say
 
 checkpoints = typer.Typer(help="List, verify, prune and export a run's checkpoints.", no_args_is_help=False)
@@ -55,6 +55,7 @@ def export_checkpoint(
     out: Annotated[Path, typer.Option(help="the folder to write, new or empty")],
     step: Annotated[int | None, typer.Option(min=0, help="default: the newest")] = None,
     ema: Annotated[int | None, typer.Option(min=0, help="EMA profile; default: the raw weights")] = None,
+    sigma: Sigma = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     format: Annotated[
         str,
@@ -67,4 +68,21 @@ def export_checkpoint(
     from dtrain.checkpoint.export import export
     from dtrain.run import RunDirectory
 
-    say(export(RunDirectory.find(run), out, step, ema, dtype, format))
+    if sigma is not None and ema is not None:
+        raise UserError(f"--sigma {sigma} is an average of its own; leave out --ema")
+    weights = ema if sigma is None else {"sigma_rel": sigma}
+    say(export(RunDirectory.find(run), out, step, weights, dtype, format))
+
+
+@checkpoints.command("reconstruct")
+def reconstruct_average(
+    run: RunName,
+    sigma: Annotated[float, typer.Option(help="σ_rel: its width as a share of the steps so far, such as 0.13")],
+    out: Annotated[Path, typer.Option(help="the folder to write, new: a checkpoint, for run.init_from")],
+    at: Annotated[int | None, typer.Option(min=1, help="a step that has a snapshot; default: the newest")] = None,
+) -> None:
+    """Make an average of the weights of any width, of the snapshots of a run with power-function averages."""
+    from dtrain.checkpoint.averages import reconstruct
+    from dtrain.run import RunDirectory
+
+    say(reconstruct(RunDirectory.find(run), sigma, at, out))

@@ -22,6 +22,7 @@ from dtrain.cli.arguments import (
     Resize,
     RunName,
     SamplerName,
+    Sigma,
     Step,
     Steps,
     Weights,
@@ -54,6 +55,7 @@ def evaluate(
     sampler: SamplerName = None,
     guidance: Guidance = None,
     ema: Ema = None,
+    sigma: Sigma = None,
     raw: Raw = False,
     step: Step = None,
     metrics: Metrics = None,
@@ -83,7 +85,7 @@ def evaluate(
     from dtrain.run import RunDirectory
 
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
-    chosen |= {"features": features, "weights": weights, "reference": reference, "labels": labels}
+    chosen |= {"sigma": sigma, "features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
     chosen |= {"clip_model": clip_model, "classifier": classifier}
     directory = None if init else RunDirectory.find(run)
@@ -95,7 +97,7 @@ def evaluate(
     from dtrain.evaluation import floor
     from dtrain.evaluation.evaluate import differences, scratch_of
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
-    from dtrain.evaluation.opened import open_generator, open_published, weights_name
+    from dtrain.evaluation.opened import open_generator, open_published
     from dtrain.evaluation.reference import Reference
     from dtrain.tracking.best import training_evaluations
     from dtrain.tracking.tracker import record_evaluation
@@ -104,7 +106,7 @@ def evaluate(
     if init:
         opened = open_published(settings, init, init_weights, device)
     else:
-        opened = open_generator(directory, settings, weights_name(settings.eval), device, step)
+        opened = open_generator(directory, settings, device, step)
     with progress("reading the reference") as on_block:
         compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
@@ -144,6 +146,7 @@ def sweep(
     run: RunName,
     checkpoints: Annotated[str | None, typer.Option(help="steps, or all; default: the newest")] = None,
     ema: Annotated[str | None, typer.Option(help="EMA profiles, and raw for the weights themselves")] = None,
+    sigma: Annotated[str | None, typer.Option(help="σ_rel of averages made of snapshots, such as 0.05,0.1,0.2")] = None,
     steps: Annotated[str | None, typer.Option(help="DDIM steps, such as 5,10,20,50")] = None,
     eta: Annotated[str | None, typer.Option(help="such as 0,0.5,1")] = None,
     guidance: Annotated[str | None, typer.Option(help="such as 1,1.5,2")] = None,
@@ -180,6 +183,8 @@ def sweep(
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
     axes = {name: values(text) for name, text in lists.items() if text}
+    if sigma:
+        axes["ema"] = [*axes.get("ema", []), *(f"sigma_{width}" for width in values(sigma))]
     if not axes and not checkpoints:
         raise UserError("give the sweep something to vary, such as: --steps 10,50 --eta 0,1")
     if checkpoints:

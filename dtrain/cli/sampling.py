@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import Ema, Eta, Guidance, Raw, RunName, SamplerName, Step, Steps, this_command, with_eval
+from dtrain.cli.arguments import (
+    Ema,
+    Eta,
+    Guidance,
+    Raw,
+    RunName,
+    SamplerName,
+    Sigma,
+    Step,
+    Steps,
+    this_command,
+    with_eval,
+)
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
@@ -38,6 +50,7 @@ def sample(
     sampler: SamplerName = None,
     guidance: Guidance = None,
     ema: Ema = None,
+    sigma: Sigma = None,
     raw: Raw = False,
     label: Annotated[int | None, typer.Option(min=0, help="one class; default: all in turn")] = None,
     prompt: Annotated[
@@ -60,7 +73,7 @@ def sample(
 
     directory = RunDirectory.find(run)
     chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
-    settings = with_eval(directory.config(), chosen | {"negative_prompt": negative}, raw)
+    settings = with_eval(directory.config(), chosen | {"negative_prompt": negative, "sigma": sigma}, raw)
     check_label(label, settings.model.num_classes, directory.path)
     said = [*(prompt or []), *(lines_of(prompts) if prompts else [])]
     n = n or len(said) or 64

@@ -5,6 +5,7 @@
 Unknown keys are refused with the nearest known one. `${NAME}` in a string is the environment variable NAME.
 """
 
+from dtrain.config.averages import EMAProfile
 from dtrain.config.conditions import Text
 from dtrain.config.data import ArrayField, Data, Source
 from dtrain.config.diffusion import Flow, Gaussian
@@ -15,7 +16,7 @@ from dtrain.config.parts import FirstStageSection
 from dtrain.config.reading import continued, load, load_kept, read_tree, validate
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import PartSection, Section, flat
-from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
+from dtrain.config.training import DeepSpeed, Optim, Train
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [

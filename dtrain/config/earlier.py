@@ -62,6 +62,9 @@ EARLIER: dict[str, Earlier] = {
     "train.tf32": Earlier("convolutions"),
     "train.spike_factor": Earlier(0.0),  # no step was refused for its norm
     "train.start_limit": Earlier(1800.0),
+    "train.snapshot_every": Earlier(None),
+    "train.keep_snapshots": Earlier(None),
+    "train.ema_new": Earlier("refuse"),
     "eval.clip": Earlier(False),
     "eval.bpd_clip": Earlier(False),
     "eval.negative_prompt": Earlier(""),

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from dtrain import plugins
 from dtrain.config import guidance as guidances
+from dtrain.config.averages import SigmaRel
 from dtrain.config.sections import NonNegative, NonNegativeFloat, Place, Positive, Probability, Section
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
@@ -110,8 +111,8 @@ class Eval(Sampling):
     """resamplings behind an interval of fd; 0: none"""
     bpd_clip: bool = True
     """hold them there in bpd too, as published figures do; the bound stays one, and is tighter"""
-    ema: NonNegative | None = 0
-    """which average of `ema` is sampled, counted from 0; null: the raw weights"""
+    ema: NonNegative | Annotated[dict[Literal["sigma_rel"], SigmaRel], Field(min_length=1)] | None = 0
+    """which average of `ema` is sampled, counted from 0; null: the raw weights; {sigma_rel: 0.13}: one of snapshots"""
 
     @field_validator("features")
     @classmethod

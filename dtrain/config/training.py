@@ -1,4 +1,4 @@
-"""The sections `optim`, `ema`, `deepspeed` and `train`."""
+"""The sections `optim`, `deepspeed` and `train`."""
 
 from typing import Annotated, Any, Literal
 
@@ -51,11 +51,6 @@ class Optim(Section):
         if self.decay_end is not None and (self.decay_start or 0) >= self.decay_end:
             raise ValueError(f"decay_start {self.decay_start} is not before decay_end {self.decay_end}")
         return self
-
-
-class EMAProfile(Section):
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """of an average of the weights; it spans the last 1/(1 − decay) steps"""
 
 
 # Raw DeepSpeed options that would undo what dtrain relies on, and the key that is meant instead.
@@ -116,6 +111,9 @@ class DeepSpeed(Section):
         return self
 
 
+SNAPSHOTS = 16  # of a run, where it does not say how many: enough for any width between two that are tracked
+
+
 class Train(Section):
     steps: Positive
     """optimizer steps of the whole run"""
@@ -137,6 +135,12 @@ class Train(Section):
     """also kept: those of every so many steps"""
     keep_best: str | None = None
     """also kept: the one that this metric finds best, such as fd_pixels"""
+    snapshot_every: Positive | None = None
+    """steps between two snapshots of the power-function averages of `ema`; null: a sixteenth of the run"""
+    keep_snapshots: Positive | None = None
+    """newest snapshots kept of the averages alone; null: all"""
+    ema_new: Literal["refuse", "begin"] = "refuse"
+    """begin: a power-function average that the checkpoint lacks starts there, and others cannot be made of it"""
     spike_factor: Annotated[float, Field(ge=0)] = 10.0
     """a gradient norm over so many recent ones is refused; 0: none is"""
     bad_steps: Positive = 3
@@ -149,3 +153,7 @@ class Train(Section):
     """the same of the start, the first step and a save, which no earlier step can tell"""
     deadline: str | None = None
     """[D-]HH:MM:SS from the start, or an ISO 8601 time; null: the SLURM job's end"""
+
+    @property
+    def steps_between_snapshots(self) -> int:
+        return self.snapshot_every or -(-self.steps // SNAPSHOTS)

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from dtrain import plugins
 from dtrain.config import guidance as guidances
 from dtrain.config.autoencoding import Autoencoding
+from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Text
 from dtrain.config.data import Data
@@ -17,7 +18,7 @@ from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import IdentitySection, Section
-from dtrain.config.training import DeepSpeed, EMAProfile, Optim, Train
+from dtrain.config.training import DeepSpeed, Optim, Train
 
 
 def _process_of(diffusion: Any) -> str:
@@ -75,10 +76,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.eval.ema is not None and self.eval.ema >= len(self.ema):
-            raise ValueError(
-                f"eval.ema is {self.eval.ema}, but there are {len(self.ema)} EMA profiles (counted from 0)"
-            )
+        self._average_is_there()
         if self.eval.every and not self.data.holdout:
             raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
         self._sampler_fits()
@@ -102,6 +100,28 @@ class Config(Section):
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         return self
+
+    @property
+    def keeps_snapshots(self) -> bool:
+        """Whether averages of other widths can be made after the training: some profile is a power function."""
+        return any(profile.sigma_rel is not None for profile in self.ema)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, as one or for the snapshot of its averages."""
+        return step % self.train.checkpoint_every == 0 or self.is_snapshot(step)
+
+    def is_snapshot(self, step: int) -> bool:
+        """Whether the averages of a step are kept when its checkpoint goes."""
+        return self.keeps_snapshots and step % self.train.steps_between_snapshots == 0
+
+    def _average_is_there(self) -> None:
+        ema = self.eval.ema
+        if isinstance(ema, int) and ema >= len(self.ema):
+            raise ValueError(f"eval.ema is {ema}, but there are {len(self.ema)} EMA profiles (counted from 0)")
+        if isinstance(ema, dict) and not self.keeps_snapshots:
+            raise ValueError(
+                f"eval.ema sigma_rel {ema['sigma_rel']} is made of snapshots, and no profile of ema has a sigma_rel"
+            )
 
     @property
     def texts(self) -> dict[str, Text]:

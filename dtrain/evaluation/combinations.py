@@ -36,7 +36,8 @@ def configured(config: Config, setting: Setting) -> Config:
     """The run's config at a combination. Raises UserError for a value that its key cannot have."""
     tree = config.model_dump(mode="json")
     chosen = {key: value for key, value in setting.items() if key != "checkpoint"}
-    if chosen.get("ema") == "raw":
-        chosen["ema"] = None
+    if isinstance(weights := chosen.get("ema"), str):
+        kind, _, width = weights.partition("_")
+        chosen["ema"] = {"sigma_rel": width} if kind == "sigma" else None if kind == "raw" else weights
     tree["eval"] |= chosen
     return configuration.validate(tree, "the command line", [f"eval.{key}" for key in chosen])

@@ -20,7 +20,7 @@ from dtrain.diffusion.samplers import encode, network_evaluations, sample
 from dtrain.errors import BadSample, NotFinite, UserError
 from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, quiet, which_not_finite
 from dtrain.evaluation.grid import grid
-from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.requirements import check_generates
 from dtrain.files import read_bytes, replacing
 from dtrain.run import RunDirectory
@@ -195,7 +195,7 @@ def invert_to_files(
         return {start: read_pictures(pictures[start : start + how.batch_size], config.data) for start in starts}
 
     blocks = distributed.agree(read)  # all of them first: a picture that cannot be read costs no computation
-    generator = open_generator(run, config, weights_name(how), distributed.device(), step).generator
+    generator = open_generator(run, config, distributed.device(), step).generator
     names = list(map(str, pictures))
     mine = distributed.agree(invert_blocks, generator, blocks, labels, how, names, on_progress)
     done = {start: block for part in distributed.gather_objects(mine) for start, block in part.items()}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dtrain import distributed
+from dtrain.checkpoint.averages import Combination
 from dtrain.checkpoint.directory import manifest_hash
-from dtrain.checkpoint.export import load_weights, open_checkpoint
+from dtrain.checkpoint.export import load_weights, open_checkpoint, open_weights
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.errors import UserError, from_where
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 def weights_name(e: Eval) -> str:
     """Which weights are evaluated, as it is written in the journal and MLflow."""
+    if isinstance(e.ema, dict):
+        return f"sigma_{e.ema['sigma_rel']}"
     return "raw" if e.ema is None else f"ema_{e.ema}"
 
 
@@ -78,19 +81,17 @@ def open_published(config: Config, file: str, which: Which | None, device: torch
     return distributed.agree(opened)
 
 
-def open_generator(
-    run: RunDirectory, config: Config, weights: str, device: torch.device, step: int | None = None
-) -> Opened:
-    """The weights of a run's checkpoint of `step`, by default its newest. A collective; raises UserError."""
+def open_generator(run: RunDirectory, config: Config, device: torch.device, step: int | None = None) -> Opened:
+    """The weights `eval.ema` of a run at `step`, by default its newest. A collective; raises UserError."""
     step = newest_step(run) if step is None else step
 
     def opened() -> Opened:
-        checkpoint = open_checkpoint(run, step)
+        checkpoint, key = open_weights(run, config, config.eval.ema, step)
         try:
-            name = manifest_hash(checkpoint.path)
+            name = checkpoint.hash if isinstance(checkpoint, Combination) else manifest_hash(checkpoint.path)
         except OSError as e:  # the training keeps only so many
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
-        model = load_weights(checkpoint, allocate(config), "fp32" if weights == "raw" else weights).to(device)
+        model = load_weights(checkpoint, allocate(config), key).to(device)
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
         generator = generator_of(model, build_objective(config).process, config, device, first_stage)
         build_conditions(config).check(checkpoint.meta.get("text_encoders"))

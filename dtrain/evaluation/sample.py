@@ -15,7 +15,7 @@ from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
-from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.requirements import check_generates
 from dtrain.evaluation.sample_output import Output, check_place, open_output, packed
 from dtrain.run import RunDirectory
@@ -86,7 +86,7 @@ def draw_to_file(
     check_generates(config, run.path)
     check_place(out, format)
     distributed.initialize()
-    generator = open_generator(run, config, weights_name(config.eval), distributed.device(), step).generator
+    generator = open_generator(run, config, distributed.device(), step).generator
     labels = labels_in_turn(n, config.model.num_classes) if label is None else torch.full((n,), label)
     said = prompts_in_turn(list(prompts), n) if prompts else ()
     write(generator, config, labels, out, format, label is None, on_progress, said)

@@ -72,7 +72,7 @@ def sweep(
         weights = weights_name(at.eval)
         wanted = setting.get("checkpoint", newest), weights
         if wanted != taken:
-            opened, taken = open_generator(run, at, weights, device, wanted[0]), wanted
+            opened, taken = open_generator(run, at, device, wanted[0]), wanted
         key = _key(opened.checkpoint, at.eval, reference)
         scratch = scratch_of(run, at.eval, opened.checkpoint, reference)
         if key not in lines:
@@ -157,7 +157,8 @@ def table(rows: list[Row]) -> str:
 
 
 def heat_map(rows: list[Row], name: str, path: Path) -> bool:
-    """A picture of one metric over the last two axes that vary, a panel for each choice of the others.
+    """A picture of one metric over the last two axes that vary, a panel for each choice of the others; where averages'
+    widths alone vary, its curve.
 
     False, and no picture, where nothing varies.
     """
@@ -169,6 +170,15 @@ def heat_map(rows: list[Row], name: str, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if varying == ["ema"] and all(str(row.setting["ema"]).startswith("sigma_") for row in rows):
+        figure, axis = pyplot.subplots(figsize=(5, 3.2))
+        points = sorted((float(row.setting["ema"].removeprefix("sigma_")), row.metrics[name]) for row in rows)
+        axis.plot([width for width, _ in points], [value for _, value in points], "o-")
+        axis.set(xlabel="width σ_rel of the average", ylabel=name)
+        figure.tight_layout()
+        figure.savefig(path, dpi=100)
+        pyplot.close(figure)
+        return True
     *panel_axes, row_axis, column_axis = [None, *varying] if len(varying) == 1 else varying
     columns = list(dict.fromkeys(row.setting[column_axis] for row in rows))
     lines = list(dict.fromkeys(row.setting.get(row_axis) for row in rows))

@@ -22,7 +22,7 @@ from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import BadSample
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import GRID_IDS, which_not_finite
-from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.requirements import check_generates
 from dtrain.first_stage.pixels import FirstStage
 from dtrain.report.markup import escaped
@@ -74,7 +74,7 @@ def nearest(
     measure = extractor(
         features or config.eval.features, data.image_size, data.channels, weights or config.eval.weights, device
     )
-    opened = open_generator(run, config, weights_name(config.eval), device)
+    opened = open_generator(run, config, device)
     generator, step = opened.generator, opened.step
     samples = torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
     with progress("sampling") as on_block:

@@ -163,11 +163,15 @@ class Run:
         return [one if isinstance(one, dict) else {} for one in found] if isinstance(found, list) else []
 
     def ema(self, weights: str) -> str:
-        """`ema_0` with the decay that its profile has in the config."""
-        if not weights.startswith("ema_"):
+        """`ema_0` with the decay, or the width, that its profile has in the config; `sigma_0.13` is a width itself."""
+        kind, _, which = weights.partition("_")
+        if kind not in ("ema", "sigma"):
             return f"{weights} weights"
-        known = {f"ema_{number}": profile.get("decay") for number, profile in enumerate(self.profiles)}
-        return f"EMA {known[weights]}" if weights in known else weights
+        known = {f"ema_{number}": profile for number, profile in enumerate(self.profiles)}
+        width = which if kind == "sigma" else known.get(weights, {}).get("sigma_rel")
+        if width is not None:
+            return f"EMA σ_rel {width}"
+        return f"EMA {known[weights].get('decay')}" if weights in known else weights
 
 
 def read_runs(places: list[str | Path]) -> list[Run]:

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 
+from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.evaluations import metrics_of
 from dtrain.report.markup import escaped
 from dtrain.report.numbers import short
@@ -11,6 +12,7 @@ from dtrain.report.runs import Line, Run
 from dtrain.tracking.best import better, higher_is_better, settings_of
 
 MOST_CELLS = 20_000  # of a sweep's tables
+WIDTH = "sigma_"  # what the weights of an average of any width are called, before the width
 AXES = {"step": "checkpoint", "ema": "weights", "guidance": "guidance", "eta": "η", "steps": "steps S"}
 
 
@@ -87,9 +89,28 @@ def _one(run: Run, lines: list[Line], metric: str, several_runs: bool) -> str:
     title = f"{metric}{f' · {run.name}' if several_runs else ''}"
     return (
         f'<div class="sweep"><h3>{escaped(title)}</h3><p class="note">{escaped(" · ".join(filter(None, facts)))}</p>'
-        f'<div class="panels">{"".join(tables)}</div>'
+        f'<div class="panels">{"".join(tables)}</div>{_over_widths(values, metric, labels, run)}'
         f"<p>★ best: <b>{short(values[best])}</b> at {escaped(setting)}</p></div>"
     )
+
+
+def _over_widths(values: dict[tuple, float], metric: str, labels: list[str], run: Run) -> str:
+    """The curve over the averages' widths, a line for each choice of the other axes; nothing where there are no two."""
+    place, lines = list(AXES).index("ema"), {}
+    for setting, value in values.items():
+        weights = str(setting[place])
+        if weights.startswith(WIDTH):
+            others = tuple(None if i == place else at for i, at in enumerate(setting))
+            lines.setdefault(others, []).append(Point(float(weights.removeprefix(WIDTH)), value))
+    varying = [i for i in range(len(AXES)) if len({others[i] for others in lines}) > 1]
+    series = []
+    for number, (others, points) in enumerate(lines.items()):
+        name = ", ".join(f"{labels[i]} {_shown(i, others[i], run)}" for i in varying)
+        colour, dash = line_of(number)
+        series.append(Series(name, sorted(points, key=lambda point: point.x), colour, dash, dots=True))
+    if not any(len(one.points) > 1 for one in series):
+        return ""
+    return Chart(metric, series, "width σ_rel of the average").html()
 
 
 def _value(line: Line, axis: str):

@@ -58,7 +58,8 @@ def warnings(config: Config) -> list[str]:
     """What may be meant but seldom is, a line each."""
     steps, lines = config.train.steps, []
     for number, profile in enumerate(config.ema):
-        if steps >= SHORTEST and (left := profile.decay**steps) > MOST_OF_THE_START:
+        average = profile.sigma_rel is None and steps >= SHORTEST
+        if average and (left := profile.decay**steps) > MOST_OF_THE_START:
             lines.append(
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
                 f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
@@ -134,6 +135,11 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
         raise UserError(f"objective.perceptual.file names {weights}{from_where(weights)}, which is no file")
     lacking = check_training(config, manifest)
     if config.eval.every:
+        if isinstance(config.eval.ema, dict):
+            raise UserError(
+                "eval.ema sigma_rel is an average made of snapshots after the training, and eval.every evaluates while "
+                "it goes on; take the number of a profile of ema, and `dtrain evaluate --sigma` later"
+            )
         check_evaluation(config)
         if not complete(RunDirectory(config.run.path).checkpoints):  # one that has begun goes on, and says so
             check_best(config)

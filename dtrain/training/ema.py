@@ -16,11 +16,17 @@ def ema_keys(profiles: list[EMAProfile]) -> list[str]:
     return [f"ema_{i}" for i in range(len(profiles))]
 
 
-def attach(optimizer: torch.optim.Optimizer, profiles: list[EMAProfile], unless: Callable[[], bool]) -> None:
-    """Move every average after every optimizer step: ema ← decay·ema + (1 − decay)·weight, but not in a step that is
-    refused (`unless` says so): there nothing moves.
+def attach(
+    optimizer: torch.optim.Optimizer,
+    profiles: list[EMAProfile],
+    unless: Callable[[], bool],
+    step_of: Callable[[str], int],
+) -> None:
+    """Move every average after every optimizer step: ema ← ema + w·(weight − ema) with the profile's w of that step,
+    but not in a step that is refused (`unless` says so): there nothing moves.
 
-    The states must have been allocated. Stage 3 calls the optimizer once per sub-group, each time with that group's
+    step_of: key of an average → the number of the step that is taken, counted from 1 where the average begins. The
+    states must have been allocated. Stage 3 calls the optimizer once per sub-group, each time with that group's
     parameters only: nothing here counts calls. A parameter without a gradient is moved too, in the same call in which
     its group is stepped.
     """
@@ -32,6 +38,6 @@ def attach(optimizer: torch.optim.Optimizer, profiles: list[EMAProfile], unless:
             return
         for key, profile in zip(ema_keys(profiles), profiles, strict=True):
             averages = [optimizer.state[p][key] for p in weights]
-            torch._foreach_lerp_(averages, [p.data for p in weights], 1 - profile.decay)
+            torch._foreach_lerp_(averages, [p.data for p in weights], profile.weight(step_of(key)))
 
     optimizer.register_step_post_hook(move)

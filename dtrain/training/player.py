@@ -83,6 +83,7 @@ class Player:
         self.profiles = config.ema if averaged else []
         self.clip = optim.gradient_clip or NO_CLIPPING
         self.optimizer_steps = 0
+        self.begun: dict[str, int] = {}  # average → the optimizer step it began after, where it was not the first
         with torch.device("meta"):
             plans = {network: networks[network]() for network in moved}
         parameters = [(full_name(n, local), p) for n, plan in plans.items() for local, p in plan.named_parameters()]
@@ -132,7 +133,7 @@ class Player:
         if stage == 3 or config.deepspeed.precision == "bf16":
             self._write_initial_weights()
         self._refusal = Refusal(self.optimizer, self._norm)
-        ema.attach(self.optimizer, self.profiles, unless=self._refusal.refuses)
+        ema.attach(self.optimizer, self.profiles, self._refusal.refuses, self._step_of)
         if config.train.compile == "blocks":
             compile_blocks(self.networks.values())
         elif config.train.compile:
@@ -232,6 +233,10 @@ class Player:
         self.optimizer_steps += norm <= limit
         return norm
 
+    def _step_of(self, average: str) -> int:
+        """The number of the step that is being taken, counted from where the average began."""
+        return self.optimizer_steps + 1 - self.begun.get(average, 0)
+
     def _norm(self) -> float:
         """The gradient norm of this step. DeepSpeed's own has been reduced by the time the optimizer is called."""
         return self._norm_at_0 if self.stage == 0 else float(self.zero._global_grad_norm)
@@ -268,6 +273,7 @@ class Player:
     def reset(self) -> None:
         """Back to the initial weights, EMAs as these, moments zero, no step taken. On all ranks."""
         self.state.zero_moments()
+        self.begun = {}
         self._write_initial_weights()
 
     def set_weights(self, model: nn.Module, network: str = BACKBONE) -> None:

@@ -7,8 +7,9 @@ import time
 import torch
 
 from dtrain import __version__, distributed, faults
-from dtrain.checkpoint.directory import complete, manifest_hash, remove, step_of, step_path, surplus
+from dtrain.checkpoint.directory import complete, manifest_hash, step_of, surplus
 from dtrain.checkpoint.format import Damaged
+from dtrain.checkpoint.snapshots import forget, retire
 from dtrain.checkpoint.writer import Writer
 from dtrain.config import Config
 from dtrain.errors import UserError
@@ -42,12 +43,14 @@ class Saving:
         self._tracker, self._progress = tracker, progress
         self._writer = Writer(run.checkpoints, distributed.rank(), distributed.world_size())
         self._position: Position | None = None  # of the save in flight
+        self._retiring: dict[int, threading.Thread] = {}  # step of an old checkpoint → who removes it
         self._since = 0.0
         self._needed = self._free = 0  # bytes, as rank 0 last found them
         self.tried = position.step  # where a save was last begun or given up, if not loaded; alike on all ranks
         self.newest = position  # of the newest complete checkpoint, as rank 0 knows it, the one that commits
         self.problem: str | None = None  # why the last save came to nothing, as this rank knows it
         self.seconds = 0.0  # from copy to commit, of the slowest save so far
+        self._forget_later_averages()
 
     @property
     def written(self) -> bool:
@@ -94,6 +97,7 @@ class Saving:
             "optimizer_steps": players.optimizer_steps,
             **({"players": further} if (further := players.state()) else {}),
             **({"held": players.held} if players.held else {}),
+            **({"ema_begun": begun} if (begun := players.first.begun) else {}),
             **({"first_stage": self._first_stage} if self._first_stage else {}),
             "config": self._config.model_dump(mode="json"),
             "data": self._data,
@@ -119,6 +123,12 @@ class Saving:
     def went_back(self, position: Position) -> None:
         """The run goes on from the checkpoint at `position`, where it has one."""
         self.tried, self.newest, self.problem = position.step, position, None
+        self._forget_later_averages()
+
+    def _forget_later_averages(self) -> None:
+        """Those of steps that the run goes through again."""
+        if distributed.rank() == 0:
+            forget(self._run.averages, self.newest.step)
 
     def _finish(self, failed: bool) -> None:
         position, self._position, failure = self._position, None, self._writer.failure
@@ -139,7 +149,7 @@ class Saving:
             context = {
                 "path": path.name,
                 "hash": manifest_hash(path),
-                "ema": [f"ema_{i}: decay {profile.decay}" for i, profile in enumerate(self._config.ema)],
+                "ema": [f"ema_{i}: {profile}" for i, profile in enumerate(self._config.ema)],
             }
             self._tracker.write("checkpoint", position, {"seconds": self.seconds}, context)
             try:
@@ -160,5 +170,16 @@ class Saving:
         steps = [step for step in map(step_of, complete(directory)) if step <= self.newest.step]
         evaluations = self._tracker.history.counting("eval") if train.keep_best else []
         best = best_step(evaluations, train.keep_best, steps) if train.keep_best else None
+        self._retiring = {step: thread for step, thread in self._retiring.items() if thread.is_alive()}
         for step in surplus(steps, train.keep_last, train.keep_every, best):
-            threading.Thread(target=remove, args=(step_path(directory, step),), daemon=True).start()
+            if step not in self._retiring:
+                thread = threading.Thread(target=self._retire, args=(step,), daemon=True)
+                self._retiring[step] = thread
+                thread.start()
+
+    def _retire(self, step: int) -> None:
+        try:
+            if said := retire(self._run, self._config, step):
+                self._progress.say(said)
+        except OSError as e:
+            self._progress.say(f"the checkpoint of step {step} stays for now: {e.filename}: {e.strerror}")

@@ -1,5 +1,6 @@
 """Before the first step: may this config go on in this run directory, and from which checkpoint."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from dtrain import distributed, faults
 from dtrain.checkpoint.directory import complete, remove_partial
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.checkpoint.snapshots import begun as averages_begun
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, identity, with_earlier_values
 from dtrain.data.shards.manifest import Manifest
@@ -50,14 +52,24 @@ def _prepare(
         changes = reconcile(run, config)
         tracker.read_history()
         check_data(run, manifest, tracker.history)
+        _check_averages(run, config)
         run.save_config(config)
         run.outcome_file.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
-        remove_partial(run.checkpoints)
+        for folder in (run.checkpoints, run.averages):
+            remove_partial(folder)
     except (UserError, OSError):
         lock.release()
         raise
     return changes
+
+
+def _check_averages(run: RunDirectory, config: Config) -> None:
+    """Raises UserError where a power-function average would begin in the middle of the run, unasked."""
+    for path in reversed(complete(run.checkpoints)) if config.keeps_snapshots else ():
+        with contextlib.suppress(Damaged):  # `resume` passes it over, too
+            averages_begun(config, Checkpoint.open(path, all_files=False))
+            return
 
 
 def resume(
@@ -119,8 +131,10 @@ def _load(
         build_conditions(config).check(checkpoint.meta.get("text_encoders"))
     except UserError as e:
         raise UserError(f"{checkpoint.path} cannot be resumed from: {e}") from None
+    begun = averages_begun(config, checkpoint)
     players.load(checkpoint)
     players.load_state(checkpoint.meta.get("players", {}))
+    players.first.begun = begun
     state = objective.state()
     objective.load_state({n: torch.from_numpy(checkpoint.tensor(n)).view(v.shape) for n, v in state.items()})
 

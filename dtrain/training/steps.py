@@ -142,7 +142,7 @@ class Steps:
         self._on_reduced()
         step = self.position.step
         last = step == config.train.steps
-        save_due = last or (taken and step % config.train.checkpoint_every == 0)
+        save_due = last or (taken and config.saves_after(step))
         save_due = save_due or (self._stopping and step != self._saving.tried)
         evaluation_due = taken and self._evaluation_due()
         self.goodput.step(taken, self.feed.seconds, config.data.batch_size)

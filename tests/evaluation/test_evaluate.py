@@ -34,7 +34,7 @@ def trained(digits, finished_run, tmp_path_factory):
 def _evaluate(config, pause=0.0, keep=False):
     """(metrics, blocks drawn by this rank, images in scratch by first id); `pause` seconds after each block."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    opened = open_generator(run, config, "ema_0", device)
+    opened = open_generator(run, config, device)
     drawn = []
     draw = Generator.draw
 
@@ -151,7 +151,7 @@ def test_labels_are_as_in_the_data_or_every_class_equally_often(digits, tmp_path
 def _opened(configs):
     """The step a rank opens of its own copy of a run."""
     config = configs[torch.distributed.get_rank()]
-    return open_generator(RunDirectory(config.run.path), config, "ema_0", torch.device("cpu")).step
+    return open_generator(RunDirectory(config.run.path), config, torch.device("cpu")).step
 
 
 def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished_run, tmp_path):
@@ -164,7 +164,7 @@ def test_ranks_evaluate_the_checkpoint_that_rank_0_found_newest(digits, finished
 def _without_room(config):
     """What each rank is told where the disk of one of them takes no samples."""
     run, device = RunDirectory(config.run.path), torch.device("cpu")
-    opened, reference = open_generator(run, config, "ema_0", device), Reference.open(config, device)
+    opened, reference = open_generator(run, config, device), Reference.open(config, device)
     scratch = scratch_of(run, config.eval, opened.checkpoint, reference)
     if torch.distributed.get_rank() == 1:
         scratch.path = run.config_file / "below a file"
@@ -205,7 +205,7 @@ def _counting(config):
     updates = []
     KeptFeatures.update = lambda self, number, features: updates.append(number)
     run = RunDirectory(config.run.path)
-    generator = open_generator(run, config, "ema_0", torch.device("cpu")).generator
+    generator = open_generator(run, config, torch.device("cpu")).generator
     evaluate(generator, config, Reference.open(config, torch.device("cpu")))
     return updates, os.path.exists(run.path / "evaluations")
 
@@ -223,7 +223,7 @@ def test_the_bootstrap_interval_stands_beside_its_distance(trained):
 
 def test_bf16_rounds_the_network_and_nothing_else(trained):
     run, seen = RunDirectory(trained.run.path), []
-    generator = open_generator(run, trained, "ema_0", torch.device("cpu")).generator
+    generator = open_generator(run, trained, torch.device("cpu")).generator
     for number, parameter in enumerate(generator.model.parameters()):  # three steps have taught it hardly anything
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
     generator.model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
@@ -240,7 +240,7 @@ def test_bf16_rounds_the_network_and_nothing_else(trained):
 def test_an_evaluation_touches_no_network(trained, no_network):
     """In this very process, alone, with its sockets blocked."""
     run, device = RunDirectory(trained.run.path), torch.device("cpu")
-    generator = open_generator(run, trained, "ema_0", device).generator
+    generator = open_generator(run, trained, device).generator
     metrics, context = evaluate(generator, trained, Reference.open(trained, device))
     assert np.isfinite(list(metrics.values())).all()
     assert (context["n"], context["features"], context["labels"]) == (260, "pixels", "data")

@@ -114,7 +114,7 @@ def test_a_new_runs_bound_is_clipped_an_older_runs_is_not_and_each_says_so(digit
     found = []
     for chosen in ({}, {"bpd_clip": True}):  # as `dtrain evaluate` and its --bpd-clip ask
         now = with_eval(own, chosen, raw=False)
-        generator = open_generator(run, now, "ema_0", torch.device("cpu")).generator
+        generator = open_generator(run, now, torch.device("cpu")).generator
         metrics, context = evaluate(generator, now, Reference.open(now, torch.device("cpu")))
         found.append((metrics["bpd"], context["bpd_clip"], differences(before, own.eval, now.eval, context)))
     (unclipped, *unsaid), (clipped, *asked) = found

@@ -19,7 +19,7 @@ from dtrain.evaluation.features.networks import Inception
 from dtrain.evaluation.features.weights import WeightFile
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.names import is_comparable, metric_name, metric_names, resize_of_reference
-from dtrain.evaluation.opened import open_generator, weights_name
+from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference, make
 from dtrain.evaluation.requirements import about_names, check_evaluation, known_features
 from dtrain.evaluation.sweep import _key, sweep
@@ -330,7 +330,7 @@ def test_a_sweep_draws_nothing_anew_that_it_drew_before_the_context_said_the_res
     config = with_reference(digits, tmp_path, inception, path, None, "train.steps=1")
     run_ranks(train, 1, config)
     run, at, reference = RunDirectory(config.run.path), configured(config, {"eta": 0.0}), Reference.open(config, CPU)
-    checkpoint = open_generator(run, config, weights_name(config.eval), CPU).checkpoint
+    checkpoint = open_generator(run, config, CPU).checkpoint
     # As keys were made then:
     named = sampling_settings(checkpoint, at.eval, reference) | {"n": 12, "metrics": ["fd"], "bootstrap": 0}
     named |= {"extractor": reference.extractor.fingerprint, "reference": reference.hash}

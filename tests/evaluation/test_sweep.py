@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.evaluation.combinations import checkpoints_of, combinations
+from dtrain.evaluation.combinations import checkpoints_of, combinations, configured
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.sweep import Row, best, heat_map, summary, sweep, table
 from dtrain.run import RunDirectory
@@ -46,11 +46,13 @@ def _sweep(config, axes, pause=0.0):
 
 
 def _evaluate(config, step, weights):
+    from dtrain.evaluation.combinations import configured
     from dtrain.evaluation.evaluate import evaluate
     from dtrain.evaluation.opened import open_generator
     from dtrain.evaluation.reference import Reference
 
-    generator = open_generator(RunDirectory(config.run.path), config, weights, "cpu", step).generator
+    config = configured(config, {"ema": weights.removeprefix("ema_")})
+    generator = open_generator(RunDirectory(config.run.path), config, "cpu", step).generator
     return evaluate(generator, config, Reference.open(config, "cpu"))[0]
 
 
@@ -162,6 +164,18 @@ def test_the_heat_map_has_a_cell_for_every_setting_in_its_place(tmp_path):
     assert of[0][:, 1].mean() < of[1][:, 1].mean()  # S = 5 left of S = 20
     assert not heat_map(rows[:1], "fd_pixels", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_averages_of_several_widths_are_a_curve(digits, tmp_path):
+    from PIL import Image
+
+    rows = [Row({"ema": f"sigma_{width}"}, {"fd_pixels": width}, {}) for width in (0.2, 0.05, 0.1)]
+    assert heat_map(rows, "fd_pixels", tmp_path / "curve.png")
+    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+    blue = np.argwhere(np.abs(pixels - (31, 119, 180)).max(2) <= 6)
+    assert blue[:, 0][blue[:, 1].argmin()] > blue[:, 0][blue[:, 1].argmax()] + 50  # it rises from left to right
+    at = configured(tiny(digits, tmp_path, "ema=[{sigma_rel: 0.05}]"), {"ema": "sigma_0.1"})
+    assert at.eval.ema == {"sigma_rel": 0.1}
 
 
 def test_the_summary_takes_seeds_together_and_nothing_else():

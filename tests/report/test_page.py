@@ -301,6 +301,17 @@ def test_a_sweep_is_a_table_of_means_with_the_best_one_marked(run):
     assert "at η 0.5, steps S 20" in text  # the highest recall
 
 
+def test_a_sweep_over_widths_of_averages_has_a_curve(run):
+    with open(run / "sweep.jsonl", "w") as f:
+        for number, width in enumerate((0.2, 0.05, 0.1)):
+            context = CONTEXT | {"ema": f"sigma_{width}", "n": 500}
+            line = {"key": str(number), "step": 12, "images": 288, "context": context}
+            f.write(json.dumps(line | {"metrics": {"fd_pixels": 1 + width}}) + "\n")
+    found = page(run)
+    assert "EMA σ_rel 0.1" in found.text
+    assert "fd_pixels: value over width σ_rel of the average, 1 lines" in found.source
+
+
 def test_nothing_secret_reaches_the_page(tmp_path, monkeypatch):
     run = make_run(
         tmp_path,

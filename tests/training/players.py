@@ -29,13 +29,13 @@ def batch_losses(player, config, step):
         yield (player(x_part, t_part, y_part) - x_part).square().flatten(1).mean(1)
 
 
-def run_steps(player, config, steps):
-    """Take these steps; returns the gradient norm of each."""
+def run_steps(player, config, steps, **limit):
+    """Take these steps, or have them refused by a `limit`; returns the gradient norm of each."""
     norms = []
     for step in steps:
         for losses in batch_losses(player, config, step):
             player.backward(losses.mean())
-        norms.append(float(player.step(1e-3)))
+        norms.append(float(player.step(1e-3, **limit)))
     return norms
 
 
