@@ -68,6 +68,7 @@ EARLIER: dict[str, Earlier] = {
     "eval.clip": Earlier(False),
     "eval.bpd_clip": Earlier(False),
     "eval.negative_prompt": Earlier(""),
+    "eval.sde_noise": Earlier(None),
     "eval.prompts": Earlier([]),
     "eval.guidance_interval": Earlier([0.0, 1.0]),
     "eval.guidance_rescale": Earlier(0.0),

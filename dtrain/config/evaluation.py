@@ -32,6 +32,7 @@ SAMPLERS = {
     "dpmpp_2m": ("gaussian",),
     "euler": ("flow",),
     "heun": ("gaussian", "flow"),
+    "sde": ("flow",),
 }
 
 
@@ -39,11 +40,13 @@ class Sampling(Section):
     """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
 
     sampler: str = "ddim"
-    """ddim, ancestral, dpmpp_2m or heun; a flow takes euler or heun, euler by default"""
+    """ddim, ancestral, dpmpp_2m or heun; a flow takes euler, heun or sde, euler by default"""
     steps: Positive = 50
     """of the sampler for one image"""
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0
     """ddim's noise, 0 to 1; sigma_hat: DDPM's larger one"""
+    sde_noise: Literal["2t", "t", "sine"] | None = None
+    """sde's noise w(t), t = 1 is noise: 2t (null), t, or sin² πt; the marginals are the flow's for each"""
     spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
     """which timesteps the sampler visits, or these themselves, falling"""
     clip: bool = False

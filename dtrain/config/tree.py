@@ -171,6 +171,8 @@ class Config(Section):
             )
         if e.eta != 0 and e.sampler != "ddim":
             raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
+        if e.sde_noise is not None and e.sampler != "sde":
+            raise ValueError(f"eval.sde_noise {e.sde_noise} has no effect on sampler {e.sampler}; take sampler sde")
         if flow and e.spacing != "trailing":
             raise ValueError(f"eval.spacing {e.spacing} has no effect on a flow, whose steps are equal; leave it out")
         if not flow and e.steps > self.diffusion.timesteps:

@@ -112,3 +112,36 @@ def heun_flow(denoiser: Denoiser, process, x_T: Tensor, timesteps: list[float], 
             ahead = x + (p - t) * (velocity + eps - x0) / 2
         x = ahead
     return x
+
+
+NOISES = {"2t": lambda t: 2 * t, "t": lambda t: t, "sine": lambda t: math.sin(math.pi * t) ** 2}  # w(t) of an SDE
+LAST = 0.04  # the time of the last step of an SDE, whose score has no bound towards clean data
+
+
+def times_of_sde(steps: int) -> list[float]:
+    """Falling times of so many steps: equal ones from 1 to LAST, and from there onto clean data."""
+    return [1 - (1 - LAST) * i / (steps - 1) for i in range(steps)] if steps > 1 else [1.0]
+
+
+@torch.no_grad()
+def sde_flow(
+    denoiser: Denoiser,
+    process,
+    x_T: Tensor,
+    times: list[float],
+    step_noise: Callable[[int], Tensor],
+    clip: bool = False,
+    noise: str = "2t",
+) -> Tensor:
+    """x_0 from x_T by Euler–Maruyama on dx = [v − ½ w s] dt + √w dW̄ with s = −ε/t, t from 1 to 0 (Ma et al. 2024, SiT).
+
+    noise: which w(t) of NOISES; the marginals are the flow's own for each. The last step draws none: it is Euler's.
+    """
+    x = x_T
+    for i, (t, p) in enumerate(steps(process, times)):
+        x0, eps, _ = predict(denoiser, process, x, t, clip)
+        w = 0.0 if p == process.clean else NOISES[noise](t)
+        x = x + (p - t) * (eps - x0 + w / (2 * t) * eps)
+        if w:
+            x = x + math.sqrt(w * (t - p)) * step_noise(i)
+    return x

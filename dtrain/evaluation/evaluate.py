@@ -38,12 +38,13 @@ from dtrain.tracking.best import settings_of
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = tuple(Sampling.model_fields)
+UNSAID = ("decode_batch", "negative_prompt", "sde_noise")  # of these, where they are not set
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
     """The value of each of SAMPLING_KEYS. What is not named and has no default of its own is no setting."""
     found = {key: getattr(e, key) for key in SAMPLING_KEYS}
-    return {key: value for key, value in found.items() if key not in ("decode_batch", "negative_prompt") or value}
+    return {key: value for key, value in found.items() if key not in UNSAID or value}
 
 
 def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
@@ -225,7 +226,7 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     change rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size", "decode_batch"})
-    first, unsaid = next(map(settings_of, evaluations), None), {"negative_prompt": ""}
+    first, unsaid = next(map(settings_of, evaluations), None), {"negative_prompt": "", "sde_noise": None}
     was = unsaid | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")})))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
     is_now = unsaid | json.loads(json.dumps(context))

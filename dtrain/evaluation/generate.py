@@ -114,6 +114,7 @@ class Generator:
             how.eta,
             how.clip,
             lambda step: normals(Purpose.SAMPLE_STEP_NOISE, step),
+            how.sde_noise,
         )
         if bad := [ids[row] for row in which_not_finite(x_0)]:
             raise NotFinite(
