@@ -68,6 +68,9 @@ class Trained:
         clip: bool | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
+        guidance_orthogonal: float | None = None,
+        guidance_norm: float | None = None,
+        guidance_momentum: float | None = None,
         precision: Literal["fp32", "bf16"] | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
@@ -89,6 +92,9 @@ class Trained:
             "clip": clip,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
+            "guidance_orthogonal": guidance_orthogonal,
+            "guidance_norm": guidance_norm,
+            "guidance_momentum": guidance_momentum,
             "precision": precision,
             "batch_size": batch_size,
         }

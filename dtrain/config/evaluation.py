@@ -59,6 +59,12 @@ class Sampling(Section):
     """shares of the process where guidance acts; 0 is clean data"""
     guidance_rescale: Probability = 0.0
     """how far the contrast is brought back to the conditional one's"""
+    guidance_orthogonal: Probability = 0.0
+    """how much of guidance along x_0 itself, which saturates, is left out: APG's 1 − η; 1 takes larger guidance"""
+    guidance_norm: Annotated[float, Field(gt=0)] | None = None
+    """most that guidance with scale 1 may move x_0, as an L2 norm; null: any (APG's r)"""
+    guidance_momentum: Annotated[float, Field(gt=-1, lt=1)] = 0.0
+    """how much of the guidance of the step before is added: APG's β, such as -0.5"""
     guidance_channels: Literal["all", "first_3"] = "all"
     """first_3 only to repeat published DiT results"""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -207,6 +207,9 @@ class Config(Section):
                 raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
         if e.negative_prompt and not e.asked.steps:
             raise ValueError("eval.negative_prompt has no effect with eval.guidance 1; take 3, or leave it out")
+        for key in ("guidance_orthogonal", "guidance_norm", "guidance_momentum"):
+            if getattr(e, key) and not e.asked.steps:
+                raise ValueError(f"eval.{key} has no effect with eval.guidance 1; take 3, or leave it out")
         if e.guidance_interval[0] >= e.guidance_interval[1]:
             raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
 

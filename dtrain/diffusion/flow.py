@@ -39,6 +39,10 @@ class RectifiedFlow:
         """(α_t, σ_t) = (1 − t, t)."""
         return 1 - t, t
 
+    def level_told(self, time: float) -> tuple[float, float]:
+        """(α, σ) of what the model is told, as `model_time` gives it."""
+        return self.level(time / self.time_scale)
+
     def model_time(self, t: Tensor | float, x: Tensor) -> Tensor:
         """The model's time for the rows of x (N, …): time_scale · t, float32 (N,), from t (N,) or one float for all."""
         if isinstance(t, Tensor):

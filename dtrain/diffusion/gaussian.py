@@ -64,6 +64,10 @@ class GaussianDiffusion:
             return 1.0, 0.0
         return float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
 
+    def level_told(self, time: float) -> tuple[float, float]:
+        """(α, σ) of what the model is told, as `model_time` gives it."""
+        return self.level(int(time))
+
     def model_time(self, t: Tensor | int, x: Tensor) -> Tensor:
         """The model's time input for the rows of x (N, …): int64 (N,), from t (N,) or one int for all."""
         return t if isinstance(t, Tensor) else time_of_all(t, len(x), torch.int64, x.device)

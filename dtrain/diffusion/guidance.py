@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtrain.batch import Condition
 from dtrain.config.guidance import chain
+from dtrain.diffusion.projection import Projection
 from dtrain.diffusion.tables import known
 from dtrain.errors import UserError
 
@@ -22,6 +23,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     last_time: float = 1000,
     rescale: float = 0.0,
+    project: Projection | None = None,
 ) -> Model:
     """A model(x, t, **condition) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
 
@@ -38,6 +40,7 @@ def guided(
     which follows the image's own channels, is an interpolation and is never extrapolated.
     interval: the shares of the process (0 is clean data) in which to guide; t/last_time must lie in [low, high).
     Outside it the conditional model answers alone, at half the cost (Kynkäänniemi et al. 2024).
+    project: what becomes of each difference before it is scaled; None: nothing.
     rescale: how far, from 0 to 1, each row's guided channels go back to the conditional ones' standard deviation (Lin
     et al. 2023, section 3.4).
 
@@ -63,8 +66,13 @@ def guided(
         towards, rest = cond[:, :n], cond[:, n:]
         answers = [*(one[:, :n] for one in reversed(others)), towards]  # from the least told on
         mixed = answers[0]
-        for (scale, _), (before, after) in zip(steps, pairwise(answers), strict=True):
-            mixed = mixed + scale * (after - before)
+        for number, ((scale, _), (before, after)) in enumerate(zip(steps, pairwise(answers), strict=True)):
+            difference = after - before
+            if project is None:
+                mixed = mixed + scale * difference
+            else:  # s = 1 leads to `after` whatever is projected
+                kept = project(number, difference, after, x[:, :n], t)
+                mixed = mixed + scale * kept + (difference - kept)
         if rescale:
             contrast = _std(towards) / _std(mixed)
             mixed = mixed * (rescale * contrast + (1 - rescale))

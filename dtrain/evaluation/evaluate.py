@@ -38,7 +38,9 @@ from dtrain.tracking.best import settings_of
 
 # What determines an image beside weights and label; part of a metric's context.
 SAMPLING_KEYS = tuple(Sampling.model_fields)
-UNSAID = ("decode_batch", "negative_prompt", "sde_noise")  # of these, where they are not set
+# Of these, what they are where they are not said: a context lacks them then, as those from before they existed.
+UNSAID = {"decode_batch": None, "negative_prompt": "", "sde_noise": None}
+UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum": 0.0}
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
@@ -226,10 +228,10 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     change rounding.
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size", "decode_batch"})
-    first, unsaid = next(map(settings_of, evaluations), None), {"negative_prompt": "", "sde_noise": None}
-    was = unsaid | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")})))
+    first = next(map(settings_of, evaluations), None)
+    was = UNSAID | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")})))
     keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
-    is_now = unsaid | json.loads(json.dumps(context))
+    is_now = UNSAID | json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
     other = first.get("reference") != context["reference"] if first else own.reference != now.reference
     return found | ({"reference": now.reference or context["reference"][:12]} if other else {})

@@ -14,6 +14,7 @@ from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.device_draws import normals_on
 from dtrain.diffusion.guidance import guided
+from dtrain.diffusion.projection import projection
 from dtrain.diffusion.samplers import network_evaluations, sample
 from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
@@ -168,4 +169,5 @@ class Generator:
             interval=how.guidance_interval,
             last_time=self.process.last_time,
             rescale=how.guidance_rescale,
+            project=projection(self.process, how.guidance_orthogonal, how.guidance_norm, how.guidance_momentum),
         )

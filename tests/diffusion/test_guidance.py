@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.guidance import guided
+from dtrain.diffusion.prediction import to_x0
+from dtrain.diffusion.projection import Projection, projection
+from dtrain.diffusion.schedule import linear
 from dtrain.errors import UserError
 
 NULL = 10
@@ -152,3 +157,52 @@ def test_apart_too_guidance_acts_within_its_interval_alone():
     found = guided(sums, "p=2,q=3,r=4", nothing, interval=(0.2, 0.6))(x, t, **TOLD)  # t is 1, 500 and 999 of 1000
     everywhere, bare = guided(sums, "p=2,q=3,r=4", nothing)(x, t, **TOLD), sums(x, t, **TOLD)
     assert torch.equal(found, torch.stack([bare[0], everywhere[1], bare[2]]))
+
+
+FLOW = RectifiedFlow()
+one_time = torch.full((3,), 400.0)
+
+
+def walked(orthogonal=0.0, norm=None, momentum=0.0, s=3.0, calls=1):
+    """The answers at x_t and on, of a flow at t = 0.4."""
+    model = guided(Model(), s, null, project=Projection(_x0, orthogonal, norm, momentum))
+    return [model(x * (i + 1), one_time, y=labels) for i in range(calls)]
+
+
+def _x0(output, x_t, t):
+    return to_x0("velocity", output, x_t, 0.6, 0.4)
+
+
+def both(number=0):
+    """x̂_0 that is told all, and that is told nothing, by a float64 of their own."""
+    state, nothing = x * (number + 1), torch.full_like(labels, NULL)
+    return [state - 0.4 * Model()(state, one_time, y) for y in (labels, nothing)]
+
+
+@pytest.mark.parametrize("s", [1.5, 4.0])
+def test_projected_guidance_that_projects_nothing_is_plain_guidance_bit_for_bit(s):
+    assert torch.equal(walked(s=s)[0], guided(Model(), s, null)(x, one_time, y=labels))
+    assert projection(FLOW, 0.0, None, 0.0) is None
+
+
+def test_projected_guidance_is_the_papers():
+    """Sadat et al. 2024, algorithm 1, in x̂_0, over three steps."""
+    scale, momentum, norm, eta = 3.0, -0.5, 2.0, 0.25
+    found, running = walked(1 - eta, norm, momentum, scale, 3), 0.0
+    for number, answer in enumerate(found):
+        told, nothing = both(number)
+        running = told - nothing + momentum * running
+        update = running * torch.clamp(norm / running.flatten(1).norm(dim=1), max=1.0).view(-1, 1, 1, 1)
+        unit = torch.nn.functional.normalize(told.flatten(1), dim=1)
+        parallel = ((update.flatten(1) * unit).sum(1, keepdim=True) * unit).view_as(update)
+        expected = told + (scale - 1) * (update - parallel + eta * parallel)
+        state = x * (number + 1)
+        torch.testing.assert_close(_x0(answer, state, one_time), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("process", [FLOW, GaussianDiffusion(linear(1000)), GaussianDiffusion(linear(1000), "v")])
+def test_a_projection_knows_the_level_by_what_the_model_is_told(process):
+    t = 0.4 if process is FLOW else 400
+    state, answer = torch.ones(2, 1, 2, 2).double(), torch.full((2, 1, 2, 2), 0.3).double()
+    found = projection(process, 1.0, None, 0.0).x0(answer, state, process.model_time(t, state))
+    torch.testing.assert_close(found, process.x0(answer, state, t), rtol=0, atol=1e-12)
