@@ -113,7 +113,7 @@ def test_both_are_equal_on_one_rank_and_two_and_are_means_over_the_samples_that_
         assert {"clip_model", "classifier"} <= line["context"].keys()
     assert found[0] == pytest.approx(found[1], abs=1e-3)
     config, device = configs[0], torch.device("cpu")
-    opened = open_generator(RunDirectory(config.run.path), config, "ema_0", device)
+    opened = open_generator(RunDirectory(config.run.path), config, device)
     reference = Reference.open(config, device)
     blocks = [list(range(first, min(first + 8, 30))) for first in range(0, 30, 8)]
     pictures, captions, agrees = [], [], []
