@@ -11,12 +11,14 @@ import torch
 
 from dtrain import config as configuration
 from dtrain import distributed
-from dtrain.checkpoint.export import class_names_of, load_weights, open_weights
+from dtrain.checkpoint.export import class_names_of, open_weights
+from dtrain.checkpoint.frozen_base import allocate_whole, load_whole, open_base
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.errors import UserError
+from dtrain.evaluation.control import in_turn, of_files
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.invert import (
     Inversion,
@@ -32,7 +34,6 @@ from dtrain.evaluation.sample import draw, labels_in_turn, prompts_in_turn, toge
 from dtrain.files import read_json
 from dtrain.first_stage.build import of_checkpoint
 from dtrain.first_stage.pixels import FirstStage
-from dtrain.models.build import allocate
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 
@@ -59,6 +60,10 @@ class Trained:
         *,
         prompts: str | Iterable[str] | None = None,
         negative_prompt: str | None = None,
+        pictures: str | Path | Iterable[str | Path] | None = None,
+        as_is: bool = False,
+        control_scale: float | dict[str, float] | None = None,
+        guess_mode: bool | None = None,
         guidance: float | str | Mapping[str, float] | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -78,12 +83,20 @@ class Trained:
 
         n: how many, by default one a label, or 1. labels: of each image, or one for all, as numbers or class names; by
         default all classes in turn. prompts: in turn, of a model that is told in words; by default it is told nothing,
-        and n is their number. The other settings are keys of the config's `eval` section, which has their
-        defaults; image i is a function of them, its label and (seed, i). Raises UserError for what cannot be.
+        and n is their number. pictures: files or folders that control the images, in turn, as `dtrain sample --picture`
+        takes them; as_is: they are edges, masks and so on themselves. control_scale: of all pictures, or by condition.
+        The other settings are keys of the config's `eval` section, which has their defaults; image i is a function of
+        them, its label and (seed, i). Raises UserError for what cannot be.
         """
         chosen = {
             "guidance": guidance,
             "negative_prompt": negative_prompt,
+            "guess_mode": guess_mode,
+            "control_scale": (
+                control_scale
+                if control_scale is None or isinstance(control_scale, dict)
+                else dict.fromkeys(self.config.pictures, control_scale)
+            ),
             "steps": steps,
             "seed": seed,
             "sampler": sampler,
@@ -101,9 +114,13 @@ class Trained:
         config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or [])
-        numbers = self._labels(len(asked) if asked and n is None and labels is None else n, labels)
+        places = [pictures] if isinstance(pictures, str | Path) else list(pictures or [])
+        shown = of_files(places, config, as_is) if places else {}
+        several = max([len(asked), *map(len, shown.values())])
+        numbers = self._labels(several if several and n is None and labels is None else n, labels)
         ready = self._generator(config)
         said = ready.conditions.saying(prompts_in_turn(asked, len(numbers))) if asked else {}
+        said = {**said, **in_turn(shown, len(numbers))}
         return together(draw(ready, numbers, config.eval, said=said), len(numbers))
 
     def invert(
@@ -192,7 +209,7 @@ def load(
     directory = RunDirectory.find(run)
     config = directory.config()
     checkpoint, key = open_weights(directory, config, ema, step)
-    model = load_weights(checkpoint, allocate(config), key)
+    model = load_whole(checkpoint, config, key, where)
     meta = checkpoint.meta
     names = class_names_of(config.data, config.model.num_classes)
     first_stage = of_checkpoint(config, meta.get("first_stage"), where)
@@ -211,7 +228,9 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         raise UserError(f"{folder} cannot be read as an exported folder: {e}") from None
     if not isinstance(tree, dict) or "train" not in tree:
         raise UserError(f"{folder}/config.json lacks sections that sampling needs; export the checkpoint again")
-    source = {key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names", "trained_with")}
+    source = {
+        key: tree.pop(key, None) for key in ("run", "step", "images", "weights", "class_names", "trained_with", "base")
+    }
     generator = {"generator": tree.pop("generator")} if "generator" in tree else {}
     names = source["class_names"]
     complete = all(type(source[key]) is int for key in ("step", "images"))
@@ -224,7 +243,9 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         raise UserError(f"{folder} holds {source['weights']} of step {source['step']} alone, not {asked}")
     tree = configuration.with_earlier_values(tree | {"run": {"name": source["run"], **generator}})
     config = configuration.validate(tree, f"{folder}/config.json")
-    model = allocate(config)
+    model = allocate_whole(config, device)
+    if (base := open_base(config, device)) is not None:
+        base.check_of_checkpoint({"base": source["base"]})
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

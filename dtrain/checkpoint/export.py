@@ -124,6 +124,10 @@ def export(
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     if "first_stage" in checkpoint.meta:
         source["trained_with"] = checkpoint.meta["first_stage"]  # what latents mean is in no weight
+    if config.pictures:
+        if format != "safetensors":
+            raise UserError(f"{_why_not_controlled(config, format)}; take --format safetensors")
+        source |= checkpoint.meta.get("held", {})  # of what the copies stand on
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already; name a new folder, or an empty one")
@@ -140,6 +144,18 @@ def export(
     if config.model.num_classes and not class_names_of(config.data, config.model.num_classes):
         lines.append(f"classes go by their numbers: {config.data.manifest_path} has no names of them, or is not here")
     return "\n".join(lines)
+
+
+def _why_not_controlled(config: Config, format: str) -> str:
+    """Why copies that pictures control have no such export."""
+    if format != "diffusers":
+        return f"--format {format} has no place for a copy without its base"
+    if config.model.name == "dit":
+        return "diffusers' control networks for transformers are of other transformers than its DiT"
+    return (
+        "diffusers' ControlNetModel has transformer blocks in its middle, or one residual block alone, where this UNet "
+        "has plain attention between two, and diffusers' UNet2DModel, which the base is, takes nothing that is added"
+    )
 
 
 def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:

@@ -100,6 +100,10 @@ def _show(p, nodes: int, mfu: float) -> None:
             f"the first stage takes {gib(f.weights)} GiB, {gib(f.encoding)} more while it encodes a block and "
             f"{gib(f.decoding)} while it decodes one{each}"
         )
+    if p.base:
+        console.print(
+            f"the frozen base that pictures control takes {gib(p.base)} GiB of each rank, and is in no checkpoint"
+        )
     usable = f"of {gib(p.usable)} GiB usable"
     if not p.fits:
         console.print(f"does not fit: {gib(own.needed)} {usable}")

@@ -1,5 +1,6 @@
 """`dtrain sample | invert`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,22 @@ def lines_of(path: Path) -> list[str]:
     return lines
 
 
+def scales_of(given: list[str] | None, pictures: Iterable[str]) -> dict[str, float] | None:
+    """eval.control_scale of numbers, each for all pictures or as NAME=NUMBER for one. Raises UserError."""
+    if not given:
+        return None
+    found: dict[str, float] = {}
+    for one in given:
+        name, _, number = one.rpartition("=")
+        try:
+            found |= dict.fromkeys([name] if name else pictures, float(number))
+        except ValueError:
+            raise UserError(f"--control-scale {one}: {number!r} is no number") from None
+    if not found:
+        raise UserError("--control-scale is of a model that pictures control, and this one is told none")
+    return found
+
+
 def sample(
     run: RunName,
     n: Annotated[
@@ -57,6 +74,19 @@ def sample(
         list[str] | None, typer.Option(help="what a run with captions is told; several, in turn; default: nothing")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="a text file with a prompt a line")] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(help="what controls the images: files or folders, in turn; NAME=FILE for one of several"),
+    ] = None,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="pictures are edges, masks … themselves, not images to compute them from")
+    ] = False,
+    control_scale: Annotated[
+        list[str] | None, typer.Option(help="what control is multiplied with, 1 by default, 0: none; NAME=0.5 for one")
+    ] = None,
+    guess: Annotated[
+        bool | None, typer.Option("--guess/--no-guess", help="guidance leads away from the base without control too")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="words that guidance leads away from")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     step: Step = None,
@@ -73,18 +103,27 @@ def sample(
 
     directory = RunDirectory.find(run)
     chosen = {"steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema, "seed": seed}
-    settings = with_eval(directory.config(), chosen | {"negative_prompt": negative, "sigma": sigma}, raw)
+    own = directory.config()
+    chosen |= {
+        "negative_prompt": negative,
+        "sigma": sigma,
+        "guess_mode": guess,
+        "control_scale": scales_of(control_scale, own.pictures),
+    }
+    settings = with_eval(own, chosen, raw)
     check_label(label, settings.model.num_classes, directory.path)
     said = [*(prompt or []), *(lines_of(prompts) if prompts else [])]
-    n = n or len(said) or 64
     distributed.prepare()
+    from dtrain.evaluation.control import of_files
     from dtrain.evaluation.sample import draw_to_file
     from dtrain.evaluation.sample_output import format_of
 
     kind = format_of(out, format)
+    pictures = of_files(picture, settings, as_is) if picture else {}
+    n = n or max([len(said), *map(len, pictures.values())]) or 64
     ctrl_c.at_once(lambda: f"no image was written; start again with: {this_command()}")
     with progress("sampling, evaluations of the network") as on_progress:
-        draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said)
+        draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said, pictures)
     if distributed.rank() == 0:
         say(f"{n} images in {out}")
     distributed.finalize()

@@ -47,6 +47,7 @@ class Plan:
     gathered: int  # the average in a plain module, for evaluation
     evaluation: int  # all that a rank holds while it samples
     first_stage: FirstStageCost
+    base: int  # the frozen weights that pictures control, in fp32
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
     shared_memory: int  # of a node's /dev/shm, for batches made ahead
@@ -67,16 +68,19 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     rows, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, gpus)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
+        controlled = Sizes.of(allocate(config.base)) if config.pictures else Sizes((), 0)
+    base = 4 * (controlled.trainable + controlled.frozen)
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
     deepspeed, averages = config.deepspeed, len(config.ema)
     first_stage = first_stage_cost(config)
+    beside = first_stage.weights + base
     encoding = 0 if config.first_stage.reads_cache else first_stage.encoding
     held = {c: ActivationBytes(config, rows, c) for c in (False, True)}
 
     def needed(stage: int, micro_batch: int, checkpointing: bool) -> int:
         backward = held[checkpointing](micro_batch) + memory.in_backward(deepspeed, sizes, gpus, stage)
         transient = max(backward, memory.in_step(deepspeed, sizes, gpus, stage), encoding)
-        return memory.state(deepspeed, averages, sizes, gpus, stage).device + first_stage.weights + transient
+        return memory.state(deepspeed, averages, sizes, gpus, stage).device + beside + transient
 
     def largest(stage: int, checkpointing: bool) -> int | None:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0 and needed(stage, m, checkpointing) <= usable]
@@ -96,7 +100,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     gathered = 4 * (sizes.trainable + sizes.frozen)
     sampled = config.eval.batch_size * (1 + len(config.eval.asked.steps))
     drawn = max(sampling_bytes(config, sampled), first_stage.decoding, first_stage.encoding)
-    evaluation = own.state.device - own.state.gradients + gathered + first_stage.weights + drawn
+    evaluation = own.state.device - own.state.gradients + gathered + beside + drawn
     flops = flops_per_image(config, checkpointing=False)
     repeated = flops_per_image(config, checkpointing=True) - flops
     images = config.train.steps * config.data.batch_size
@@ -121,6 +125,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         gathered=gathered,
         evaluation=evaluation,
         first_stage=first_stage,
+        base=base,
         checkpoint=memory.checkpoint_bytes(sizes, averages),
         kept=config.train.keep_last + 1,
         shared_memory=shared_memory.of_ranks(gpus_per_node, workers, shared_memory.of_batch(config, gpus)),

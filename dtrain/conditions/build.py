@@ -11,14 +11,26 @@ from dtrain.batch import Batch, Condition
 from dtrain.conditions.classes import Classes
 from dtrain.conditions.condition import Conditioning
 from dtrain.conditions.encoders import Frozen
+from dtrain.conditions.picture import Shown
 from dtrain.conditions.text import CachedWords, Trained, Words
-from dtrain.config import Config, Section, Text
+from dtrain.config import Config, Eval, Section, Text
+from dtrain.config.conditions import Picture
 from dtrain.config.guidance import CLASS
 from dtrain.data.declared import caption
 from dtrain.errors import UserError
+from dtrain.models.build import allocate
 
-Said = Mapping[str, list[str]]  # the captions or prompts of samples, by the condition that is told them
+# What samples are asked for, by the condition that is told it: captions or prompts, or pictures (n, C, S, S).
+Said = Mapping[str, list[str] | Tensor]
 NOTHING: Said = {}
+
+
+def taken(said: Said, rows: list[int]) -> Said:
+    """What these rows of samples are asked for."""
+    return {
+        name: several[rows] if isinstance(several, Tensor) else [several[i] for i in rows]
+        for name, several in said.items()
+    }
 
 
 class Conditions:
@@ -37,6 +49,11 @@ class Conditions:
         """Those that are told in words."""
         return [part for part in self._parts if isinstance(part, Words)]
 
+    @property
+    def pictures(self) -> list[Shown]:
+        """Those that are told pictures."""
+        return [part for part in self._parts if isinstance(part, Shown)]
+
     def of_batch(self, batch: Batch) -> Condition:
         """What the rows of a batch are told in training, a share of them nothing."""
         condition: Condition = {}
@@ -44,25 +61,30 @@ class Conditions:
             condition |= part.dropped(part.given(batch), batch)
         return condition
 
-    def null(self, condition: Condition, negative: str = "", told: Collection[str] = ()) -> Condition:
+    def null(
+        self, condition: Condition, negative: str = "", told: Collection[str] = (), pictures: bool = True
+    ) -> Condition:
         """The same rows told nothing. An argument that is no condition's stays as it is.
 
         negative: what those that are told in words are told instead, a negative prompt. told: those that stay.
+        pictures: False: all pictures stay.
         """
         nothing = dict(condition)
         for name, part in zip(self._names, self._parts, strict=True):
-            if name in told:
+            if name in told or (not pictures and part in self.pictures):
                 continue
             said = part in self.words and negative.strip()
             nothing |= part.all_told(condition, negative) if said else part.null(condition)
         return nothing
 
     def of_ids(self, ids: list[int], labels: Tensor, said: Said = NOTHING) -> Condition:
-        """What samples are told; see `Conditioning.of_ids`. said: of those that are told in words, n captions each."""
+        """What samples are told; see `Conditioning.of_ids`. said: n captions, or n pictures, of each that has some."""
         condition: Condition = {}
         for part in self._parts:
             if isinstance(part, Words) and part.name in said:
                 condition |= part.said(said[part.name], labels.device)
+            elif isinstance(part, Shown) and part.name in said:
+                condition |= part.of_pictures(said[part.name].to(labels.device), ids)
             else:
                 condition |= part.of_ids(ids, labels)
         return condition
@@ -72,6 +94,12 @@ class Conditions:
         if not self.words:
             raise UserError("this model is not told in words; leave prompts out")
         return {part.name: prompts for part in self.words}
+
+    def as_sampled(self, condition: Condition, how: Eval) -> Condition:
+        """The same with the control of pictures as strong as `how` says."""
+        for part in self.pictures:
+            condition = part.scaled(condition, how.control_scale.get(part.name, 1.0), how.guess_mode)
+        return condition
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -97,7 +125,7 @@ class Conditions:
         """A stand-in of the shapes that so many rows have, on the default device; no encoder is asked."""
         condition: Condition = {}
         for part in self._parts:
-            if isinstance(part, Words):
+            if isinstance(part, Words | Shown):
                 condition |= part.typical(rows)
             else:
                 condition |= part.of_ids(list(range(rows)), torch.zeros(rows, dtype=torch.long))
@@ -114,6 +142,8 @@ def build(config: Config) -> Conditions:
 
 
 def _part(name: str, section: Section, config: Config) -> Conditioning:
+    if isinstance(section, Picture):
+        return Shown(name, section, config.data.channels, config.data.image_size)
     if not isinstance(section, Text):
         return section.build(config)
     encoder = Trained(section.length) if section.trained else Frozen(section)
@@ -127,6 +157,8 @@ def typical_forward(model: nn.Module, config: Config, rows: int, training: bool 
     if config.model.name == "kl_autoencoder":
         noise = torch.zeros(rows, model.latent_channels, *(side // model.downscale for side in x.shape[2:]))
         return lambda: model(x, noise).pixels
+    if config.pictures:
+        model.stand_on(allocate(config.base).to(next(model.parameters()).dtype))
     condition = build(config).typical(rows)
     draws = config.model.draws() if training else {}
     drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in draws}

@@ -1,4 +1,4 @@
-"""The section of a condition of words, `conditions.NAME` with kind text. Plug-ins bring further kinds."""
+"""The sections of conditions, `conditions.NAME`: of words and of pictures. Plug-ins bring further kinds."""
 
 import os
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dtrain.config.encoders import described
-from dtrain.config.sections import PartSection, Place, Positive, Probability
+from dtrain.config.sections import NonNegativeFloat, PartSection, Place, Positive, Probability
 
 BYTES = "bytes"
 BEGIN = 256  # before the bytes, so that an empty caption is a token too
@@ -70,3 +70,49 @@ class Text(PartSection):
     def identity_keys(self) -> list[str]:
         """Where a frozen encoder lies may change; what it is is held by its fingerprint."""
         return [key for key in super().identity_keys() if self.trained or key != "encoder"]
+
+
+# Operator → the range of its amount, where it has one: edges and mask a threshold, blur a deviation in pixels.
+AMOUNTS = {"edges": (0.1, 0.1), "mask": (0.5, 0.5), "blur": (1.0, 2.0)}
+IN_CELLS = ("mask", "low_resolution")
+
+
+class Picture(PartSection):
+    kind: Literal["picture"] = "picture"
+    """the network is told a picture, which a trained copy of model.control_of takes in (ControlNet)"""
+    operator: Literal["edges", "blur", "mask", "low_resolution"] | None = None
+    """the picture is computed from the image itself, as it is cropped and mirrored"""
+    field: str | None = Field(None, pattern=r"^[\w-]+(\.[\w-]+)*$")
+    """or it is a file of each sample, by its extension such as depth.png, cropped and mirrored as the image"""
+    grid: Positive | None = None
+    """cells of a side: of operator mask, whether a cell is bright; of low_resolution, its mean"""
+    amount: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    """drawn for each image between: edges, threshold of the slope; mask, of brightness; blur, deviation in pixels"""
+    dropout: Probability = 0.0
+    """share of images told nothing, which is the base alone: it trains others beside to do without this one"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _amount_of_operator(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("amount") is None and tree.get("operator") in AMOUNTS:
+            return tree | {"amount": AMOUNTS[tree["operator"]]}
+        return tree
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.operator is None) == (self.field is None):
+            raise ValueError("a picture is either computed, by `operator`, or a file of each sample, by `field`")
+        if (self.grid is not None) != (self.operator in IN_CELLS):
+            taken = f"operator {self.operator} has no cells" if self.grid else f"operator {self.operator} needs `grid`"
+            raise ValueError(f"{taken}; {'leave grid out' if self.grid else 'such as 4'}")
+        if self.amount is not None and self.operator not in AMOUNTS:
+            raise ValueError(f"amount has no effect on operator {self.operator}; leave it out")
+        if self.amount is not None and self.amount[0] > self.amount[1]:
+            raise ValueError(f"amount {list(self.amount)} must rise")
+        if self.operator == "blur" and self.amount[0] == 0:
+            raise ValueError("amount of blur begins at 0, which blurs nothing; take 0.5")
+        return self
+
+    def channels(self, of_image: int) -> int:
+        """Of the picture that is told."""
+        return 1 if self.operator in ("edges", "mask") else of_image

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 class Earlier(NamedTuple):
     """A row, of a key or of a whole section: the value that held.
 
-    where: (tag, value) of the branch that has the key, where a section is a union.
+    where: (tag, value, …) of the branches that have the key, where a section is a union.
     """
 
     value: Any
-    where: tuple[str, str] | None = None
+    where: tuple[str, ...] | None = None
 
 
 _DIT, _UNET = ("name", "dit"), ("name", "unet")
@@ -36,6 +36,7 @@ EARLIER: dict[str, Earlier] = {
     "data.on_error": Earlier("raise"),
     "data.allow_pipe": Earlier(False),
     "data.holdout_shards": Earlier(None),
+    "model.control_of": Earlier(None, ("name", "dit", "unet")),
     "model.qk_norm": Earlier(False, _DIT),
     "model.frequency_shift": Earlier(0, _DIT),
     "model.resblock_updown": Earlier(False, _UNET),
@@ -76,6 +77,8 @@ EARLIER: dict[str, Earlier] = {
     "eval.guidance_norm": Earlier(None),
     "eval.guidance_momentum": Earlier(0.0),
     "eval.guidance_channels": Earlier("all"),
+    "eval.control_scale": Earlier({}),
+    "eval.guess_mode": Earlier(False),
     "eval.labels": Earlier("data"),
     "eval.bootstrap": Earlier(0),
     "eval.reference": Earlier(None),
@@ -113,6 +116,6 @@ def missing(tree: dict[str, Any]) -> list[str]:
     return found
 
 
-def _chosen(keys: dict[str, Any], tag: str, value: str) -> bool:
-    """Whether the section is this branch of its union; a diffusion that does not say is gaussian."""
-    return keys.get(tag, "gaussian" if tag == "process" else None) == value
+def _chosen(keys: dict[str, Any], tag: str, *values: str) -> bool:
+    """Whether the section is one of these branches of its union; a diffusion that does not say is gaussian."""
+    return keys.get(tag, "gaussian" if tag == "process" else None) in values

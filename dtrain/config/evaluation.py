@@ -20,7 +20,15 @@ Metric = Literal[_OfSets, "clip_score", "agreement"]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
 _HIGHER = ("precision", "recall", "density", "coverage", "is")
-HIGHER_IS_BETTER = {*_HIGHER, *(f"r{metric}" for metric in _HIGHER), "psnr", "ssim", "clip_score", "agreement"}
+HIGHER_IS_BETTER = {
+    *_HIGHER,
+    *(f"r{metric}" for metric in _HIGHER),
+    "psnr",
+    "ssim",
+    "clip_score",
+    "agreement",
+    "control",
+}
 OF_THE_MODEL = {"bpd", "nats_per_dim_latent"}  # without samples and features; `evaluate` asks the model itself
 OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of samples alone → key of their network
 
@@ -67,6 +75,10 @@ class Sampling(Section):
     """how much of the guidance of the step before is added: APG's β, such as -0.5"""
     guidance_channels: Literal["all", "first_3"] = "all"
     """first_3 only to repeat published DiT results"""
+    control_scale: dict[str, NonNegativeFloat] = Field({})
+    """of pictures of `conditions`, by name, what their control is multiplied with; 0: the base alone; left out: 1"""
+    guess_mode: bool = False
+    """guidance leads away from the base without control too, which acts the less the finer it is (Zhang et al. 2023)"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the network while sampling; the samples' states stay fp32"""
     batch_size: Positive = 64

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.config.sections import IdentitySection, NonNegative, Positive
+from dtrain.config.sections import IdentitySection, NonNegative, Place, Positive
 from dtrain.draws import Draw, Purpose
 
 # The DiT paper's table 1 at each of its patch sizes, for latents of 32 × 32: S/2 … XL/8.
@@ -69,12 +69,18 @@ class DiT(Transformer):
     """of the time frequencies; 1 as in diffusers' DiT, to be exported to it"""
     num_classes: NonNegative = 0
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
+    control_of: Place | None = None
+    """the run or file whose weights a picture of `conditions` controls; all other keys of the model are that one's"""
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
         # Its positions are parameters that do not learn.
         return {"data.image_size": image_size, **sizes, "model.qk_norm": self.qk_norm}
+
+    def identity_keys(self) -> list[str]:
+        """Where a base lies may change; what it is is held by its fingerprint."""
+        return [key for key in super().identity_keys() if key != "control_of"]
 
 
 class MMDiT(Transformer):
@@ -111,6 +117,8 @@ class UNet(IdentitySection):
     """share of a block's activations that are dropped in training"""
     num_classes: NonNegative = 0
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
+    control_of: Place | None = None
+    """the run or file whose weights a picture of `conditions` controls; all other keys of the model are that one's"""
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -131,6 +139,10 @@ class UNet(IdentitySection):
         }
         levels = range(len(self.multipliers))
         return keys | {"model.attention": [i for i in levels if image_size >> i in self.attention]}
+
+    def identity_keys(self) -> list[str]:
+        """Where a base lies may change; what it is is held by its fingerprint."""
+        return [key for key in super().identity_keys() if key != "control_of"]
 
     def draws(self) -> dict[str, Draw]:
         """Argument of the network in training → the random number of each row that it is."""

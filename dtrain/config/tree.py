@@ -10,7 +10,7 @@ from dtrain.config import guidance as guidances
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
-from dtrain.config.conditions import Text
+from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import Flow, Gaussian
 from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED, SAMPLERS, Eval
@@ -35,7 +35,9 @@ class Config(Section):
     """what is trained on, in which order, and how a picture is cut"""
     first_stage: Annotated[Section, Chosen("first_stage", {"pixels": Pixels, "kl": KL})] = Pixels()
     """between pixels and what the network sees"""
-    conditions: Annotated[dict[str, Section], Chosen("condition", {"text": Text}, by_name=True)] = Field({})
+    conditions: Annotated[dict[str, Section], Chosen("condition", {"text": Text, "picture": Picture}, by_name=True)] = (
+        Field({})
+    )
     """what the network is told beside the class: name → section; a section may say its `kind`, by default its name"""
     model: Annotated[DiT | MMDiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
@@ -99,6 +101,7 @@ class Config(Section):
         if isinstance(self.model, DiT | MMDiT) and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
+        self._control_fits()
         return self
 
     @property
@@ -124,6 +127,18 @@ class Config(Section):
             )
 
     @property
+    def pictures(self) -> dict[str, Picture]:
+        """Those of `conditions` that are pictures, by their names."""
+        return {name: section for name, section in self.conditions.items() if isinstance(section, Picture)}
+
+    @property
+    def base(self) -> "Config":
+        """Of a model that pictures control, the config of what they control."""
+        model = self.model.model_copy(update={"control_of": None})
+        others = {name: section for name, section in self.conditions.items() if name not in self.pictures}
+        return self.model_copy(update={"model": model, "conditions": others})
+
+    @property
     def texts(self) -> dict[str, Text]:
         """Those of `conditions` that are told in words, by their names."""
         return {name: section for name, section in self.conditions.items() if isinstance(section, Text)}
@@ -144,6 +159,46 @@ class Config(Section):
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
         self.objective.check(self.data.image_size)
+
+    def _control_fits(self) -> None:
+        of, pictures, e = getattr(self.model, "control_of", None), self.pictures, self.eval
+        if pictures and not hasattr(self.model, "control_of"):
+            raise ValueError(
+                f"conditions.{next(iter(pictures))} is a picture, which controls a dit or a unet, and model.name is "
+                f"{self.model.name}"
+            )
+        if bool(of) != bool(pictures):
+            raise ValueError(
+                f"model.control_of {of} needs a picture that controls it; add a section of conditions with kind picture"
+                if of
+                else f"conditions.{next(iter(pictures))} is a picture, and a trained copy of model.control_of takes it "
+                "in; name a run or a file of weights there"
+            )
+        if unknown := e.control_scale.keys() - pictures.keys():
+            known = ", ".join(pictures) or "this model has none"
+            raise ValueError(f"eval.control_scale names {min(unknown)}, no picture of conditions; {known}")
+        if e.guess_mode and e.guidance == 1:
+            raise ValueError("eval.guess_mode has no effect with eval.guidance 1; take 3, or leave it out")
+        if e.guess_mode and not pictures:
+            raise ValueError("eval.guess_mode is of a model that a picture controls; leave it out")
+        if not pictures:
+            return
+        alone = not self.model.num_classes and len(pictures) == len(self.conditions)
+        if alone and e.guidance != 1 and not isinstance(e.guidance, str) and not e.guess_mode:
+            raise ValueError(
+                f"eval.guidance {e.guidance} leads away from no class and no words, and this model is told pictures "
+                "alone; take eval.guess_mode true, which leads away from no picture"
+            )
+        if self.run.init_from:
+            raise ValueError("run.init_from: a model that pictures control begins as model.control_of; leave it out")
+        for name, section in pictures.items():
+            if section.operator and self.first_stage.reads_cache:
+                raise ValueError(f"conditions.{name} is computed from pictures, and a cache holds none; take `field`")
+            if section.grid and self.data.image_size % section.grid:
+                raise ValueError(
+                    f"data.image_size {self.data.image_size} does not divide into {section.grid} cells a side "
+                    f"(conditions.{name}.grid)"
+                )
 
     def _side(self) -> str:
         side, pixels = self.shape[1], self.data.image_size

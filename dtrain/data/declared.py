@@ -6,6 +6,7 @@ The stream, its room in /dev/shm and the rows that stand in for a batch all foll
 from typing import NamedTuple
 
 from dtrain.config import Config, Section, Text
+from dtrain.config.conditions import Picture as PictureSection
 from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.embedded import Embedded, TokenCounts
 from dtrain.data.fields.field import Array, Field, Label, Picture
@@ -72,12 +73,22 @@ def declared(config: Config) -> Declared:
 
 def fields_of(name: str, section: Section, config: Config) -> list[Field]:
     """The fields of the part that this section describes, of conditions by their name."""
+    if isinstance(section, PictureSection):
+        return [shown(name, section, config)] if section.field else []
     if not isinstance(section, Text):
         return section.fields(config)
     if section.cached is None:
         return [caption(name, section)]
     tokens = Embedded(name, section.length, section.width, section.cached)
     return [tokens, TokenCounts(tokens)]
+
+
+def shown(name: str, section: PictureSection, config: Config) -> Picture:
+    """The files from which the condition of this name takes its pictures: its own, or the image itself."""
+    data = config.data
+    if section.field is None:
+        return Picture("image", data.image_size, data.channels, data.upright)
+    return Picture(name, data.image_size, section.channels(data.channels), data.upright, (section.field,))
 
 
 def caption(name: str, section: Text) -> Caption:
@@ -88,4 +99,7 @@ def caption(name: str, section: Text) -> Caption:
 def _draws_of(name: str, section: Section, config: Config) -> list[Draw]:
     if isinstance(section, Text):
         return [Draw(f"{name}_drop", purpose_of(f"conditions.{name}.drop"), "uniform")]
+    if isinstance(section, PictureSection):
+        wanted = ("drop", "amount") if section.amount else ("drop",)
+        return [Draw(f"{name}_{what}", purpose_of(f"conditions.{name}.{what}"), "uniform") for what in wanted]
     return section.draws(config)

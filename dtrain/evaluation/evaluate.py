@@ -18,6 +18,7 @@ from dtrain.config import Config, Eval, Sampling
 from dtrain.config.evaluation import OF_THE_MODEL
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
+from dtrain.evaluation.control import Agreement, agreement, mean_agreement
 from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
 from dtrain.evaluation.likelihood import bits_per_dim, nats_per_dim
@@ -41,6 +42,7 @@ SAMPLING_KEYS = tuple(Sampling.model_fields)
 # Of these, what they are where they are not said: a context lacks them then, as those from before they existed.
 UNSAID = {"decode_batch": None, "negative_prompt": "", "sde_noise": None}
 UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum": 0.0}
+UNSAID |= {"control_scale": {}, "guess_mode": False}
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
@@ -57,9 +59,10 @@ def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -
     return reference.labels[i % len(reference.labels)]
 
 
-def captions_of(ids: list[int], reference: Reference) -> Said:
-    """Id i has the captions of the held-out sample i mod M."""
-    return {name: [held[i % len(held)] for i in ids] for name, held in reference.captions.items()}
+def asked_of(ids: list[int], reference: Reference) -> Said:
+    """Id i has the captions, and the pictures, of the held-out sample i mod M."""
+    captions = {name: [held[i % len(held)] for i in ids] for name, held in reference.captions.items()}
+    return captions | (reference.pictures.of(ids) if reference.pictures else {})
 
 
 def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
@@ -98,9 +101,10 @@ def evaluate(
     judges = distributed.agree(scorers, config, reference.captions, generator.device)
     scores: dict[str, dict[int, Tensor]] = {judge.name: {} for judge in judges}  # of this rank's blocks
     qualities: dict[int, Quality] = {}  # of this rank's blocks, where the images are reconstructions
+    agreements: dict[int, Agreement] = {}  # where pictures control the samples
 
     def asked(ids: list[int]) -> tuple[Tensor, Said]:
-        return labels_of(ids, e, config.model.num_classes, reference), captions_of(ids, reference)
+        return labels_of(ids, e, config.model.num_classes, reference), asked_of(ids, reference)
 
     def draw() -> list[int]:
         bad: list[int] = []  # ids
@@ -127,6 +131,8 @@ def evaluate(
                 scores[judge.name][number] = judge(images.to(generator.device), *asked(ids))
             if generator.reconstructs:
                 qualities[number] = generator.quality(ids, images)
+            elif reference.pictures is not None:
+                agreements[number] = agreement(generator.conditions, ids, images, reference.pictures.of(ids))
             on_progress((before + 1) * a_block, len(mine) * a_block)
         return bad
 
@@ -146,10 +152,14 @@ def evaluate(
         if generator.reconstructs:
             found = {reconstructed(name): value for name, value in found.items()} | mean_quality(qualities)
     found |= {name: mean_score(own) for name, own in scores.items()}
+    if reference.pictures is not None:
+        found |= mean_agreement(agreements)
     if "bpd" in e.metrics:
-        found |= bits_per_dim(generator, *reference.validation, e.seed, e.bpd_clip, on_progress, reference.captions)
+        found |= bits_per_dim(
+            generator, *reference.validation, e.seed, e.bpd_clip, on_progress, reference.of_validation()
+        )
     if "nats_per_dim_latent" in e.metrics:
-        found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress, reference.captions)
+        found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress, reference.of_validation())
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,
@@ -216,7 +226,7 @@ def sampling_settings(checkpoint: str, e: Eval, reference: Reference) -> dict[st
         "weights": weights_name(e),
         **sampling_of(e),
         "labels": "uniform" if uniform else reference.manifest.hash,
-        **({"captions": reference.manifest.hash} if reference.captions else {}),
+        **({"captions": reference.manifest.hash} if reference.captions or reference.pictures else {}),
     }
 
 

@@ -139,7 +139,7 @@ class Generator:
         on_evaluation: called each time that the model has answered.
         """
         self.model.eval()
-        model = self._guided(how)
+        model, condition = self._guided(how), self.conditions.as_sampled(condition, how)
 
         def answered(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             answer = model(x_t, t, **condition)
@@ -164,10 +164,17 @@ class Generator:
         return guided(
             partial(self._network, how.precision),
             how.guidance,
-            partial(self.conditions.null, negative=how.negative_prompt) if self.conditions else None,
+            partial(self.conditions.null, negative=how.negative_prompt, pictures=_without_pictures(how))
+            if self.conditions
+            else None,
             channels=3 if how.guidance_channels == "first_3" else None,
             interval=how.guidance_interval,
             last_time=self.process.last_time,
             rescale=how.guidance_rescale,
             project=projection(self.process, how.guidance_orthogonal, how.guidance_norm, how.guidance_momentum),
         )
+
+
+def _without_pictures(how: Eval) -> bool:
+    """Whether guidance leads away from no picture too. Of each condition apart, it does at theirs."""
+    return how.guess_mode or isinstance(how.guidance, str)

@@ -77,10 +77,10 @@ def picture_files(places: Iterable[str | Path]) -> list[Path]:
             continue
         inside = [place / name for name, _ in walk(place).pictures]
         if not inside:
-            raise UserError(f"{place} holds no .jpg, .jpeg, .png or .webp files to invert; name another folder")
+            raise UserError(f"{place} holds no .jpg, .jpeg, .png or .webp files; name another folder")
         found += inside
     if not found:
-        raise UserError("there are no pictures to invert; name files or a folder")
+        raise UserError("there are no pictures; name files or a folder")
     return found
 
 

@@ -7,6 +7,7 @@ as published ImageNet figures are; all else is `fd_<features>` (design, decision
 
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.config import Eval
@@ -45,8 +46,18 @@ def reconstructed(name: str) -> str:
     return f"r{name}"
 
 
-def metric_names(e: Eval, features: str, comparable: bool, reconstructs: bool = False) -> list[str]:
-    """The keys of all that an evaluation writes, each metric before what belongs to it."""
+def obeyed(condition: str) -> str:
+    """What it is called how far samples show the picture that this condition asked for."""
+    return f"control_{condition}"
+
+
+def metric_names(
+    e: Eval, features: str, comparable: bool, reconstructs: bool = False, pictures: Iterable[str] = ()
+) -> list[str]:
+    """The keys of all that an evaluation writes, each metric before what belongs to it.
+
+    pictures: names of the conditions whose pictures are computed.
+    """
     if reconstructs:
         return [reconstructed(name) for name in metric_names(e, features, comparable)] + [*OF_PAIRS, *OF_LATENTS]
     found = []
@@ -56,7 +67,7 @@ def metric_names(e: Eval, features: str, comparable: bool, reconstructs: bool = 
             found += [f"{metric}_{part}" for part in BOUND_PARTS]
         elif metric != "fd" or e.bootstrap:
             found += [metric_name(metric, features, suffix, comparable) for suffix in SPREADS.get(metric, ())]
-    return found
+    return [*found, *map(obeyed, pictures)]
 
 
 def options_of(features: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from dtrain import distributed
 from dtrain.checkpoint.averages import Combination
 from dtrain.checkpoint.directory import manifest_hash
-from dtrain.checkpoint.export import load_weights, open_checkpoint, open_weights
+from dtrain.checkpoint.export import open_checkpoint, open_weights
+from dtrain.checkpoint.frozen_base import load_whole
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.errors import UserError, from_where
@@ -18,7 +19,7 @@ from dtrain.evaluation.generate import Generator
 from dtrain.first_stage.build import build as build_first_stage
 from dtrain.first_stage.build import of_checkpoint
 from dtrain.first_stage.pixels import FirstStage
-from dtrain.models.build import allocate, build
+from dtrain.models.build import build
 from dtrain.models.weight_file import Which
 from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
@@ -69,6 +70,8 @@ def open_published(config: Config, file: str, which: Which | None, device: torch
     from dtrain.models.published import load_published
 
     def opened() -> Opened:
+        if config.pictures:
+            raise UserError("--init takes a whole model's weights, and model.control_of has a base beside; name a run")
         if not Path(file).is_file():
             raise UserError(f"--init {file}: there is no such file{from_where(file)}")
         model = load_published(build(config), file, which, config.diffusion.data_at_one).to(device)
@@ -91,7 +94,7 @@ def open_generator(run: RunDirectory, config: Config, device: torch.device, step
             name = checkpoint.hash if isinstance(checkpoint, Combination) else manifest_hash(checkpoint.path)
         except OSError as e:  # the training keeps only so many
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
-        model = load_weights(checkpoint, allocate(config), key).to(device)
+        model = load_whole(checkpoint, config, key, device)
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
         generator = generator_of(model, build_objective(config).process, config, device, first_stage)
         build_conditions(config).check(checkpoint.meta.get("text_encoders"))

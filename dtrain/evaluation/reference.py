@@ -30,6 +30,7 @@ from dtrain.data.shards.manifest import Manifest
 from dtrain.data.shards.reader import ShardReader
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.errors import UserError
+from dtrain.evaluation.control import HeldOutPictures
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
 from dtrain.evaluation.metrics.kept import KeptFeatures
@@ -59,6 +60,7 @@ class Reference:
     hash:       of what `statistics` come from, for a metric's context
     labels:     int64 (M,) of the split, None without `data.holdout`
     captions:   of the split, M of each condition that is told in words
+    pictures:   of the split, of each condition that is told pictures; None where none is
     features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     changed:    what data.exif and data.scaling made of the split
@@ -73,12 +75,18 @@ class Reference:
     hash: str
     labels: Tensor | None = None
     captions: Said = dataclass_field(default_factory=dict)
+    pictures: HeldOutPictures | None = None
     features: Tensor | None = None
     validation: tuple[Tensor, Tensor] | None = None
     changed: Changed = AS_IT_IS
     resize: str | None = None
     about: str | None = None
     kept: str | None = None
+
+    def of_validation(self) -> Said:
+        """What the images of `validation` are told beside their labels."""
+        rows = range(len(self.validation[0]))
+        return dict(self.captions) | (self.pictures.of(rows) if self.pictures else {})
 
     @property
     def comparable(self) -> bool:
@@ -107,6 +115,7 @@ class Reference:
             changed = distributed.on_rank_0(Changed.of, split, data.image_size, data.upright, data.scaling, cache)
             held_out["labels"] = distributed.agree(_labels, split, cache, config.model.num_classes)
             held_out["captions"] = distributed.agree(_captions, config, split, cache)
+            held_out["pictures"] = HeldOutPictures(config, split, cache) if config.pictures else None
             first = min(e.validation_images, split.samples)
             size, channels, how = data.image_size, data.channels, (data.upright, data.scaling)
             images, labels = distributed.agree(read_split, split, split.place, size, channels, 0, first, cache, *how)

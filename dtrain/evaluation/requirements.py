@@ -138,8 +138,7 @@ def about_names(config: Config) -> list[str]:
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
     of_statistics = e.reference and OF_STATISTICS & set(e.metrics)
     lines = [about_reference(features.name, e.reference, resize) if of_statistics else None]
-    comparable, reconstructs = is_comparable(features.name, resize), not config.objective.diffuses
-    lines.append(_unknown_best(config.train.keep_best, e, features.name, comparable, reconstructs))
+    lines.append(_unknown_best(config, features.name, is_comparable(features.name, resize)))
     return [line for line in lines if line]
 
 
@@ -152,8 +151,7 @@ def check_best(config: Config) -> None:
     if features is None or (e.features == "auto" and features.name not in RESIZING):
         return
     resize = resize_of_reference(e, features.name, e.reference) if e.reference else None
-    comparable, reconstructs = is_comparable(features.name, resize), not config.objective.diffuses
-    if wrong := _unknown_best(config.train.keep_best, e, features.name, comparable, reconstructs):
+    if wrong := _unknown_best(config, features.name, is_comparable(features.name, resize)):
         raise UserError(wrong)
 
 
@@ -166,8 +164,9 @@ def check_generates(config: Config, run: str | Path) -> None:
         )
 
 
-def _unknown_best(wanted: str | None, e: Eval, features: str, comparable: bool, reconstructs: bool) -> str | None:
-    given = metric_names(e, features, comparable, reconstructs)
+def _unknown_best(config: Config, features: str, comparable: bool) -> str | None:
+    wanted, pictures = config.train.keep_best, [name for name, one in config.pictures.items() if one.operator]
+    given = metric_names(config.eval, features, comparable, not config.objective.diffuses, pictures)
     if wanted is None or wanted in (*given, "seconds"):
         return None
     distance = metric_name("fd", features, comparable=comparable)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.conditions.build import NOTHING, Said
+from dtrain.conditions.build import NOTHING, Said, taken
 from dtrain.config import Config, Eval
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
+from dtrain.evaluation.control import in_turn
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.requirements import check_generates
@@ -42,8 +43,8 @@ def draw(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """This rank's blocks of ids 0 … n − 1, drawn when they are asked for: first id and uint8 (b, H, W, C).
 
-    labels: int64 (n,). said: n prompts of each condition that has some. on_progress: called with this rank's
-    evaluations of the network.
+    labels: int64 (n,). said: n prompts, or pictures, of each condition that has some. on_progress: called with this
+    rank's evaluations of the network.
     """
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]
@@ -51,8 +52,7 @@ def draw(
     of = len(starts) * network_evaluations(generator.process, how.sampler, how.steps, how.spacing)
     for start in starts:
         ids = list(range(start, min(start + size, n)))
-        words = {name: several[start : start + size] for name, several in said.items()}
-        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of), words)
+        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of), taken(said, ids))
         yield start, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
@@ -76,10 +76,12 @@ def draw_to_file(
     format: str,
     on_progress: OnProgress,
     prompts: Sequence[str] = (),
+    pictures: Said = NOTHING,
 ) -> None:
     """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out` in a FORMATS.
 
-    prompts: in turn too, of a model that is told in words; without any it is told nothing.
+    prompts: in turn too, of a model that is told in words; without any it is told nothing. pictures:
+    in turn too, as of `control.of_files`.
 
     A collective. Raises UserError where `out` cannot be written.
     """
@@ -89,7 +91,7 @@ def draw_to_file(
     generator = open_generator(run, config, distributed.device(), step).generator
     labels = labels_in_turn(n, config.model.num_classes) if label is None else torch.full((n,), label)
     said = prompts_in_turn(list(prompts), n) if prompts else ()
-    write(generator, config, labels, out, format, label is None, on_progress, said)
+    write(generator, config, labels, out, format, label is None, on_progress, said, in_turn(pictures, n))
 
 
 def write(
@@ -101,15 +103,17 @@ def write(
     in_turn: bool,
     on_progress: OnProgress = quiet,
     prompts: Sequence[str] = (),
+    pictures: Said = NOTHING,
 ) -> None:
     """Draw images of labels int64 (n,) and write them as they come: no rank holds more than a block and its own.
 
-    in_turn: the labels are all classes in turn. prompts: one an image, or none. A collective; raises UserError.
+    in_turn: the labels are all classes in turn. prompts, pictures: one an image, or none.
+    A collective; raises UserError.
     """
-    said = distributed.agree(generator.conditions.saying, list(prompts)) if prompts else NOTHING
+    said = distributed.agree(generator.conditions.saying, list(prompts)) if prompts else {}
     output = distributed.agree(_on_rank_0, out, open_output, out, format, config, labels, in_turn, prompts)
     try:
-        _write_blocks(generator, labels, said, config.eval, output, out, format, on_progress)
+        _write_blocks(generator, labels, {**said, **pictures}, config.eval, output, out, format, on_progress)
     except UserError as e:
         if output is not None and (left := output.left()):
             raise type(e)(f"{e}; {left}") from None

@@ -4,7 +4,8 @@ from torch import nn
 
 from dtrain import config as configuration
 from dtrain.config import Config, Section, Text
-from dtrain.config.conditions import VOCABULARY
+from dtrain.config.conditions import VOCABULARY, Picture
+from dtrain.models.control import Controlled, DiTCopy, UNetCopy
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
 from dtrain.models.layers import initialize
@@ -23,12 +24,30 @@ def build(config: Config) -> nn.Module:
     return backbone
 
 
-def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder:
-    """The model of `build`, its weights not yet written: for those who write them otherwise."""
+def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder | Controlled:
+    """The model of `build`, its weights not yet written: for those who write them otherwise.
+
+    A controlled one has yet to be given its base (`checkpoint.frozen_base.allocate_whole`).
+    """
     if config.model.name == "kl_autoencoder":
         return _kl_autoencoder(config.model, config.data.channels)
+    if config.pictures:
+        base = config.base
+        copies = {name: _copy(base, section, config.data) for name, section in config.pictures.items()}
+        return Controlled(copies)
+    return _backbone(config)
+
+
+def _copy(base: Config, section: Picture, data: configuration.Data) -> DiTCopy | UNetCopy:
+    kind = UNetCopy if base.model.name == "unet" else DiTCopy
+    return _backbone(base, kind, picture=(section.channels(data.channels), data.image_size))
+
+
+def _backbone(config: Config, kind: type | None = None, **more) -> DiT | MMDiT | UNet:
+    """kind: a class made of the backbone's, with what it takes beside the sizes."""
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
-    backbone = _BACKBONES[config.model.name](config.model, config.shape, learn_sigma, bool(config.texts))
+    allocated, words = _BACKBONES[config.model.name], bool(config.texts)
+    backbone = allocated(config.model, config.shape, learn_sigma, words, *([kind] if kind else []), **more)
     for name, section in config.conditions.items():
         if (network := _network(section, backbone.condition_width)) is not None:
             backbone.conditions[name] = network
@@ -43,9 +62,11 @@ def _network(section: Section, width: int) -> nn.Module | None:
     return TextNetwork(own, section.width, width, section.null == "learned")
 
 
-def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: bool, cross: bool) -> DiT:
+def _dit(
+    model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: bool, cross: bool, kind: type = DiT, **more
+) -> DiT:
     channels, side, _ = shape
-    return DiT(
+    return kind(
         side,
         channels,
         num_classes=model.num_classes,
@@ -54,6 +75,7 @@ def _dit(model: configuration.DiT, shape: tuple[int, int, int], learn_sigma: boo
         frequency_shift=model.frequency_shift,
         cross=cross,
         **model.sizes,
+        **more,
     )
 
 
@@ -67,10 +89,12 @@ def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAuto
     return KLAutoencoder(channels, widths, model.res_blocks, model.latent_channels, model.attention)
 
 
-def _unet(model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool, cross: bool) -> UNet:
-    sizes = model.model_dump(exclude={"name"})
+def _unet(
+    model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool, cross: bool, kind: type = UNet, **more
+) -> UNet:
+    sizes = model.model_dump(exclude={"name", "control_of"})
     channels, side, _ = shape
-    return UNet(side, channels, learn_sigma=learn_sigma, cross=cross, **sizes)
+    return kind(side, channels, learn_sigma=learn_sigma, cross=cross, **sizes, **more)
 
 
 _BACKBONES = {"dit": _dit, "mmdit": _mmdit, "unet": _unet}

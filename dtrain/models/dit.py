@@ -5,6 +5,7 @@ O channels out, p patch side.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +112,27 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm, cross) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, added: Sequence[Tensor] = (), **condition: Tensor
+    ) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
-        condition: of further conditions, by the names of `conditions`.
+        added: (N, T, D) each, to the first blocks' outputs. condition: of further conditions, by the names of
+        `conditions`.
         x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
         """
+        x, c, told = self.embedded(x, t, y, condition)
+        for number, block in enumerate(self.blocks):
+            x = self.called(block, x, c, told)  # (N, T, D)
+            if number < len(added):
+                x = x + added[number]  # (N, T, D)
+        x = self.final_layer(x, c)  # (N, T, p·p·O)
+        return unpatchify(x, self.patch)  # (N, O, image_size, image_size)
+
+    def embedded(
+        self, x: Tensor, t: Tensor, y: Tensor | None, condition: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tokens | None]:
+        """What the blocks take: the patches as tokens (N, T, D), time and vectors (N, D), tokens of conditions."""
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t)  # (N, D)
         if self.num_classes:
@@ -125,13 +141,12 @@ class DiT(nn.Module):
         if condition or self.conditions:
             vectors, told = self.conditions(condition)
             c = c + vectors  # (N, D)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, c, told, use_reentrant=False)  # (N, T, D)
-            else:
-                x = block(x, c, told)  # (N, T, D)
-        x = self.final_layer(x, c)  # (N, T, p·p·O)
-        return unpatchify(x, self.patch)  # (N, O, image_size, image_size)
+        return x, c, told
+
+    def called(self, block: nn.Module, x: Tensor, c: Tensor, told: Tokens | None) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, c, told, use_reentrant=False)  # (N, T, D)
+        return block(x, c, told)  # (N, T, D)
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

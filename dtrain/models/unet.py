@@ -4,7 +4,8 @@ Shapes: N rows, C channels of a level, E width of the condition, H × W its imag
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,18 @@ def _recomputed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+class Context(NamedTuple):
+    """What all blocks of a forward take: c (N, E) of time and vectors, words of dropout (N,), tokens of conditions."""
+
+    c: Tensor
+    keys: Tensor | None
+    told: Tokens | None
+
+
+def _attended(attention: nn.Module, h: Tensor, context: Context) -> Tensor:
+    return attention(h) if isinstance(attention, nn.Identity) else attention(h, context.told)
+
+
 class UNet(nn.Module):
     """ε_θ(x_t, t, y) for square images whose side halves once a level.
 
@@ -233,15 +246,33 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(width, self.out_channels, 3, padding=1)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, keys: Tensor | None = None, **condition: Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        keys: Tensor | None = None,
+        added: Sequence[Tensor] = (),
+        **condition: Tensor,
     ) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
         keys int64 (N,), a word of each image, say what to drop while training, where dropout is set; evaluation
-        drops nothing. condition: of further conditions, by the names of `conditions`. x may come in any float dtype;
-        the answer is in the weights' dtype (autocast's, under autocast).
+        drops nothing. added: to what `encoded` gives, one each. condition: of further conditions, by the names of
+        `conditions`. x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
         Raises ValueError for training with dropout but without keys.
         """
+        context = self.context(t, y, keys, condition)
+        encoded = self.encoded(x, context)
+        *skips, h = [h + more for h, more in zip(encoded, added, strict=True)] if added else encoded
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = _attended(attention, self._run(block, torch.cat([h, skips.pop()], dim=1), context), context)
+            if level.resample is not None:
+                h = self._resampled(level.resample, h, context)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)
+
+    def context(self, t: Tensor, y: Tensor | None, keys: Tensor | None, condition: dict[str, Tensor]) -> Context:
+        """Of a forward; raises as that does."""
         if not (self.training and self.dropout):
             keys = None
         elif keys is None:
@@ -253,30 +284,33 @@ class UNet(nn.Module):
         if condition or self.conditions:
             vectors, told = self.conditions(condition)
             c = c + vectors  # (N, E)
-        run = _recomputed if self.activation_checkpointing and self.training else _called
+        return Context(c, keys, told)
 
-        def resampled(between: nn.Module, h: Tensor) -> Tensor:
-            return run(between, h, c, keys) if self.resblock_updown else between(h)
+    def encoded(self, x: Tensor, context: Context, hint: Tensor | None = None) -> list[Tensor]:
+        """The way down: what the way up takes at its side, in the order of its making, and behind it the middle.
 
-        def attended(attention: nn.Module, h: Tensor) -> Tensor:
-            return attention(h) if isinstance(attention, nn.Identity) else attention(h, told)
-
+        hint: (N, width, H, W), added to what the first convolution gives.
+        """
         h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
-        skips = [h]
+        if hint is not None:
+            h = h + hint
+        found = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attended(attention, run(block, h, c, keys))
-                skips.append(h)
+                h = _attended(attention, self._run(block, h, context), context)
+                found.append(h)
             if level.resample is not None:
-                h = resampled(level.resample, h)
-                skips.append(h)
-        h = run(self.middle2, attended(self.middle_attention, run(self.middle1, h, c, keys)), c, keys)
-        for level in self.up:
-            for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attended(attention, run(block, torch.cat([h, skips.pop()], dim=1), c, keys))
-            if level.resample is not None:
-                h = resampled(level.resample, h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (N, O, H, W)
+                h = self._resampled(level.resample, h, context)
+                found.append(h)
+        h = _attended(self.middle_attention, self._run(self.middle1, h, context), context)
+        return [*found, self._run(self.middle2, h, context)]
+
+    def _run(self, block: nn.Module, h: Tensor, context: Context) -> Tensor:
+        run = _recomputed if self.activation_checkpointing and self.training else _called
+        return run(block, h, context.c, context.keys)
+
+    def _resampled(self, between: nn.Module, h: Tensor, context: Context) -> Tensor:
+        return self._run(between, h, context) if self.resblock_updown else between(h)
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

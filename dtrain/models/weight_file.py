@@ -48,6 +48,14 @@ def read_weights(path: str | Path, which: Which | None = None) -> dict[str, Tens
     return _unwrapped(path, chosen)
 
 
+def holds_average(path: str | Path) -> bool:
+    """Whether a file has averaged weights under a name of their own. Raises as `read_weights`."""
+    if is_own(path):
+        return False
+    found = _read(Path(path))
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found) and "ema" in _sets(found)
+
+
 def is_own(path: str | Path) -> bool:
     """Whether `dtrain checkpoints export` wrote a file of weights. Raises UserError for one that is damaged."""
     if Path(path).suffix != ".safetensors":

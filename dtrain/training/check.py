@@ -130,6 +130,8 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     for name, section in config.texts.items():
         if not section.trained:
             check_encoder(f"conditions.{name}.width", section.width, section.encoder)
+    if config.pictures:
+        check_base(config)
     check_fields(config, manifest)
     if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):
         raise UserError(f"objective.perceptual.file names {weights}{from_where(weights)}, which is no file")
@@ -202,6 +204,13 @@ def check_published(config: Config) -> None:
     with torch.device("meta"):
         model = allocate(config)
     published(model, source, config.run.init_weights, config.diffusion.data_at_one)
+
+
+def check_base(config: Config) -> None:
+    """Raises UserError where what pictures control is not there, or is another model's. Needs torch."""
+    from dtrain.checkpoint.frozen_base import check_source
+
+    check_source(config.model.control_of, config.base)
 
 
 def checkpoint_at(place: str) -> Path:

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from dtrain import distributed, faults
-from dtrain.conditions.build import NOTHING, Said
+from dtrain.checkpoint.frozen_base import allocate_whole
+from dtrain.conditions.build import NOTHING, Said, taken
 from dtrain.config import Config
 from dtrain.errors import NotFinite, SharedError, SharedFailure, UserError
 from dtrain.evaluation import floor
+from dtrain.evaluation.control import HeldOutPictures
 from dtrain.evaluation.evaluate import differences, evaluate
 from dtrain.evaluation.generate import GRID_IDS, Generator, OnProgress
 from dtrain.evaluation.grid import CaptionedGrid, grid
@@ -21,7 +23,6 @@ from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.sample import prompts_in_turn
 from dtrain.files import replacing
 from dtrain.first_stage.pixels import FirstStage
-from dtrain.models.build import allocate
 from dtrain.objectives.objective import Objective
 from dtrain.position import Position
 from dtrain.run import RunDirectory
@@ -144,13 +145,13 @@ class Evaluation:
             self._read(position, on_progress)
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
-        module = distributed.agree(lambda: allocate(config).to(device))
+        module = distributed.agree(allocate_whole, config, device)
         model = players.gather("fp32" if weights == "raw" else weights, module)
         generator = generator_of(model, self._objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
         if not generator.reconstructs:
-            held_out = *self._reference.validation, config.eval.seed, self._reference.captions
+            held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
             levels = losses_by_level(generator, self._objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
         distributed.on_rank_0(self._conclude, generator, position, started, metrics, levels, context)
@@ -164,7 +165,7 @@ class Evaluation:
             context = context | {"differs": differs}
         name = f"samples/step-{position.step:08d}.png"
         try:
-            draw_grid(generator, config, self._run.path / name, self._reference.captions)
+            draw_grid(generator, config, self._run.path / name, self._reference.captions, self._reference.pictures)
             context = context | {"artifact": name}
         except Exception as e:  # the numbers count more than the picture
             message = f"{name} was not drawn: {(e.strerror if isinstance(e, OSError) else None) or e}"
@@ -179,21 +180,29 @@ class Evaluation:
         self._progress.say(f"step {position.step}: {shown}  ({context['n']} samples of {weights}, {seconds:.0f} s)")
 
 
-def draw_grid(generator: Generator, config: Config, path: Path, captions: Said = NOTHING) -> None:
+def draw_grid(
+    generator: Generator,
+    config: Config,
+    path: Path,
+    captions: Said = NOTHING,
+    pictures: HeldOutPictures | None = None,
+) -> None:
     """The same seeds and labels at every step, so that the pictures show the training; a column a class.
 
     A model that is told in words gets `eval.prompts`, a column each, or else the first of the held-out captions, which
-    stand below the pictures. Drawn in blocks of eval.batch_size, which the device has room for.
+    stand below the pictures. A column of a model that pictures control has one of the held-out ones. Drawn in blocks of
+    eval.batch_size, which the device has room for.
     """
     prompts = config.eval.prompts
     columns = min(config.model.num_classes, 10) or min(len(prompts), GRID_ROWS) or GRID_ROWS
     ids = torch.arange(GRID_ROWS * columns)
     labels = ids % max(1, min(config.model.num_classes, columns))
     said = {name: prompts_in_turn(prompts or held_out, len(ids)) for name, held_out in captions.items()}
+    shown = pictures.of((ids % columns).tolist()) if pictures else {}
     blocks = zip(ids.split(config.eval.batch_size), labels.split(config.eval.batch_size), strict=True)
     drawn = []
     for of_block, own_labels in blocks:
-        own = {name: [words[i] for i in of_block.tolist()] for name, words in said.items()}
+        own = taken(said | shown, of_block.tolist())
         more = {"said": own} if own else {}
         drawn.append(generator.draw((GRID_IDS + of_block).tolist(), own_labels, config.eval, **more))
     images = torch.cat(drawn)

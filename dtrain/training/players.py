@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from dtrain import distributed
 from dtrain.checkpoint.format import Checkpoint
+from dtrain.checkpoint.frozen_base import NAME as BASE
+from dtrain.checkpoint.frozen_base import Base, open_base
 from dtrain.checkpoint.parameters import BACKBONE, check_same, check_weights
 from dtrain.config import Config
 from dtrain.errors import UserError
@@ -21,11 +24,12 @@ class Players:
     """Players in the order of their turns. A checkpoint of a training holds the state of all of them.
 
     The run's count of optimizer steps is the first player's; the others count their own (`state`). frozen: name →
-    fingerprint of networks that stand beside the players and are in no checkpoint either.
+    fingerprint of networks that stand beside the players and are in no checkpoint either. base: the one that the
+    backbone stands on.
     """
 
-    def __init__(self, players: Sequence[Player], frozen: Mapping[str, str] | None = None):
-        self._frozen = dict(frozen or {})
+    def __init__(self, players: Sequence[Player], frozen: Mapping[str, str] | None = None, base: Base | None = None):
+        self._frozen, self._base = dict(frozen or {}), base
         self._players = {player.name: player for player in players}
         self._owner = {network: player for player in players for network in player.networks}
         assert len(self._players) == len(players), "two players have the same name"
@@ -133,7 +137,13 @@ class Players:
     def held(self) -> dict[str, str]:
         """Network → fingerprint, of those that no checkpoint holds."""
         held = {network: held.fingerprint for player in self for network, held in player.held.items()}
-        return held | self._frozen
+        base = {} if self._base is None else {BASE: self._base.fingerprint}
+        return held | self._frozen | base
+
+    def check_base(self) -> None:
+        """Raises UserError where the base is no longer what was read at the start."""
+        if self._base is not None:
+            self._base.check()
 
     def check_held(self, theirs: Any) -> None:
         """Raises UserError where a checkpoint was trained with other held networks: network → fingerprint."""
@@ -165,8 +175,13 @@ class Players:
 
 
 def build(config: Config, objective: Objective, micro_batch: int) -> Players:
-    """The players that an objective asks for: one a turn, with the networks that it moves."""
-    networks = {BACKBONE: partial(allocate, config), **objective.networks}
+    """The players that an objective asks for: one a turn, with the networks that it moves. A collective.
+
+    Raises UserError where what pictures control cannot be read.
+    """
+    base = distributed.agree(open_base, config, distributed.device())
+    backbone = partial(allocate, config) if base is None else lambda: allocate(config).stand_on(base.module)
+    networks = {BACKBONE: backbone, **objective.networks}
     return Players(
         [
             Player(
@@ -183,4 +198,5 @@ def build(config: Config, objective: Objective, micro_batch: int) -> Players:
             for name, turn in objective.turns.items()
         ],
         objective.frozen,
+        base,
     )

@@ -98,6 +98,7 @@ def train(config: Config) -> Outcome:
             goodput,
         )
         outcome = steps.take(changes)
+        distributed.agree(players.check_base)
         if rank == 0:
             run.write_outcome(outcome, steps.position.step, tracker.attempt, stop.why if outcome == "stopped" else None)
     except (UserError, SharedFailure) as e:
