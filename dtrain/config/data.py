@@ -35,9 +35,11 @@ class ArrayField(Section):
     field: str = Field(pattern=r"^(.*\.)?npy$")
     """the extension in the shards, such as latent.npy"""
     shape: list[Positive]
-    """of one sample's array"""
+    """of one sample's array; the longest, where the first axis is ragged"""
     dtype: Literal["float16", "float32", "float64", "uint8", "int32", "int64"] = "float32"
     """of the array, as the file has it"""
+    ragged: bool = False
+    """samples may be shorter along the first axis: zeros follow, and NAME_mask in the batch says what there is"""
 
 
 class Data(Section):
@@ -110,7 +112,9 @@ class Data(Section):
             raise ValueError(
                 f"holdout_shards {self.holdout_shards!r} would run a command; say allow_pipe: true to let it"
             )
-        taken = RESERVED & {*self.arrays, *self.fields} | self.arrays.keys() & self.fields.keys()
+        masks = {f"{name}_mask" for name, array in self.arrays.items() if array.ragged}
+        taken = RESERVED & {*self.arrays, *self.fields} | (self.arrays.keys() | masks) & self.fields.keys()
+        taken |= masks & self.arrays.keys()
         if taken:
             raise ValueError(f"arrays: {min(taken)!r} is what a batch calls something else; choose another name")
         return self

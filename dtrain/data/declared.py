@@ -9,7 +9,7 @@ from dtrain.config import Config, Section, Text
 from dtrain.config.conditions import Picture as PictureSection
 from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.embedded import Embedded, TokenCounts
-from dtrain.data.fields.field import Array, Field, Label, Picture
+from dtrain.data.fields.field import Field, Label, Picture, arrays_of
 from dtrain.data.fields.moments import Moments
 from dtrain.data.fields.tokens import Bytes, OfFolder
 from dtrain.draws import Draw, Purpose, purpose_of
@@ -56,7 +56,8 @@ def declared(config: Config) -> Declared:
         fields.append(Label("label", config.model.num_classes))
         draws.append(Draw("drop", Purpose.LABEL_DROP, "uniform"))
     draws += config.model.draws().values()
-    fields += [Array(name, array.field, array.shape, array.dtype) for name, array in data.arrays.items()]
+    for name, array in data.arrays.items():
+        fields += arrays_of(name, array.field, array.shape, array.dtype, array.ragged)
     fields += [section.build(config, name) for name, section in data.fields.items()]
     for name, section in (("", config.first_stage), *config.conditions.items(), ("", config.objective)):
         fields += fields_of(name, section, config)

@@ -131,6 +131,52 @@ class Array(Field):
         return read_array(data, self.dtype, list(self.shape))
 
 
+class RaggedArray(Array):
+    """One that may be shorter along its first axis, which zeros fill up."""
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        import numpy as np
+
+        from dtrain.data.fields.npy import read_array
+
+        length = self.length(data)
+        row = np.zeros(self.shape, dtype=self.dtype)
+        row[:length] = read_array(data, self.dtype, [length, *self.shape[1:]])
+        return row
+
+    def length(self, data: bytes) -> int:
+        """How many of a file's rows there are. Raises BadSample for too many."""
+        from dtrain.data.fields.npy import header
+
+        shape, _ = header(data)
+        if len(shape) != len(self.shape) or shape[0] > self.shape[0]:
+            raise BadSample(f"holds {list(shape)}, not at most {list(self.shape)}")
+        return shape[0]
+
+
+class Mask(Field):
+    """Which rows of a ragged array there are, bool (L,)."""
+
+    dtype = "bool"
+
+    def __init__(self, array: RaggedArray):
+        self.name, self.extensions, self.shape = f"{array.name}_mask", array.extensions, array.shape[:1]
+        self._array = array
+
+    def read(self, data: bytes, view: View) -> "np.ndarray":
+        import numpy as np
+
+        return np.arange(self.shape[0]) < self._array.length(data)
+
+
+def arrays_of(name: str, extension: str, shape: Sequence[int], dtype: str, ragged: bool) -> list[Field]:
+    """The array of `data.arrays.NAME`, and its mask where it is ragged."""
+    if not ragged:
+        return [Array(name, extension, shape, dtype)]
+    array = RaggedArray(name, extension, shape, dtype)
+    return [array, Mask(array)]
+
+
 def label_in(data: bytes) -> int:
     """The class number that a label's file holds. Raises BadSample."""
     number = class_number(data)

@@ -14,7 +14,7 @@ from dtrain.data.fields.picture import Crop, decode, random_crop
 from dtrain.data.fields.samples import SampleReader
 from dtrain.data.shards.reader import ShardReader
 from dtrain.data.stream import StepDataset
-from dtrain.errors import BadSample
+from dtrain.errors import BadSample, UserError
 from tests.data.shard_files import configuration, data_set, labelled_pictures, picture
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
@@ -205,6 +205,27 @@ def test_arrays_of_another_kind_are_bad_samples_and_run_no_code(tmp_path, data, 
 
     with pytest.raises(BadSample, match=message):
         with_arrays(tmp_path, change)[0]
+
+
+def test_a_ragged_array_comes_with_a_mask_of_what_there_is(tmp_path):
+    arrays = [np.random.default_rng(i).standard_normal((i % 4, 2)).astype(np.float32) for i in range(10)]
+    samples = [{"png": picture(i), "cls": b"0", "words.npy": npy(array)} for i, array in enumerate(arrays)]
+    manifest = data_set(tmp_path, samples)
+    words = {"words": {"field": "words.npy", "shape": [3, 2], "ragged": True}}
+    dataset = StepDataset(configuration(tmp_path, 10, arrays=words), manifest, 0, 1, 0)
+    batch = dataset[0]
+    assert (batch["words"].shape, batch["words_mask"].dtype) == ((10, 3, 2), torch.bool)
+    for row, sample in enumerate(dataset._order.samples(batch["k"].numpy())[1]):
+        array, mask = arrays[sample], batch["words_mask"][row]
+        assert mask.tolist() == [i < len(array) for i in range(3)]
+        assert np.array_equal(batch["words"][row][mask], array)
+        assert not batch["words"][row][~mask].any()
+    assert [one.row_bytes for one in dataset._wanted.fields if one.name.startswith("words")] == [24, 3]
+    short = configuration(tmp_path, 10, arrays={"words": words["words"] | {"shape": [2, 2]}})
+    with pytest.raises(BadSample, match=r"holds \[3, 2\], not at most \[2, 2\]"):
+        StepDataset(short, manifest, 0, 1, 0)[0]
+    with pytest.raises(UserError, match="'words_mask' is what a batch calls something else"):
+        configuration(tmp_path, 10, arrays=words | {"words_mask": {"field": "words.npy", "shape": [3, 2]}})
 
 
 class Read(Picture):
