@@ -1,5 +1,6 @@
 """`dtrain pack | index | verify`, and `dtrain data audit | bench`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,10 @@ def pack(
     image_column: Annotated[str | None, typer.Option(help="of Parquet files with several")] = None,
     captions: Annotated[bool, typer.Option("--captions", help="with the .txt beside each picture of its name")] = False,
     caption_column: Annotated[str | None, typer.Option(help="of metadata.jsonl or metadata.csv")] = None,
+    caption_template: Annotated[
+        str | None, typer.Option(help='captions of the class, such as "a photo of one {class}"')
+    ] = None,
+    class_names: Annotated[str | None, typer.Option(help="of a source without them, with commas between")] = None,
     root: Annotated[str | None, typer.Option(help="folder of torchvision's files; default: data/torchvision")] = None,
     download: Annotated[bool, typer.Option("--download", help="fetch torchvision's files into its root")] = False,
 ) -> None:
@@ -45,6 +50,7 @@ def pack(
 
     ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
     choice = Choice(split, label_column, image_column, root, download, captions, caption_column)
+    choice = replace(choice, caption_template=caption_template, class_names=class_names)
     with progress("packing") as on_sample:
         packed = run(source, destination, holdout, seed, shard_samples, shard_bytes, format, on_sample, choice=choice)
     say(packed.report)

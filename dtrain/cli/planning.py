@@ -12,7 +12,7 @@ import typer
 from dtrain.cli.arguments import Overrides
 from dtrain.cli.progress import progress
 from dtrain.errors import DAMAGED, UserError
-from dtrain.terminal import printable_lines, say
+from dtrain.terminal import printable_lines, say, size
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -103,6 +103,17 @@ def _show(p, nodes: int, mfu: float) -> None:
     if p.base:
         console.print(
             f"the frozen base that pictures control takes {gib(p.base)} GiB of each rank, and is in no checkpoint"
+        )
+    if p.text.weights:
+        each = f"; in each step: {p.text.flops_per_image / 1e9:,.1f} GFLOPs a caption" if p.text.flops_per_image else ""
+        asked = "" if p.text.in_steps else ", while prompts and held-out captions are asked for"
+        console.print(f"the text encoders take {gib(p.text.weights)} GiB{asked}{each}")
+    for words in p.text.cached:
+        every = "a million" if words.samples is None else f"the {words.samples:,} samples"
+        whole = size(words.each * (words.samples or 1_000_000))
+        shape = f"{words.length} tokens × {words.width} in {words.dtype}, {size(words.each)} a caption"
+        console.print(
+            f"cached words of conditions.{words.condition}: at most {shape}; of {every} at most {whole} on disk"
         )
     usable = f"of {gib(p.usable)} GiB usable"
     if not p.fits:

@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.conditions.build import typical_forward
+from dtrain.conditions.requirements import caption_bytes
 from dtrain.config import Config
+from dtrain.data.shards.manifest import glance
 from dtrain.first_stage.build import DECODE_BATCH
 from dtrain.models.build import allocate
 
@@ -96,6 +98,54 @@ class FirstStageCost:
     decoding: int = 0
     flops_per_image: int = 0
     precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class CachedWords:
+    """What a cache of a condition's words takes on disk. each: most bytes of a caption; samples: None: not known."""
+
+    condition: str
+    length: int
+    width: int
+    dtype: str
+    each: int
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Frozen text encoders on a device: bytes of the weights of those that a training asks in each step, and of all,
+    which prompts and held-out captions ask.
+
+    flops_per_image: of encoding a caption in each step, as many as its tokens pass weights; none with a cache.
+    """
+
+    in_steps: int = 0
+    weights: int = 0
+    flops_per_image: int = 0
+    cached: tuple[CachedWords, ...] = ()
+
+
+def text_cost(config: Config) -> TextCost:
+    """Raises UserError where an encoder's folder is not there."""
+    from dtrain.conditions.encoders import on_meta
+
+    in_steps = weights = flops = 0
+    cached = []
+    found = glance(config.data.manifest_path)
+    for name, section in config.texts.items():
+        if section.trained:
+            continue
+        parameters = list(on_meta(section).parameters())
+        size = sum(p.nbytes for p in parameters)
+        weights += size
+        if section.cached is None:
+            in_steps, flops = in_steps + size, flops + 2 * section.length * sum(p.numel() for p in parameters)
+        else:
+            each = round(caption_bytes(section, section.cached))
+            shape = section.length, section.width, section.cached
+            cached.append(CachedWords(name, *shape, each, found and found.samples))
+    return TextCost(in_steps, weights, flops, tuple(cached))
 
 
 def first_stage_cost(config: Config) -> FirstStageCost:

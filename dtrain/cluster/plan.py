@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 import torch
 
 from dtrain.cluster import memory
-from dtrain.cluster.cost import FirstStageCost, activations, first_stage_cost, flops_per_image, sampling_bytes
+from dtrain.cluster.cost import (
+    FirstStageCost,
+    TextCost,
+    activations,
+    first_stage_cost,
+    flops_per_image,
+    sampling_bytes,
+    text_cost,
+)
 from dtrain.cluster.memory import Sizes, State
 from dtrain.config import Config, DeepSpeed
 from dtrain.data import shared_memory
@@ -48,6 +56,7 @@ class Plan:
     evaluation: int  # all that a rank holds while it samples
     first_stage: FirstStageCost
     base: int  # the frozen weights that pictures control, in fp32
+    text: TextCost
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
     shared_memory: int  # of a node's /dev/shm, for batches made ahead
@@ -72,7 +81,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     base = 4 * (controlled.trainable + controlled.frozen)
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
     deepspeed, averages = config.deepspeed, len(config.ema)
-    first_stage = first_stage_cost(config)
+    first_stage, text = first_stage_cost(config), text_cost(config)
     beside = first_stage.weights + base
     encoding = 0 if config.first_stage.reads_cache else first_stage.encoding
     held = {c: ActivationBytes(config, rows, c) for c in (False, True)}
@@ -80,7 +89,8 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     def needed(stage: int, micro_batch: int, checkpointing: bool) -> int:
         backward = held[checkpointing](micro_batch) + memory.in_backward(deepspeed, sizes, gpus, stage)
         transient = max(backward, memory.in_step(deepspeed, sizes, gpus, stage), encoding)
-        return memory.state(deepspeed, averages, sizes, gpus, stage).device + beside + transient
+        held_beside = beside + text.in_steps + transient
+        return memory.state(deepspeed, averages, sizes, gpus, stage).device + held_beside
 
     def largest(stage: int, checkpointing: bool) -> int | None:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0 and needed(stage, m, checkpointing) <= usable]
@@ -100,13 +110,13 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     gathered = 4 * (sizes.trainable + sizes.frozen)
     sampled = config.eval.batch_size * (1 + len(config.eval.asked.steps))
     drawn = max(sampling_bytes(config, sampled), first_stage.decoding, first_stage.encoding)
-    evaluation = own.state.device - own.state.gradients + gathered + beside + drawn
+    evaluation = own.state.device - own.state.gradients + gathered + beside + text.weights + drawn
     flops = flops_per_image(config, checkpointing=False)
     repeated = flops_per_image(config, checkpointing=True) - flops
     images = config.train.steps * config.data.batch_size
     peak = PEAK_TFLOPS[deepspeed.precision]
-    # The autoencoder's operations, as so many of the network's: they may be of another precision.
-    encoded = first_stage.flops_per_image * peak / PEAK_TFLOPS[first_stage.precision]
+    # The autoencoder's operations, as so many of the network's: they may be of another precision. Words' are few.
+    encoded = first_stage.flops_per_image * peak / PEAK_TFLOPS[first_stage.precision] + text.flops_per_image
     speed = gpus * mfu * 1e12 * (tflops or peak)
     return Plan(
         parameters=sizes.trainable,
@@ -126,6 +136,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         evaluation=evaluation,
         first_stage=first_stage,
         base=base,
+        text=text,
         checkpoint=memory.checkpoint_bytes(sizes, averages),
         kept=config.train.keep_last + 1,
         shared_memory=shared_memory.of_ranks(gpus_per_node, workers, shared_memory.of_batch(config, gpus)),

@@ -79,6 +79,26 @@ def _read(folder: str, precision: str, device: str) -> Any:
     return pretrained(folder, kind, _DTYPES[precision]).to(device).eval().requires_grad_(False)
 
 
+def on_meta(section: Text) -> Any:
+    """The frozen encoder of a condition without its weights, of which its config.json alone tells. Raises UserError."""
+    folder = section.encoder
+    kind = described(folder).kind
+    try:
+        import transformers
+
+        with torch.device("meta"):
+            tree = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            tree, kind = getattr(tree, "text_config", tree), _CLASSES.get(kind)
+            model = transformers.AutoModel.from_config(tree) if kind is None else getattr(transformers, kind)(tree)
+            return model.to(_DTYPES[section.precision])
+    except ImportError as e:
+        raise UserError(missing(folder, e)) from None
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{folder}/config.json describes no encoder that can be laid out ({e}); copy it again"
+        ) from None
+
+
 def pretrained(folder: str, kind: str, dtype: torch.dtype) -> Any:
     """The model that transformers has saved in a local folder, as its class of this name. Raises UserError."""
     try:

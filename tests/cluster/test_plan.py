@@ -259,3 +259,32 @@ def test_hours_are_operations_over_speed(digits, tmp_path):
     assert found.hours == pytest.approx(1000 * 24 * found.flops_per_image / (2 * 0.5 * 100e12) / 3600)
     again = plan(tiny(digits, tmp_path, "train.steps=1000", "train.activation_checkpointing=true"), 1, 2, 80, 0.5, 100)
     assert again.hours / found.hours == pytest.approx(1 + found.recomputed_per_image / found.flops_per_image)
+
+
+def test_frozen_text_encoders_are_counted_and_so_are_the_bytes_of_a_cache(tmp_path):
+    """T5's 512 tokens of 4,096 channels in bfloat16 are 4.19 MB a caption."""
+    transformers = pytest.importorskip("transformers")
+    from tests.conditions.encoder_folders import written
+
+    folder = written("bert", tmp_path / "bert")
+    own = (f"conditions.text.encoder={folder}", "conditions.text.length=8", "data.batch_size=4")
+    online = tiny(tmp_path, tmp_path, *own)
+    cached = tiny(tmp_path, tmp_path, *own, "conditions.text.cached=float16")
+    real = sum(p.nbytes for p in transformers.BertModel.from_pretrained(folder).parameters())
+    plans = [plan(config, 1, 1, 80, 0.4, None) for config in (online, cached)]
+    assert [p.text.weights for p in plans] == [real, real]
+    assert [p.text.in_steps for p in plans] == [real, 0]
+    assert plans[0].stages[0].needed - plans[1].stages[0].needed == real
+    assert plans[0].text.flops_per_image == 2 * 8 * real // 4
+    assert plans[0].hours > plans[1].hours
+    assert plans[1].text.cached[0].each == 8 * 32 * 2
+    (tmp_path / "t5").mkdir()
+    shape = {"model_type": "t5", "d_model": 4096, "d_ff": 64, "d_kv": 64, "num_layers": 1, "num_heads": 1}
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(shape))
+    words = {"encoder": tmp_path / "t5", "length": 512, "cached": "bfloat16", "precision": "bf16"}
+    given = [f"conditions.text.{key}={value}" for key, value in words.items()]
+    (tmp_path / "text.yaml").write_text(tiny(tmp_path, tmp_path, *given).dump())
+    ((code, said),) = run_ranks(command, 1, "plan", tmp_path / "text.yaml", "--gpus-per-node", 1)
+    assert code == 0, said
+    said = " ".join(said.split())
+    assert "at most 512 tokens × 4096 in bfloat16, 4.19 MB a caption; of a million at most 4.19 TB on disk" in said

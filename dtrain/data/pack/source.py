@@ -15,7 +15,7 @@ import numpy as np
 
 from dtrain.data.pack.fitness import CANNOT_ENCODE, FORMATS, Files, encoded, fit, image_field
 from dtrain.data.pack.left_out import LeftOut
-from dtrain.data.shards.sample_files import CAPTION_FIELD, LABEL_FIELD
+from dtrain.data.shards.sample_files import CAPTION_FIELD, LABEL_FIELD, class_number
 from dtrain.errors import UserError
 
 FORMS = (
@@ -24,12 +24,17 @@ FORMS = (
 )
 
 
+_CLASS = "{class}"  # in a template of captions
+
+
 @dataclass(frozen=True)
 class Choice:
     """What to take of a source that holds several things; None where there is nothing to choose.
 
     split: by its folder's or its files' name. label_column, image_column, caption_column: of a table. captions: those
-    of the .txt files beside pictures. root: folder of torchvision's files. download: fetch them where they are missing.
+    of the .txt files beside pictures. caption_template: of a caption that is made of the class, `{class}` in it.
+    class_names: with commas between, of a source that has none. root: folder of torchvision's files. download: fetch
+    them where they are missing.
     """
 
     split: str | None = None
@@ -39,6 +44,8 @@ class Choice:
     download: bool = False
     captions: bool = False
     caption_column: str | None = None
+    caption_template: str | None = None
+    class_names: str | None = None
 
     def only(self, source: str, *options: str) -> None:
         """UserError for an option that was given and means nothing for this source."""
@@ -50,6 +57,7 @@ class Choice:
     def request(self) -> dict[str, str | bool]:
         """What of it decides which samples are packed."""
         keys = ("split", "label_column", "image_column", "caption_column", "captions")
+        keys += ("caption_template", "class_names")
         return {key: value for key in keys if (value := getattr(self, key)) not in (None, False)}
 
 
@@ -121,6 +129,35 @@ def labelled(files: Files, label: int | None) -> Files:
 
 def captioned(files: Files, caption: str | None) -> Files:
     return files if caption is None else files | {CAPTION_FIELD: caption.encode()}
+
+
+def by_class(source: Source, names: str | None, template: str | None) -> Source:
+    """With these names of its classes, and a caption of each sample's. Raises UserError for what cannot be."""
+    classes = source.classes if names is None else [name.strip() for name in names.split(",")]
+    if names is not None:
+        if source.classes not in (None, classes) and any(not name.isdigit() for name in source.classes):
+            raise UserError(f"--class-names: the classes have names already: {', '.join(source.classes[:5])}, …")
+        if "" in classes or len(set(classes)) < len(classes):
+            raise UserError(f"--class-names {names}: each class needs a name of its own")
+        check_classes(classes, "class")
+    if template is None:
+        return replace(source, classes=classes)
+    if _CLASS not in template:
+        raise UserError(f"--caption-template {template!r} has no {_CLASS}, which stands for the name of the class")
+    if classes is None:
+        raise UserError("--caption-template needs classes with names; give them by --class-names")
+    return replace(source, classes=classes, files=partial(_told, source.files, classes, template))
+
+
+def _told(files: Callable[[Any], Files], classes: list[str], template: str, item: Any) -> Files:
+    """Without a class, the caption is empty: an image without words."""
+    sample = files(item)
+    if CAPTION_FIELD in sample:
+        raise UserError("--caption-template: the samples have captions already; leave it away")
+    number = class_number(sample[LABEL_FIELD]) if LABEL_FIELD in sample else None
+    if number is not None and number >= len(classes):
+        raise UserError(f"a sample has the class {number}, and there are {len(classes)} names of classes; name all")
+    return captioned(sample, "" if number is None else template.replace(_CLASS, classes[number]))
 
 
 def _encoded(files: Callable[[Any], Files], form: str, item: tuple[int, Any]) -> Files:

@@ -1,6 +1,7 @@
 """What `dtrain pack` packs: images from folders, Parquet and .npz files, other shards, scikit-learn and torchvision."""
 
 import zipfile
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dtrain.data.pack.digit_pairs import digit_pairs
 from dtrain.data.pack.fitness import Files
 from dtrain.data.pack.folders import folder
 from dtrain.data.pack.parquet import parquet
-from dtrain.data.pack.source import Choice, Source, arrays
+from dtrain.data.pack.source import Choice, Source, arrays, by_class
 from dtrain.data.pack.torchvision_sets import torchvision_set
 from dtrain.data.shards.manifest import load
 from dtrain.data.shards.reader import ShardReader
@@ -20,6 +21,13 @@ from dtrain.errors import UserError
 def open_source(source: str, choice: Choice | None = None) -> Source:
     """Each form of FORMS. Raises UserError, also for a choice that the source does not have."""
     choice = choice or Choice()
+    if choice.caption_template and (choice.captions or choice.caption_column):
+        raise UserError("--caption-template makes captions; leave --captions and --caption-column away")
+    own = _opened(source, replace(choice, caption_template=None, class_names=None))
+    return by_class(own, choice.class_names, choice.caption_template)
+
+
+def _opened(source: str, choice: Choice) -> Source:
     path = Path(source)
     if source.startswith("torchvision:"):
         choice.only(source, "split", "root", "download")

@@ -9,8 +9,9 @@ from sklearn.datasets import load_digits
 from dtrain.data.pack.digit_pairs import caption, is_held_out, pairs
 from dtrain.data.pack.pack import pack
 from dtrain.data.pack.source import Choice
+from dtrain.data.shards.manifest import load
 from dtrain.errors import UserError
-from tests.data.shard_files import picture, samples_of
+from tests.data.shard_files import data_set, picture, samples_of
 
 
 def lay(folder, files):
@@ -102,3 +103,41 @@ def test_pairs_of_digits_are_what_their_captions_say_and_those_held_out_are_neve
             assert not pixels[12:].any()
             seen.add((left, right))
         assert seen <= set(pairs(split))
+
+
+def test_captions_of_the_class_by_a_template(tmp_path):
+    """Of a source with names of its classes, and of shards that have none; a sample without a class has no words."""
+    folder = lay(
+        tmp_path / "pets",
+        {f"{name}/{i}.png": picture(10 * i + len(name)) for name in ("cat", "bird") for i in range(3)},
+    )
+    pack(str(folder), tmp_path / "packed", choice=Choice(caption_template="a photo of one {class}"))
+    told = {sample["png"]: (sample["cls"], sample["txt"]) for sample in samples_of(tmp_path / "packed/train")}
+    for number, name in enumerate(("bird", "cat")):
+        for i in range(3):
+            assert told[picture(10 * i + len(name))] == (b"%d" % number, f"a photo of one {name}".encode())
+    (tmp_path / "plain").mkdir()
+    samples = [{"png": picture(0), "cls": b"1"}, {"png": picture(1)}, {"png": picture(2), "cls": b"0"}]
+    data_set(tmp_path / "plain", samples)
+    choice = Choice(caption_template="{class}, {class}!", class_names="a dog, a cow")
+    pack(str(tmp_path / "plain" / "manifest.json"), tmp_path / "named", choice=choice)
+    said = [sample["txt"].decode() for sample in sorted(samples_of(tmp_path / "named/train"), key=lambda s: s["png"])]
+    in_order = sorted(zip((s["png"] for s in samples), ("a cow, a cow!", "", "a dog, a dog!"), strict=True))
+    assert said == [words for _, words in in_order]
+    assert load(tmp_path / "named" / "train" / "manifest.json").classes == ["a dog", "a cow"]
+    named = str(tmp_path / "named" / "train" / "manifest.json")
+    for source, given, words in (
+        (str(folder), {"caption_template": "a photo"}, r"has no \{class\}, which stands for the name"),
+        (str(folder), {"class_names": "x,y"}, "the classes have names already: bird, cat"),
+        (str(folder), {"caption_template": "{class}", "captions": True}, "leave --captions and --caption-column away"),
+        (str(tmp_path / "plain/manifest.json"), {"caption_template": "{class}"}, "give them by --class-names"),
+        (str(tmp_path / "plain/manifest.json"), {"class_names": "x,x"}, "each class needs a name of its own"),
+        (
+            str(tmp_path / "plain/manifest.json"),
+            {"class_names": "x", "caption_template": "{class}"},
+            "the class 1, and there are 1",
+        ),
+        (named, {"caption_template": "{class}"}, "the samples have captions already"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pack(source, tmp_path / "refused", choice=Choice(**given))
