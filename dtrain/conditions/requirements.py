@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dtrain.config import Config, Text
+from dtrain.config.encoders import check_weights, described
 from dtrain.data.shards.embeddings import Embeddings
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
@@ -78,6 +79,8 @@ def fingerprint_of(section: Text) -> str:
 
 @lru_cache(maxsize=8)
 def fingerprint(folder: str, precision: str, block: int) -> str:
+    described(folder)  # a folder that is not whole is named as such, and not taken for another encoder
+    check_weights(folder)
     digest = hashlib.sha256(f"{precision} {block}".encode())
     places = [Path(folder), Path(folder).parent / "tokenizer"]
     try:

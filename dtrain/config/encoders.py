@@ -50,5 +50,10 @@ def check(key: str, width: int, folder: str | Path) -> None:
     """Raises UserError where the folder has no weights, or tokens of another width than `width`, the value of `key`."""
     if (theirs := described(folder).width) != width:
         raise UserError(f"{key} is {width}, and {folder} has {theirs}; name another encoder")
+    check_weights(folder)
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raises UserError where the folder has no weights."""
     if not any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
         raise UserError(f"{folder} has no {WEIGHTS}; copy it there, or save it anew with `save_pretrained`")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 from tests.data.shard_files import data_set, labelled_pictures
@@ -52,3 +53,14 @@ def killed(shards, destination, folder, world_size, kill_at, **request) -> None:
     for process, _ in started:
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
+
+
+def killed_after(seconds, shards, destination, folder, world_size, **request) -> bool:
+    """`encode` whose ranks are killed so many seconds after their start. False where one had already ended."""
+    started = start_ranks(encode, world_size, shards, destination, folder, request)
+    time.sleep(seconds)
+    for process, _ in started:
+        process.kill()
+    for process, _ in started:
+        process.join(60)
+    return all(process.exitcode == -signal.SIGKILL for process, _ in started)

@@ -1,6 +1,8 @@
 """Training on cached words: the losses of encoding in each step, bit for bit, and no cache but the right one."""
 
 import contextlib
+import itertools
+import os
 
 import numpy as np
 import pytest
@@ -42,10 +44,35 @@ def config_of(place, folder, shards, *overrides, **text):
 
 @pytest.mark.parametrize(("stage", "ranks", "null"), [(0, 1, "empty"), (2, 2, "learned")])
 def test_cached_and_online_training_have_the_same_losses_bit_for_bit(tmp_path, place, stage, ranks, null):
-    how = (f"deepspeed.zero_stage={stage}", f"run.name={null}")
+    same_losses(tmp_path, place, stage, ranks, null, steps=8)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("stage", "ranks", "null"), itertools.product((0, 1, 2, 3), (1, 2), ("empty", "learned", "zeros"))
+)
+def test_cached_and_online_training_have_the_same_losses_over_50_steps(tmp_path, place, stage, ranks, null):
+    same_losses(tmp_path, place, stage, ranks, null, steps=50)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif("DTRAIN_TEXT_ENCODER" not in os.environ, reason="DTRAIN_TEXT_ENCODER names no encoder's folder")
+def test_with_a_published_encoder_too(tmp_path, place):
+    folder = os.environ["DTRAIN_TEXT_ENCODER"]
+    encoded(place / "train", tmp_path / "float32", folder, 2, dtype="float32", length=24)
+    how = {"encoder": folder, "length": 24}
+    online = config_of(place, tmp_path / "online", "train", "train.steps=20", **how)
+    cached = config_of(tmp_path, tmp_path / "cached", "float32", "train.steps=20", **how, cached="float32")
+    assert trained(online, 2) == trained(cached, 2)
+
+
+def same_losses(tmp_path, place, stage, ranks, null, steps):
+    how = (f"deepspeed.zero_stage={stage}", f"run.name={null}", f"train.steps={steps}")
     online = config_of(place, tmp_path / "online", "train", *how, null=null)
     cached = config_of(place, tmp_path / "cached", "float32", *how, null=null, cached="float32")
-    assert trained(online, ranks) == trained(cached, ranks)
+    losses = trained(online, ranks)
+    assert len(losses) == steps
+    assert losses == trained(cached, ranks)
     counts = [
         [
             line["metrics"]["captions_truncated"]

@@ -1,7 +1,10 @@
 """`dtrain encode --text`: what transformers says of each caption, ragged, the same bytes however it ran."""
 
 import json
+import os
+import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as tensors_of
@@ -10,7 +13,7 @@ from dtrain.data.shards.manifest import load
 from tests.command_line import command, failing
 from tests.conditions.encoder_folders import WIDTH, written
 from tests.data.shard_files import samples_of
-from tests.encoding.caches import COUNT, LENGTH, captioned, captions, encode, encoded, killed
+from tests.encoding.caches import COUNT, LENGTH, captioned, captions, encode, encoded, killed, killed_after
 from tests.first_stage.caches import content
 from tests.first_stage.folders import save_kl
 from tests.ranks import run_ranks
@@ -76,6 +79,30 @@ def test_the_bytes_are_the_same_on_1_2_and_3_ranks_and_after_kills(tmp_path, sha
     assert content(tmp_path / "blocks-1") == content(tmp_path / "blocks-3")
     for own, other in zip(words_of(cache), words_of(tmp_path / "blocks-1"), strict=True):
         assert torch.allclose(own["tokens"], other["tokens"], atol=1e-5)
+
+
+KINDS = {"float16": {}, "float32": {"dtype": "float32"}, "blocks": {"block": 5}, "bf16": {"precision": "bf16"}}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_kills_at_any_moment_leave_the_same_bytes(tmp_path, bert, kind):
+    """Three times of each kind, on 1 to 3 ranks, which change with each call, at moments of a seed that is printed."""
+    seed = int(os.environ.get("DTRAIN_SEED", time.time_ns() % 2**32))
+    print(f"DTRAIN_SEED={seed}")
+    draws, request = np.random.default_rng(seed), KINDS[kind]
+    shards = captioned(tmp_path / "train", 300)
+    started = time.monotonic()
+    encoded(shards, tmp_path / "whole", bert, 2, **request)
+    longest = time.monotonic() - started
+    for number in range(3):
+        kills = 0
+        while kills < 4:
+            ranks, moment = int(draws.integers(1, 4)), draws.uniform(0, longest)
+            kills += killed_after(moment, shards, tmp_path / f"{number}", bert, ranks, **request)
+        encoded(shards, tmp_path / f"{number}", bert, int(draws.integers(1, 4)), **request)
+        assert content(tmp_path / f"{number}") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "train", "whole"]
 
 
 def test_halves_are_the_nearest(tmp_path, shards, cache, bert):
