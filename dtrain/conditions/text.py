@@ -45,7 +45,12 @@ class Words:
     def __init__(self, caption: Caption, encoder: Encoder, dropout: float, null_is_empty: bool):
         self._caption, self._encoder, self._dropout = caption, encoder, dropout
         self._null_is_empty = null_is_empty
-        self.name, self.fingerprint = caption.name, encoder.fingerprint
+        self.name = caption.name
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The encoder's; a large folder takes a while to be read, so nobody pays for it who does not ask."""
+        return self._encoder.fingerprint
 
     def given(self, batch: Batch) -> Condition:
         rows = batch[self.name]
