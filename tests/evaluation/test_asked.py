@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dtrain.errors import UserError
-from dtrain.evaluation.evaluate import captions_of, labels_of
+from dtrain.evaluation.evaluate import asked_of, labels_of
 from dtrain.evaluation.metrics.asked import Agreement, ClipScore
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
@@ -118,7 +118,7 @@ def test_both_are_equal_on_one_rank_and_two_and_are_means_over_the_samples_that_
     blocks = [list(range(first, min(first + 8, 30))) for first in range(0, 30, 8)]
     pictures, captions, agrees = [], [], []
     for ids in blocks:
-        labels, said = labels_of(ids, config.eval, 10, reference), captions_of(ids, reference)
+        labels, said = labels_of(ids, config.eval, 10, reference), asked_of(ids, reference)
         images = opened.generator.draw(ids, labels, config.eval, said=said)
         pictures += [Image.fromarray(one[0].numpy()).convert("RGB") for one in images]
         captions += said["text"]

@@ -129,7 +129,7 @@ def test_prompts_stand_below_the_pictures_and_in_the_table(run, tmp_path):
 
 def test_the_null_is_in_the_weights_and_evaluations_ask_held_out_captions(run, pairs):
     from dtrain.data.shards.manifest import load
-    from dtrain.evaluation.evaluate import captions_of
+    from dtrain.evaluation.evaluate import asked_of
     from dtrain.evaluation.reference import Reference
 
     model = dtrain.load(run.run.path)
@@ -138,7 +138,7 @@ def test_the_null_is_in_the_weights_and_evaluations_ask_held_out_captions(run, p
     manifest = load(pairs / "holdout" / "manifest.json")
     assert manifest.samples == len(reference.captions["text"]) == 48
     assert all(one.startswith("the digit ") for one in reference.captions["text"])
-    assert captions_of([1, 49], reference) == {"text": [reference.captions["text"][1]] * 2}
+    assert asked_of([1, 49], reference) == {"text": [reference.captions["text"][1]] * 2}
 
 
 def test_a_frozen_encoder_is_in_no_checkpoint_and_no_other_takes_its_place(pairs, tmp_path):
