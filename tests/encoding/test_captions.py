@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load as tensors_of
 
 from dtrain.data.shards.manifest import load
+from dtrain.errors import UserError
 from tests.command_line import command, failing
 from tests.conditions.encoder_folders import WIDTH, written
 from tests.data.shard_files import samples_of
@@ -143,30 +144,38 @@ def test_on_the_command_line_with_the_bytes_it_takes_before_they_are_written(tmp
 
 
 def test_what_cannot_be_encoded_is_one_line(tmp_path, shards, cache, bert):
+    from dtrain.encoding.captions import CaptionRequest
+    from dtrain.encoding.encode import Request
+    from dtrain.encoding.encode import encode as run
+    from dtrain.encoding.pictures import PictureRequest
+
     other = written("bert", tmp_path / "other", seed=1)
     vae = save_kl(tmp_path / "vae")
-    for source, destination, more, said in (
-        (shards, tmp_path / "new", (), "say what is encoded: --first-stage FOLDER for latents, --text FOLDER"),
-        (shards, tmp_path / "new", ("--text", tmp_path / "nowhere"), "copy a folder that transformers has saved"),
-        (shards, tmp_path / "new", ("--text", bert, "--dtype", "int8"), "--dtype int8 is none of float16, bfloat16"),
-        (shards, tmp_path / "new", ("--text", bert, "--caption", "html"), "--caption: String should match pattern"),
-        (shards, tmp_path / "new", ("--text", bert, "--caption", "x.json:en"), "and no x.json with captions"),
-        (shards, tmp_path / "new", ("--text", bert, "--name", "a b"), "'a b' is no name of a condition"),
-        (shards, tmp_path / "new", ("--text", bert, "--statistics-only"), "--statistics-only is of latents"),
-        (
-            shards,
-            tmp_path / "new",
-            ("--text", bert, "--first-stage", vae, "--dtype", "bfloat16"),
-            "latents are kept in",
-        ),
-        (
-            cache,
-            tmp_path / "new",
-            ("--text", bert),
-            "has text.safetensors already; name the other condition with --name",
-        ),
-        (shards, cache, ("--text", other, "--caption", "json:en", "--length", 8), "was made with text.encoder"),
-        (shards, cache, ("--text", bert, "--caption", "json:en"), "was made with text.length 8, not 64"),
+    new, there = tmp_path / "new", {"field": "json:en", "length": LENGTH, "dtype": "float32"}
+    latents = PictureRequest(str(vae), 8, dtype="bfloat16")
+    for source, destination, request, said in (
+        (shards, new, Request(), "say what is encoded: --first-stage FOLDER for latents, --text FOLDER"),
+        (shards, new, words(tmp_path / "nowhere"), "copy a folder that transformers has saved"),
+        (shards, new, words(bert, dtype="int8"), "--dtype int8 is none of float16, bfloat16"),
+        (shards, new, words(bert, field="html"), "--caption: String should match pattern"),
+        (shards, new, words(bert, field="x.json:en"), "and no x.json with captions"),
+        (shards, new, words(bert, name="a b"), "'a b' is no name of a condition"),
+        (shards, new, Request(None, CaptionRequest(str(bert)), True), "--statistics-only is of latents"),
+        (shards, new, Request(latents, CaptionRequest(str(bert))), "latents are kept in"),
+        (cache, new, words(bert), "has text.safetensors already; name the other condition with --name"),
+        (shards, cache, words(other, **there), "was made with text.encoder"),
+        (shards, cache, words(bert, **there | {"length": 9}), "was made with text.length 8, not 9"),
     ):
-        assert said in failing("encode", source, destination, *more)
+        with pytest.raises(UserError) as e:
+            run(str(source), str(destination), request)
+        assert said in str(e.value)
+        assert "\n" not in str(e.value)
+    assert "--dtype int8 is none of" in failing("encode", shards, new, "--text", bert, "--dtype", "int8")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "vae"]
+
+
+def words(folder, **request):
+    from dtrain.encoding.captions import CaptionRequest
+    from dtrain.encoding.encode import Request
+
+    return Request(None, CaptionRequest(str(folder), **request))
