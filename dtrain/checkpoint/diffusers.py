@@ -175,9 +175,9 @@ def _dit(model: DiT) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             continue  # diffusers computes the same
         if name.startswith(("t_embedder.", "y_embedder.")):
             for i in range(len(model.blocks)):  # each block there has its own, here they share one
-                weights[f"transformer_blocks.{i}.norm1.emb.{_renamed(name, DIT_CONDITION)}"] = value.clone()
+                weights[f"transformer_blocks.{i}.norm1.emb.{renamed(name, DIT_CONDITION)}"] = value.clone()
         else:
-            _put(weights, _renamed(name, DIT), value)
+            _put(weights, renamed(name, DIT), value)
     return "transformer", config, weights
 
 
@@ -256,7 +256,7 @@ def _unet(model: UNet) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     }
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        _put(weights, _renamed(name, UNET), value)
+        _put(weights, renamed(name, UNET), value)
     return "unet", config, weights
 
 
@@ -281,7 +281,7 @@ UNET = [
 ]
 
 
-def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
+def renamed(name: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -97,7 +97,13 @@ def class_names_of(data: Data, num_classes: int) -> list[str] | None:
 
 
 def export(
-    run: RunDirectory, out: Path, step: int | None, ema: int | dict[str, float] | None, dtype: str, format: str
+    run: RunDirectory,
+    out: Path,
+    step: int | None,
+    ema: int | dict[str, float] | None,
+    dtype: str,
+    format: str,
+    merge: Callable[[Checkpoint | Combination, Config, str], torch.nn.Module] | None = None,
 ) -> str:
     """Write a checkpoint's weights and how to draw with them to the folder `out`; lines that say what.
 
@@ -106,6 +112,7 @@ def export(
     as SiT's files do.
     diffusers: a pipeline's folder for `DiffusionPipeline.from_pretrained`, with a pipeline.py where diffusers has none.
     An autoencoder is a folder of diffusers' AutoencoderKL, which first_stage.source takes.
+    merge: `frozen_base.load_merged`, of low-rank adapters the whole model; without, diffusers gets the adapters.
     All with a README.md that draws a picture. Raises UserError, also where `out` holds files already.
     """
     from dtrain.models.build import allocate
@@ -124,14 +131,19 @@ def export(
     source = {"run": config.run.name, "step": checkpoint.meta["step"], "images": checkpoint.meta["images"]}
     if "first_stage" in checkpoint.meta:
         source["trained_with"] = checkpoint.meta["first_stage"]  # what latents mean is in no weight
-    if config.pictures:
-        if format != "safetensors":
-            raise UserError(f"{_why_not_controlled(config, format)}; take --format safetensors")
-        source |= checkpoint.meta.get("held", {})  # of what the copies stand on
+    adapted = getattr(config.model, "adapt", None) is not None
+    if merge and not adapted:
+        raise UserError("--merge is of a run with model.adapt, whose adapters go into the weights of its base")
+    if config.base_source and not merge:
+        write = _without_base(config, format)
+        source |= checkpoint.meta.get("held", {})  # of what the trained weights stand on
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already; name a new folder, or an empty one")
-        module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
+        if merge:
+            module, config = merge(checkpoint, config, key).to(DTYPES[dtype]), config.base
+        else:
+            module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
         left_out = write(module, config, source | {"weights": weights}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
@@ -146,10 +158,20 @@ def export(
     return "\n".join(lines)
 
 
+def _without_base(config: Config, format: str) -> Callable[..., list[str]]:
+    """What writes the trained weights alone. Raises UserError where nothing does."""
+    if format == "diffusers" and not config.pictures:
+        return _write_adapters
+    if format != "safetensors":
+        why = "" if config.pictures else ", or --merge"
+        raise UserError(f"{_why_not_controlled(config, format)}; take --format safetensors{why}")
+    return _write_safetensors
+
+
 def _why_not_controlled(config: Config, format: str) -> str:
-    """Why copies that pictures control have no such export."""
+    """Why what stands on a base has no such export."""
     if format != "diffusers":
-        return f"--format {format} has no place for a copy without its base"
+        return f"--format {format} has no place for weights without their base"
     if config.model.name == "dit":
         return "diffusers' control networks for transformers are of other transformers than its DiT"
     return (
@@ -202,6 +224,16 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
     _save_weights(exported.weights, source, folder / "diffusion_pytorch_model.safetensors")
     _save_json(exported.index, out / "model_index.json")  # last: without it the folder is no pipeline yet
     return exported.left_out
+
+
+def _write_adapters(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+    from dtrain.checkpoint.adapters import adapters_of_diffusers
+
+    weights = adapters_of_diffusers(module, config.model.name)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(readme.of_adapters(config, source), encoding="utf-8")
+    _save_weights(weights, source, out / "pytorch_lora_weights.safetensors")
+    return []
 
 
 def _write_autoencoder(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:

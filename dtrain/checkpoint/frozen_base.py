@@ -1,4 +1,6 @@
-"""The base that pictures control: another run's averaged weights, or a file's, frozen beside the players.
+"""The base of a training: another run's averaged weights, or a file's, frozen beside the players.
+
+Pictures control it through a trained copy, or low-rank adapters are trained for it.
 
 It is read from its source at every start. No checkpoint holds it, only its fingerprint: a run goes on with none other.
 """
@@ -54,18 +56,18 @@ class Base:
         if theirs != self.fingerprint:
             raise UserError(
                 f"it was trained with another base (fingerprint {str(theirs)[:12]} there, {self.fingerprint[:12]} "
-                f"here); name that run, checkpoint or file in model.control_of, which is {self.source}"
+                f"here); name that run, checkpoint or file, instead of {self.source}, in the config"
             )
 
 
 def open_base(config: Config, device: torch.device) -> Base | None:
-    """What `model.control_of` names, on the device; None where the config has none. Once a process and source.
+    """What `model.control_of` or `model.adapt` names, on the device; None where neither is there. Once a process.
 
     Raises UserError where it cannot be read, or is of another model or process than this config's.
     """
-    if not config.pictures:
+    source, of = config.base_source, config.base
+    if source is None:
         return None
-    source, of = config.model.control_of, config.base
     key = source, of.dump(), str(device)
     if key not in _OPENED:
         module = read_base(source, of).to(device)
@@ -90,6 +92,15 @@ def load_whole(checkpoint: Checkpoint | Combination, config: Config, key: str, d
     return load_weights(checkpoint, allocate_whole(config, device), key)
 
 
+@torch.no_grad()
+def load_merged(checkpoint: Checkpoint | Combination, config: Config, key: str) -> nn.Module:
+    """A plain model that computes what a checkpoint's adapters do on their base. Raises UserError."""
+    merged, plain = load_whole(checkpoint, config, key, torch.device("cpu")).merged(), allocate(config.base)
+    for name, p in plain.named_parameters():
+        p.copy_(merged[name])
+    return plain
+
+
 def fingerprint(module: nn.Module) -> str:
     """sha256 of every parameter's name, shape and float32 values."""
     digest = hashlib.sha256()
@@ -110,7 +121,7 @@ def read_base(source: str, config: Config) -> nn.Module:
         key = "ema_0" if any(name.endswith(":ema_0") for name in checkpoint.tensors) else "fp32"
         return load_weights(checkpoint, model, key)
     except UserError as e:
-        raise UserError(f"model.control_of={source} cannot be used: {e}") from None
+        raise UserError(f"the base {source} cannot be used: {e}") from None
 
 
 def check_source(source: str, config: Config) -> None:
@@ -125,7 +136,7 @@ def check_source(source: str, config: Config) -> None:
             _check_same(checkpoint.meta.get("config"), config)
             check_same(checkpoint, {name: p.numel() for name, p in model.named_parameters()})
     except UserError as e:
-        raise UserError(f"model.control_of={source} cannot be used: {e}") from None
+        raise UserError(f"the base {source} cannot be used: {e}") from None
 
 
 def _file(path: Path) -> Path | None:

@@ -48,6 +48,15 @@ def of_safetensors(config: Config, source: dict[str, Any], class_names: list[str
     return "\n".join([head, _block("In this folder, with dtrain:", code)]) + "\n"
 
 
+def of_adapters(config: Config, source: dict[str, Any]) -> str:
+    """What the adapters are of; a base of diffusers takes them."""
+    return (
+        f"Low-rank adapters in diffusers' layout, of step {source['step']} of the run {source['run']}: to each layer's "
+        f"weight lora_B lora_A is added, the scale within lora_B.\n\nThe base is {config.base_source}, whose weights "
+        f"have the sha256 {source['base']}; `dtrain checkpoints export` writes it for diffusers.\n"
+    )
+
+
 def of_published(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
     """Lines that need torch and safetensors, and the class that the reader has of the published program."""
     turned = (

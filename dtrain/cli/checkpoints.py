@@ -63,15 +63,17 @@ def export_checkpoint(
             help="safetensors, for `dtrain.load`; published, for the papers' programs; or diffusers: a whole pipeline"
         ),
     ] = "safetensors",
+    merge: Annotated[bool, typer.Option("--merge", help="of low-rank adapters the whole model, base and all")] = False,
 ) -> None:
     """Write a checkpoint's weights for other programs, with a README.md that draws a picture with them."""
     from dtrain.checkpoint.export import export
+    from dtrain.checkpoint.frozen_base import load_merged
     from dtrain.run import RunDirectory
 
     if sigma is not None and ema is not None:
         raise UserError(f"--sigma {sigma} is an average of its own; leave out --ema")
     weights = ema if sigma is None else {"sigma_rel": sigma}
-    say(export(RunDirectory.find(run), out, step, weights, dtype, format))
+    say(export(RunDirectory.find(run), out, step, weights, dtype, format, load_merged if merge else None))
 
 
 @checkpoints.command("reconstruct")

@@ -55,7 +55,7 @@ class Plan:
     gathered: int  # the average in a plain module, for evaluation
     evaluation: int  # all that a rank holds while it samples
     first_stage: FirstStageCost
-    base: int  # the frozen weights that pictures control, in fp32
+    base: int  # the frozen weights that the trained ones stand on, in fp32
     text: TextCost
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
@@ -77,7 +77,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     rows, micro_batch = rows_per_rank(config.data.batch_size, config.train.micro_batch, gpus)
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
-        controlled = Sizes.of(allocate(config.base)) if config.pictures else Sizes((), 0)
+        controlled = Sizes.of(allocate(config.base)) if config.base_source else Sizes((), 0)
     base = 4 * (controlled.trainable + controlled.frozen)
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
     deepspeed, averages = config.deepspeed, len(config.ema)

@@ -157,7 +157,7 @@ def typical_forward(model: nn.Module, config: Config, rows: int, training: bool 
     if config.model.name == "kl_autoencoder":
         noise = torch.zeros(rows, model.latent_channels, *(side // model.downscale for side in x.shape[2:]))
         return lambda: model(x, noise).pixels
-    if config.pictures:
+    if config.base_source:
         model.stand_on(allocate(config.base).to(next(model.parameters()).dtype))
     condition = build(config).typical(rows)
     draws = config.model.draws() if training else {}

@@ -37,6 +37,7 @@ EARLIER: dict[str, Earlier] = {
     "data.allow_pipe": Earlier(False),
     "data.holdout_shards": Earlier(None),
     "model.control_of": Earlier(None, ("name", "dit", "unet")),
+    "model.adapt": Earlier(None, ("name", "dit", "unet")),
     "model.qk_norm": Earlier(False, _DIT),
     "model.frequency_shift": Earlier(0, _DIT),
     "model.resblock_updown": Earlier(False, _UNET),

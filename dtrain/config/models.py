@@ -20,6 +20,19 @@ DIT_SIZES: dict[str, dict[str, int]] = {
 }
 
 
+class Adapt(IdentitySection):
+    of: Place
+    """the run or file whose frozen weights are adapted; all other keys of the model are that one's"""
+    rank: Positive = 8
+    """numbers between the two trained matrices of a layer"""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """their product is multiplied with alpha / rank; null: the rank"""
+
+    def identity_keys(self) -> list[str]:
+        """Where a base lies may change; what it is is held by its fingerprint."""
+        return [key for key in super().identity_keys() if key != "of"]
+
+
 class Transformer(IdentitySection):
     """What transformers over image patches have in common."""
 
@@ -71,6 +84,8 @@ class DiT(Transformer):
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
     control_of: Place | None = None
     """the run or file whose weights a picture of `conditions` controls; all other keys of the model are that one's"""
+    adapt: Adapt | None = None
+    """low-rank adapters of attention and perceptrons are trained (LoRA), and nothing else"""
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
@@ -119,6 +134,8 @@ class UNet(IdentitySection):
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
     control_of: Place | None = None
     """the run or file whose weights a picture of `conditions` controls; all other keys of the model are that one's"""
+    adapt: Adapt | None = None
+    """low-rank adapters of attention and perceptrons are trained (LoRA), and nothing else"""
 
     @model_validator(mode="after")
     def _consistent(self):

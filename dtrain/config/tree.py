@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from dtrain import plugins
 from dtrain.config import guidance as guidances
+from dtrain.config import on_base
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
@@ -101,7 +102,7 @@ class Config(Section):
         if isinstance(self.model, DiT | MMDiT) and height % self.model.sizes["patch"]:
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
-        self._control_fits()
+        on_base.check(self)
         return self
 
     @property
@@ -132,9 +133,15 @@ class Config(Section):
         return {name: section for name, section in self.conditions.items() if isinstance(section, Picture)}
 
     @property
+    def base_source(self) -> str | None:
+        """The run or file whose frozen weights the trained ones stand on; None where all are trained."""
+        adapt = getattr(self.model, "adapt", None)
+        return adapt.of if adapt else getattr(self.model, "control_of", None)
+
+    @property
     def base(self) -> "Config":
-        """Of a model that pictures control, the config of what they control."""
-        model = self.model.model_copy(update={"control_of": None})
+        """Of a model that stands on frozen weights, the config of these."""
+        model = self.model.model_copy(update={"control_of": None, "adapt": None})
         others = {name: section for name, section in self.conditions.items() if name not in self.pictures}
         return self.model_copy(update={"model": model, "conditions": others})
 
@@ -159,46 +166,6 @@ class Config(Section):
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
         self.objective.check(self.data.image_size)
-
-    def _control_fits(self) -> None:
-        of, pictures, e = getattr(self.model, "control_of", None), self.pictures, self.eval
-        if pictures and not hasattr(self.model, "control_of"):
-            raise ValueError(
-                f"conditions.{next(iter(pictures))} is a picture, which controls a dit or a unet, and model.name is "
-                f"{self.model.name}"
-            )
-        if bool(of) != bool(pictures):
-            raise ValueError(
-                f"model.control_of {of} needs a picture that controls it; add a section of conditions with kind picture"
-                if of
-                else f"conditions.{next(iter(pictures))} is a picture, and a trained copy of model.control_of takes it "
-                "in; name a run or a file of weights there"
-            )
-        if unknown := e.control_scale.keys() - pictures.keys():
-            known = ", ".join(pictures) or "this model has none"
-            raise ValueError(f"eval.control_scale names {min(unknown)}, no picture of conditions; {known}")
-        if e.guess_mode and e.guidance == 1:
-            raise ValueError("eval.guess_mode has no effect with eval.guidance 1; take 3, or leave it out")
-        if e.guess_mode and not pictures:
-            raise ValueError("eval.guess_mode is of a model that a picture controls; leave it out")
-        if not pictures:
-            return
-        alone = not self.model.num_classes and len(pictures) == len(self.conditions)
-        if alone and e.guidance != 1 and not isinstance(e.guidance, str) and not e.guess_mode:
-            raise ValueError(
-                f"eval.guidance {e.guidance} leads away from no class and no words, and this model is told pictures "
-                "alone; take eval.guess_mode true, which leads away from no picture"
-            )
-        if self.run.init_from:
-            raise ValueError("run.init_from: a model that pictures control begins as model.control_of; leave it out")
-        for name, section in pictures.items():
-            if section.operator and self.first_stage.reads_cache:
-                raise ValueError(f"conditions.{name} is computed from pictures, and a cache holds none; take `field`")
-            if section.grid and self.data.image_size % section.grid:
-                raise ValueError(
-                    f"data.image_size {self.data.image_size} does not divide into {section.grid} cells a side "
-                    f"(conditions.{name}.grid)"
-                )
 
     def _side(self) -> str:
         side, pixels = self.shape[1], self.data.image_size

@@ -70,8 +70,8 @@ def open_published(config: Config, file: str, which: Which | None, device: torch
     from dtrain.models.published import load_published
 
     def opened() -> Opened:
-        if config.pictures:
-            raise UserError("--init takes a whole model's weights, and model.control_of has a base beside; name a run")
+        if config.base_source:
+            raise UserError("--init takes a whole model's weights, and this one has a frozen base beside; name a run")
         if not Path(file).is_file():
             raise UserError(f"--init {file}: there is no such file{from_where(file)}")
         model = load_published(build(config), file, which, config.diffusion.data_at_one).to(device)

@@ -1,10 +1,12 @@
 """The backbone a configuration asks for."""
 
+import torch
 from torch import nn
 
 from dtrain import config as configuration
 from dtrain.config import Config, Section, Text
 from dtrain.config.conditions import VOCABULARY, Picture
+from dtrain.models.adapted import Adapted, adapted_layers
 from dtrain.models.control import Controlled, DiTCopy, UNetCopy
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
@@ -24,10 +26,10 @@ def build(config: Config) -> nn.Module:
     return backbone
 
 
-def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder | Controlled:
+def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder | Controlled | Adapted:
     """The model of `build`, its weights not yet written: for those who write them otherwise.
 
-    A controlled one has yet to be given its base (`checkpoint.frozen_base.allocate_whole`).
+    One that stands on frozen weights has yet to be given them (`checkpoint.frozen_base.allocate_whole`).
     """
     if config.model.name == "kl_autoencoder":
         return _kl_autoencoder(config.model, config.data.channels)
@@ -35,7 +37,16 @@ def allocate(config: Config) -> DiT | MMDiT | UNet | KLAutoencoder | Controlled:
         base = config.base
         copies = {name: _copy(base, section, config.data) for name, section in config.pictures.items()}
         return Controlled(copies)
+    if getattr(config.model, "adapt", None):
+        return _adapted(config)
     return _backbone(config)
+
+
+def _adapted(config: Config) -> Adapted:
+    with torch.device("meta"):
+        layers = {n: (one.in_features, one.out_features) for n, one in adapted_layers(_backbone(config.base))}
+    rank, alpha = config.model.adapt.rank, config.model.adapt.alpha
+    return Adapted(layers, rank, rank if alpha is None else alpha)
 
 
 def _copy(base: Config, section: Picture, data: configuration.Data) -> DiTCopy | UNetCopy:
@@ -92,7 +103,7 @@ def _kl_autoencoder(model: configuration.KLAutoencoder, channels: int) -> KLAuto
 def _unet(
     model: configuration.UNet, shape: tuple[int, int, int], learn_sigma: bool, cross: bool, kind: type = UNet, **more
 ) -> UNet:
-    sizes = model.model_dump(exclude={"name", "control_of"})
+    sizes = model.model_dump(exclude={"name", "control_of", "adapt"})
     channels, side, _ = shape
     return kind(side, channels, learn_sigma=learn_sigma, cross=cross, **sizes, **more)
 

@@ -130,7 +130,7 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     for name, section in config.texts.items():
         if not section.trained:
             check_encoder(f"conditions.{name}.width", section.width, section.encoder)
-    if config.pictures:
+    if config.base_source:
         check_base(config)
     check_fields(config, manifest)
     if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):
@@ -207,10 +207,10 @@ def check_published(config: Config) -> None:
 
 
 def check_base(config: Config) -> None:
-    """Raises UserError where what pictures control is not there, or is another model's. Needs torch."""
+    """Raises UserError where the frozen weights are not there, or is another model's. Needs torch."""
     from dtrain.checkpoint.frozen_base import check_source
 
-    check_source(config.model.control_of, config.base)
+    check_source(config.base_source, config.base)
 
 
 def checkpoint_at(place: str) -> Path:

@@ -104,7 +104,7 @@ def test_another_base_is_refused(digits, tmp_path, base, run):
     ):
         with pytest.raises(UserError, match=message):
             read_base(str(base), tiny(digits, tmp_path, *overrides))
-    with pytest.raises(UserError, match=r"control_of=nowhere cannot be used: there is no such run, checkpoint or file"):
+    with pytest.raises(UserError, match=r"the base nowhere cannot be used: there is no such run, checkpoint or file"):
         read_base("nowhere", plain)
 
 
@@ -127,7 +127,7 @@ def test_an_exported_folder_draws_the_same_and_the_plan_counts_the_base(digits, 
     export(RunDirectory(run.run.path), tmp_path / "out", None, 0, "fp32", "safetensors")
     ours, theirs = dtrain.load(tmp_path / "out"), dtrain.load(run.run.path)
     assert np.array_equal(ours.sample(4, steps=2), theirs.sample(4, steps=2))
-    for format, why in (("published", "no place for a copy without its base"), ("diffusers", "other transformers")):
+    for format, why in (("published", "no place for weights without their base"), ("diffusers", "other transformers")):
         with pytest.raises(UserError, match=why):
             export(RunDirectory(run.run.path), tmp_path / "other", None, 0, "fp32", format)
     planned = plan(run, 1, 2, 80, 0.4, None)
