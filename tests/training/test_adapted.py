@@ -10,19 +10,11 @@ from dtrain.checkpoint.export import export
 from dtrain.checkpoint.frozen_base import fingerprint, load_merged, read_base
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
-from tests.digits import losses, tiny
+from tests.digits import losses
 from tests.ranks import run_ranks
 from tests.training.control import evaluations, newest
+from tests.training.lora import adapted
 from tests.training.runs import train, trained
-
-OWN = (
-    *("train.steps=6", "train.checkpoint_every=3", "eval.every=6", "ema.0.decay=0.5", "optim.lr=5e-2"),
-    *("eval.num_samples=24", "eval.steps=3", "eval.validation_images=24"),
-)
-
-
-def adapted(digits, folder, base, *overrides):
-    return tiny(digits, folder, *OWN, f"model.adapt={{of: {base}, rank: 4, alpha: 8}}", *overrides)
 
 
 @pytest.fixture(scope="module")
