@@ -8,9 +8,14 @@ import torch
 from scipy import ndimage
 
 from dtrain.conditions import operators
-from dtrain.conditions.build import Conditions
+from dtrain.conditions.build import Conditions, build
 from dtrain.conditions.picture import SHALLOWEST, Shown
+from dtrain.config import validate
 from dtrain.config.conditions import Picture
+from dtrain.data.declared import shown as shown_field
+from dtrain.data.fields.samples import read_pictures
+from dtrain.data.stream import Completion, StepDataset
+from tests.data.shard_files import data_set, picture
 
 N, S = 5, 12
 
@@ -120,3 +125,23 @@ def test_guidance_leads_away_from_no_picture_in_guess_mode_alone():
     kept, nothing = conditions.null(told, pictures=False), conditions.null(told)
     assert all(torch.equal(kept[name], told[name]) for name in told)
     assert not nothing["ink_scale"][:, 0].any()
+
+
+def test_a_file_of_the_sample_is_cropped_and_mirrored_as_the_image(tmp_path):
+    """Each sample's depth.png is its own picture, so that whatever becomes of the one becomes of the other."""
+    samples = [{"png": picture(i, 12), "depth.png": picture(i, 12)} for i in range(8)]
+    manifest = data_set(tmp_path, samples)
+    data = {"shards": str(tmp_path), "image_size": 8, "batch_size": 8, "crop": "random", "flip": True}
+    model = {"name": "dit", "depth": 1, "width": 16, "heads": 2, "patch": 2, "control_of": "base.safetensors"}
+    tree = {"data": data | {"streams": 1}, "model": model, "train": {"steps": 1}, "run": {"name": "x"}}
+    config = validate(tree | {"conditions": {"depth": {"kind": "picture", "field": "depth.png"}}}, "the test")
+    batch = Completion(config)(StepDataset(config, manifest, 0, 1, 0)[0])
+    assert torch.equal(batch["depth"], batch["image"])
+    told = build(config).of_batch(batch)
+    assert torch.equal(told["depth"], (batch["image"] + 1) / 2)
+    unlike = StepDataset(config, manifest, 0, 1, 0)[0]
+    assert unlike["mirrored"].any()
+    assert not unlike["mirrored"].all()
+    bare = read_pictures(manifest, tmp_path, shown_field("depth", config.pictures["depth"], config), [3, 1, 3])
+    assert torch.equal(bare[0], bare[2])
+    assert not torch.equal(bare[0], bare[1])
