@@ -200,7 +200,7 @@ def test_mistakes_are_one_line_and_write_nothing(run, photos):
         (["nowhere.png"], "cannot read the picture nowhere.png: No such file or directory"),
         (["photos/notes.txt"], "the picture photos/notes.txt"),
         (["photos/broken.png"], "the picture photos/broken.png"),
-        (["empty"], "empty holds no .jpg, .jpeg, .png or .webp files to invert; name another folder"),
+        (["empty"], "empty holds no .jpg, .jpeg, .png or .webp files; name another folder"),
         (["photos/a.png", "--label", 10], "has 10 classes, counted from 0"),
         (["photos/a.png", "--out", "no/where"], "there is no folder"),
         (["photos/a.png", "--out", "photos/a.npz"], "would overwrite photos/a.png, one of the pictures to invert"),
@@ -215,7 +215,7 @@ def test_what_python_is_given_wrong_is_said(run, photos):
         (np.zeros((2, 8, 8, 3), np.uint8), None, r"are uint8 \(n, height, width, 1\), not uint8 \[2, 8, 8, 3\]"),
         (np.zeros((2, 8, 8, 1)), None, r"not float64 \[2, 8, 8, 1\]"),
         (np.zeros((2, 8, 8, 1), np.uint8), [1], "there are 1 labels for 2 images"),
-        ([], None, "there are no pictures to invert"),
+        ([], None, "there are no pictures; name files"),
     ):
         with pytest.raises(UserError, match=message):
             loaded.invert(pictures, labels)
