@@ -36,7 +36,7 @@ SYNCED = {"attempt", "checkpoint", "eval", "eval_failed"}  # worth an fsync: rar
 EVALUATIONS, SYSTEM, SWEEP = "journal-eval-*.jsonl", "system-rank-*.jsonl", "sweep.jsonl"
 OTHER_RANKS = "journal-rank-*.jsonl"
 NEVER_VOID = {"system", "sweep", "floor"}  # true of machines, a checkpoint or a first stage, of no steps
-_CHUNK = 1 << 18  # bytes read at a time: lines that are passed over stay in the processor's cache
+_CHUNK = 1 << 17  # bytes read at a time: they stay in the processor's cache, and malloc takes no fresh pages for them
 _END = 1 << 22  # bytes in which a last line is looked for
 _TRAIN, _WHOLE = b'{"event": "train", ', ord("}")  # how the lines begin that are most of a journal, and end
 ENDS = 1 << 62  # as `every` of a Tail: of "train" lines that follow each other the last alone
@@ -267,13 +267,12 @@ class Tail:
             f.seek(self._offset)
             rest = b""
             while len(found) < most and (chunk := f.read(_CHUNK)):
-                data, rest = rest + chunk, b""
-                end = data.rfind(b"\n") + 1
-                self._offset += end
-                begin = data.find(b"\n") + 1 if self._overlong else 0
-                self._overlong = self._overlong and not end
-                self._take(self._wanted(data, begin), found)
-                rest = data[end:]
+                data = rest + chunk
+                *lines, rest = data.split(b"\n")
+                self._offset += len(data) - len(rest)
+                whole = lines[1:] if self._overlong else lines
+                self._overlong = self._overlong and not lines
+                self._take(self._wanted(whole), found)
                 if len(rest) > MOST_LINE:
                     self._offset += len(rest)
                     self.left_out += not self._overlong
@@ -290,10 +289,8 @@ class Tail:
             else:
                 found.append(line)
 
-    def _wanted(self, data: bytes, start: int) -> Iterator[bytes]:
-        """Of the whole lines from `start` on all but "train" lines that are passed over; the last of those is held."""
-        lines = data[start : data.rfind(b"\n") + 1].split(b"\n")
-        lines.pop()  # what follows the last newline
+    def _wanted(self, lines: list[bytes]) -> Iterator[bytes]:
+        """Of whole lines all but "train" lines that are passed over; the last of those is held."""
         others = [n for n, line in enumerate(lines) if not (line.startswith(_TRAIN) and line[-1] == _WHOLE)]
         begin = 0
         for other in [*others, len(lines)]:
