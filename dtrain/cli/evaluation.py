@@ -1,5 +1,6 @@
 """`dtrain evaluate | sweep | reference | report`."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Annotated
@@ -261,7 +262,9 @@ def report(
     """Write one HTML page about a run, or about several laid over each other; it needs no other file and no network."""
     from dtrain.report import write_report
 
+    gc.disable()  # all that is read stays until the page is written, and cycles are not worth looking for
     if neighbours:
+        gc.enable()
         from dtrain import distributed
 
         distributed.prepare()

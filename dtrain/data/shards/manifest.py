@@ -135,10 +135,12 @@ class Manifest:
     @cached_property
     def hash(self) -> str:
         """Identifies the data: what the shards hold and in which order, not their names nor where they lie."""
-        shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
+        # As JSON has [samples, bytes, sha256] of each, without a list for each of 100,000.
+        shards = ",".join([f'[{s.samples},{s.bytes},"{s.sha256}"]' for s in self.shards])
         cache = [] if self.latents is None else [self.latents.model_dump()]
         cache += [one.model_dump() for one in self.embeddings]
-        content = json.dumps([self.fields, self.classes, shards, *cache], separators=(",", ":"))
+        parts = [json.dumps(part, separators=(",", ":")) for part in (self.fields, self.classes, *cache)]
+        content = f"[{','.join([*parts[:2], f'[{shards}]', *parts[2:]])}]"
         own = hashlib.sha256(content.encode()).hexdigest()
         if not self.mixed:
             return own
