@@ -12,7 +12,7 @@ from dtrain.models.build import build
 from dtrain.models.layers import initialize
 from dtrain.models.patch_critic import PatchCritic
 from dtrain.randomness import key_of
-from tests.longer import mostly_longer
+from tests.longer import longer, mostly_longer
 from tests.ranks import run_ranks
 from tests.training.critic import assert_same, metrics, series, with_critic
 from tests.training.runs import train
@@ -89,8 +89,9 @@ def test_its_losses_and_its_weight_are_those_of_plain_pytorch(digits, tmp_path, 
         assert line == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-def test_fifty_steps_are_the_same_on_two_ranks_in_micro_batches(digits, tmp_path):
-    one, two = ((tmp_path / name, 50, *shape) for name, shape in {"a": (0, 1, "null"), "b": (2, 2, "4")}.items())
+@pytest.mark.parametrize("steps", [12, longer(50)])
+def test_steps_are_the_same_on_two_ranks_in_micro_batches(digits, tmp_path, steps):
+    one, two = ((tmp_path / name, steps, *shape) for name, shape in {"a": (0, 1, "null"), "b": (2, 2, "4")}.items())
     assert_same(series(digits, *two), series(digits, *one))
 
 

@@ -22,7 +22,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_longer(CHOICES, ["importance", "flow"]))
+@pytest.mark.parametrize("name", mostly_longer(CHOICES, ["importance"]))
 def test_one_rank_and_two_in_micro_batches_have_the_same_losses_and_go_on_after_a_stop(digits, tmp_path, name):
     long = "train.steps=60" if name == "importance" else "train.steps=16"
     overrides = [*CHOICES[name], long]

@@ -1,11 +1,14 @@
 """A player under real DeepSpeed on real ranks."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from dtrain.errors import UserError
 from tests.digits import tiny
+from tests.longer import mostly_longer
 from tests.ranks import run_ranks
 from tests.training.players import batch_losses, build_player, pieces_of, run_steps
 
@@ -44,8 +47,9 @@ def average_by_hand(config):
     return different, moved
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "world_size"), mostly_longer(itertools.product(range(4), (1, 2)), [(0, 1), (1, 2), (2, 2), (3, 2)])
+)
 def test_the_ema_equals_one_kept_by_hand_from_gathered_weights_bit_for_bit(digits, tmp_path, stage, world_size):
     config = tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}", AVERAGES)
     for different, moved in run_ranks(average_by_hand, world_size, config):
@@ -70,7 +74,7 @@ def test_pieces_of_all_ranks_are_the_whole_state_once_and_equal_at_every_stage_a
     reference, _, norms = assembled(tiny(digits, tmp_path, "deepspeed.zero_stage=0"), 1)
     assert {n.split(":")[1] for n in reference} == {"fp32", "exp_avg", "exp_avg_sq", "ema_0"}
     for stage in (0, 1, 2, 3):
-        for world_size in (1, 2, 3):
+        for world_size in (1, 3):
             tensors, given, other = assembled(tiny(digits, tmp_path, f"deepspeed.zero_stage={stage}"), world_size)
             assert all((count == 1).all() for count in given.values()), (stage, world_size)
             np.testing.assert_allclose(other, norms, rtol=1e-5)
