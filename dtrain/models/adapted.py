@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.models.layers import MLP, Attention, CrossAttention, Linear, normal
+from dtrain.models.on_base import OnBase
 
 ADAPTED = (Attention, CrossAttention, MLP)  # whose linear layers are, but for those of a condition's own network
 
@@ -37,11 +38,8 @@ def adapted_layers(backbone: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             )
 
 
-class Adapted(nn.Module):
-    """A frozen base with products beside its layers. Its parameters are those of the products alone.
-
-    The base is no part of the module: no optimizer, engine, state or checkpoint knows its weights. `stand_on` gives it.
-    """
+class Adapted(OnBase):
+    """A frozen base with products beside its layers. Its parameters are those of the products alone."""
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], rank: int, alpha: float):
         """layers: name → inputs and outputs of each layer that is adapted."""
@@ -51,17 +49,6 @@ class Adapted(nn.Module):
         for name, (inputs, outputs) in layers.items():
             at, last = _place(self.layers, name)
             at.add_module(last, LowRank(inputs, outputs, rank))
-        self._beside: tuple[nn.Module, ...] = ()  # in a tuple, where modules and DeepSpeed do not see it
-
-    def stand_on(self, base: nn.Module) -> "Adapted":
-        """Give the base, on the device where it is called. From here on it is frozen and in eval mode."""
-        self._beside = (base.eval().requires_grad_(False),)
-        return self
-
-    @property
-    def base(self) -> nn.Module:
-        assert self._beside, "an adapted network is called before it has its base"
-        return self._beside[0]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
         """As the base's."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dtrain.models.dit import DiT
 from dtrain.models.layers import Conv2d, Linear, xavier_uniform
+from dtrain.models.on_base import OnBase
 from dtrain.models.unet import UNet
 
 HINT_CHANNELS = (16, 32, 96, 256)  # of the picture's convolutions; each after the first halves the side
@@ -92,26 +93,12 @@ class UNetCopy(UNet):
         return [join(h) for h, join in zip(found, self.joins, strict=True)]
 
 
-class Controlled(nn.Module):
-    """A frozen base with a trained copy for each picture that it is told. Its parameters are those of the copies alone.
-
-    The base is no part of the module: no optimizer, engine, state or checkpoint knows its weights. `stand_on` gives it.
-    """
+class Controlled(OnBase):
+    """A frozen base with a trained copy for each picture that it is told; its parameters are those of the copies."""
 
     def __init__(self, copies: dict[str, nn.Module]):
         super().__init__()
         self.copies = nn.ModuleDict(copies)
-        self._beside: tuple[nn.Module, ...] = ()  # in a tuple, where modules and DeepSpeed do not see it
-
-    def stand_on(self, base: nn.Module) -> "Controlled":
-        """Give the base, on the device where it is called. From here on it is frozen and in eval mode."""
-        self._beside = (base.eval().requires_grad_(False),)
-        return self
-
-    @property
-    def base(self) -> nn.Module:
-        assert self._beside, "a controlled network is called before it has its base"
-        return self._beside[0]
 
     @property
     def activation_checkpointing(self) -> bool:
