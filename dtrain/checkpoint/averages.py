@@ -61,7 +61,7 @@ class Combination:
 
     @property
     def hash(self) -> str:
-        """Of all that its values depend on."""
+        """A sha256 of all that its values depend on."""
         parts = [f"{manifest_hash(one.checkpoint.path)} {one.key}" for one in self.snapshots]
         return hashlib.sha256("\n".join([*parts, *map(repr, self.weights.tolist())]).encode()).hexdigest()
 

@@ -262,10 +262,10 @@ def report(
     """Write one HTML page about a run, or about several laid over each other; it needs no other file and no network."""
     from dtrain.report import write_report
 
-    gc.disable()  # all that is read stays until the page is written, and cycles are not worth looking for
     if neighbours:
-        gc.enable()
         from dtrain import distributed
 
         distributed.prepare()
+    else:
+        gc.disable()  # all that is read stays until the page is written, and cycles are not worth looking for
     say(write_report(runs, out, neighbours, features, weights, progress))

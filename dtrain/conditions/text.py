@@ -53,12 +53,13 @@ class Words:
         return self._encoder.fingerprint
 
     def given(self, batch: Batch) -> Condition:
-        rows = batch[self.name]
-        return self._nulled(self._encoded(rows), rows[:, 0] == 0)
+        return self._of_rows(batch[self.name])
 
     def said(self, words: list[str], device: torch.device) -> Condition:
         """What rows are told these words, of prompts and captions that come in no batch."""
-        rows = self.rows(words).to(device)
+        return self._of_rows(self.rows(words).to(device))
+
+    def _of_rows(self, rows: Tensor) -> Condition:
         return self._nulled(self._encoded(rows), rows[:, 0] == 0)
 
     def dropped(self, condition: Condition, batch: Batch) -> Condition:

@@ -28,7 +28,7 @@ class EMAProfile(Section):
         return {"decay": self.decay} if self.sigma_rel is None else {"sigma_rel": self.sigma_rel}
 
     def weight(self, step: int) -> float:
-        """Of the weights after `step`, counted from 1, in their average: 1 − decay, or 1 − (1 − 1/step)^(γ + 1).
+        """What the weights after `step`, counted from 1, weigh in the average: 1 − decay, or 1 − (1 − 1/step)^(γ + 1).
 
         Karras et al. 2024, equation 123: after the first step the initial weights are gone.
         """

@@ -114,5 +114,5 @@ class Picture(PartSection):
         return self
 
     def channels(self, of_image: int) -> int:
-        """Of the picture that is told."""
+        """How many the picture that is told has."""
         return 1 if self.operator in ("edges", "mask") else of_image

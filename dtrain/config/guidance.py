@@ -49,19 +49,19 @@ def _scale(value: Any) -> float:
 
 
 def scales(guidance: float | str) -> float | dict[str, float]:
-    """Of what `kept` gives: the number, or condition → number in their order."""
+    """The number that `kept` gives, or condition → number in their order."""
     if not isinstance(guidance, str):
         return guidance
     return {name: float(scale) for name, scale in (part.split("=") for part in guidance.split(","))}
 
 
 def scale_of(guidance: float | str, name: str) -> float:
-    """Of one of the conditions."""
+    """The number of one condition."""
     return scales(guidance)[name] if isinstance(guidance, str) else guidance
 
 
 def chain(guidance: float | str) -> Chain:
-    """Of what `kept` gives; a number leads from nothing told to everything.
+    """The chain that `kept` stands for; a number leads from nothing told to everything.
 
     Neighbours of one scale are one step, since the answer between them falls out, and a scale of 1 in the first place
     is none: what it leads to is where it ends.

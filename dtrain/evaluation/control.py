@@ -34,7 +34,7 @@ class HeldOutPictures:
     cache: BlockCache | None
 
     def of(self, ids: Sequence[int]) -> Said:
-        """Of samples with these ids, those of the held-out samples i mod M: uint8 (n, C, S, S) each."""
+        """What samples with these ids are asked for, those of the held-out samples i mod M: uint8 (n, C, S, S) each."""
         samples = [i % self.split.samples for i in ids]
         where = self.split, self.split.place
         return {
@@ -67,7 +67,7 @@ def of_files(places: Sequence[str | Path], config: Config, as_is: bool = False) 
 
 
 def in_turn(pictures: Said, n: int) -> Said:
-    """Of each condition n pictures: all in turn."""
+    """n pictures of each condition: all in turn."""
     return {name: several[torch.arange(n) % len(several)] for name, several in pictures.items()}
 
 
@@ -102,7 +102,7 @@ def mean_agreement(own: Mapping[int, Agreement]) -> dict[str, float]:
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Of each row of two (n, m), (n,): 1 where both are the same constant, 0 where one alone is constant."""
+    """The correlation of each row of two (n, m), (n,): 1 where both are one constant, 0 where one alone is constant."""
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     scale = (x.square().sum(1) * y.square().sum(1)).sqrt()
     return torch.where(scale > 0, (x * y).sum(1) / scale.clamp(min=1e-30), (x == y).all(1).double())
