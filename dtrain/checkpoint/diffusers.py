@@ -121,6 +121,11 @@ def _scheduler(process: GaussianDiffusion, how: Eval) -> dict[str, Any]:
 
 
 def _flow_scheduler(process: RectifiedFlow) -> dict[str, Any]:
+    if process.prediction != "velocity":
+        raise UserError(
+            f"diffusers' flow takes a model's answer as the velocity, and this one was trained with "
+            f"diffusion.prediction {process.prediction}; export --format safetensors"
+        )
     if process.time_scale != MODEL_TIME:
         raise UserError(
             f"diffusers tells a flow's model {MODEL_TIME} t, and this one was trained with diffusion.time_scale "

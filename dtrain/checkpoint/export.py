@@ -197,7 +197,7 @@ def _write_published(module: torch.nn.Module, config: Config, source: dict, out:
 
     state = {name: p.detach() for name, p in module.named_parameters()}
     if config.diffusion.data_at_one:
-        state = time_turned(state, module)
+        state = time_turned(state, module, config.diffusion.data_at_one)
     names = class_names_of(config.data, config.model.num_classes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(readme.of_published(config, source, names), encoding="utf-8")

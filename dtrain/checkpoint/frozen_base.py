@@ -29,7 +29,16 @@ from dtrain.run import RunDirectory
 NAME = "base"  # among the networks that no checkpoint holds
 EXPORTED = "model.safetensors"  # of a folder of `dtrain checkpoints export`
 # Keys of `diffusion` that say how a network is trained, not what its answer means.
-_OF_TRAINING = ("label_dropout", "stratified", "logit_normal", "loss", "weighting", "min_snr_gamma", "times")
+_OF_TRAINING = (
+    "label_dropout",
+    "stratified",
+    "logit_normal",
+    "loss",
+    "weighting",
+    "min_snr_gamma",
+    "times",
+    "least_time",
+)
 
 _OPENED: "dict[tuple[str, str, str], Base]" = {}  # by source, config and device
 

@@ -59,9 +59,8 @@ def of_adapters(config: Config, source: dict[str, Any]) -> str:
 
 def of_published(config: Config, source: dict[str, Any], class_names: list[str] | None) -> str:
     """Lines that need torch and safetensors, and the class that the reader has of the published program."""
-    turned = (
-        "Data are at t = 1, and the answer is the velocity towards data.\n\n" if config.diffusion.data_at_one else ""
-    )
+    answer = {"velocity": "the velocity towards data", "x0": "x_0"}
+    turned = f"Data are at t = 1, and the answer is {answer[at]}.\n\n" if (at := config.diffusion.data_at_one) else ""
     code = ["from safetensors.torch import load_file", "", 'state = load_file("model.safetensors")']
     code += ["print(*((name, tuple(value.shape)) for name, value in state.items()), sep=chr(10))"]
     head = _head(config.data, config.model, source, class_names)

@@ -20,9 +20,9 @@ class _Process(IdentitySection):
     """of times logit_normal: the normal's standard deviation"""
 
     @property
-    def data_at_one(self) -> bool:
-        """Whether weight files of others count the time from noise, 0, to data, 1."""
-        return False
+    def data_at_one(self) -> str | None:
+        """What the network predicts, where weight files of others count the time from noise, 0, to data, 1."""
+        return None
 
 
 class Gaussian(_Process):
@@ -96,7 +96,20 @@ class Flow(_Process):
     """which times are trained; logit_normal: more of those in the middle"""
     time_scale: Literal[1, 1000] = 1000
     """what the model is told of t is this times t; 1 as in SiT, whose weight files run.init_from then turns round"""
+    prediction: Literal["velocity", "x0"] = "velocity"
+    """what the model's output stands for; x0 for large patches of pixels (JiT); the loss is the velocity's for both"""
+    least_time: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """of prediction x0: the loss divides by t, and by no less than this"""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.least_time != 0.05 and self.prediction == "velocity":
+            raise ValueError(
+                f"least_time {self.least_time} has no effect on prediction velocity, whose loss divides by no time; "
+                "take prediction x0, or leave it out"
+            )
+        return self
 
     @property
-    def data_at_one(self) -> bool:
-        return self.time_scale == 1
+    def data_at_one(self) -> str | None:
+        return self.prediction if self.time_scale == 1 else None

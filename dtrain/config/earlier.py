@@ -49,6 +49,8 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.weighting": Earlier("none", _GAUSSIAN),
     "diffusion.times": Earlier("uniform"),
     "diffusion.time_scale": Earlier(1000, _FLOW),
+    "diffusion.prediction": Earlier("velocity", _FLOW),
+    "diffusion.least_time": Earlier(0.05, _FLOW),
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
     "conditions": Earlier({}),

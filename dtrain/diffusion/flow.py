@@ -1,4 +1,7 @@
-"""Rectified flow: a straight path from data to noise and its velocity (Liu et al. 2023; Lipman et al. 2023)."""
+"""Rectified flow: a straight path from data to noise and its velocity (Liu et al. 2023; Lipman et al. 2023).
+
+A network predicts the velocity itself, or x_0, of which the velocity follows (JiT, Li & He 2025).
+"""
 
 from dataclasses import dataclass
 
@@ -13,16 +16,18 @@ MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000
 
 @dataclass(frozen=True, eq=False)
 class RectifiedFlow:
-    """x_t = (1 − t) x_0 + t ε for t in [0, 1], and a network that predicts dx/dt = ε − x_0.
+    """x_t = (1 − t) x_0 + t ε for t in [0, 1], and a network that predicts dx/dt = ε − x_0, or x_0.
 
-    time_scale: the model is told time_scale · t.
+    time_scale: the model is told time_scale · t. prediction: velocity | x0. least_time: the loss of x0 is of the
+    velocity (x_t − x̂_0)/t, which has no bound at t = 0, so it divides by no less than this.
 
     The trainer and the samplers use it as they use `GaussianDiffusion`; only the meaning of t differs.
     """
 
     time_scale: int = MODEL_TIME
+    prediction: str = "velocity"
+    least_time: float = 0.05
 
-    prediction = "velocity"
     snr_ends = None  # from infinity to 0, always
     clean = 0.0  # the time that samplers walk to
 
@@ -60,20 +65,33 @@ class RectifiedFlow:
         return alpha * x0 + sigma * noise
 
     def split(self, output: Tensor) -> tuple[Tensor, None]:
-        """The velocity, and no variance channels."""
+        """The output, and no variance channels."""
         return output, None
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """The velocity, the same at every t."""
-        return target("velocity", x0, noise, *self._levels(t, x0))
+        """What a perfect network would answer at t: the velocity, the same at every t, or x_0."""
+        return target(self.prediction, x0, noise, *self._levels(t, x0))
+
+    def error(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """The error of the velocity, whose square the loss is.
+
+        Of a network that predicts x_0 it is (x_t − x̂_0)/d − (x_t − x_0)/d with d = max(t, least_time), in which x_t
+        cancels (Li & He 2025, section 4.3).
+        """
+        error = output - self.target(x0, noise, t)
+        if self.prediction == "velocity":
+            return error
+        _, sigma = self._levels(t, x0)
+        least = self.least_time
+        return -error / (sigma.clamp(min=least) if isinstance(sigma, Tensor) else max(sigma, least))
 
     def eps(self, output: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """x_t + (1 − t) velocity."""
-        return to_eps("velocity", output.to(x_t.dtype), x_t, *self._levels(t, x_t))
+        """x_t + (1 − t) velocity, or of x̂_0 the ε with which x_t lies on its path; t > 0."""
+        return to_eps(self.prediction, output.to(x_t.dtype), x_t, *self._levels(t, x_t))
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """x_t − t velocity."""
-        return to_x0("velocity", output.to(x_t.dtype), x_t, *self._levels(t, x_t))
+        """x_t − t velocity, or the output itself."""
+        return to_x0(self.prediction, output.to(x_t.dtype), x_t, *self._levels(t, x_t))
 
     def _levels(self, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
         if not isinstance(t, Tensor):

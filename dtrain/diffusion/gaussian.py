@@ -109,6 +109,10 @@ class GaussianDiffusion:
         """What a perfect network would predict at t, shaped as x0."""
         return target(self.prediction, x0, noise, *self._levels(t, x0))
 
+    def error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """What the loss squares: how far a prediction, without its variance channels, is from the target."""
+        return prediction - self.target(x0, noise, t)
+
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
         """The x̂_0 that the model's output at (x_t, t) stands for, in x_t's dtype."""
         prediction, _ = self.split(output)

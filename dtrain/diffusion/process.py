@@ -12,7 +12,7 @@ def build(config: Gaussian | Flow, decoder: str = "discretised") -> GaussianDiff
     decoder: of its bound; see `GaussianDiffusion`.
     """
     if config.process == "flow":
-        return RectifiedFlow(config.time_scale)
+        return RectifiedFlow(config.time_scale, config.prediction, config.least_time)
     return GaussianDiffusion(
         named(config.schedule, config.timesteps, config.zero_terminal_snr),
         config.prediction,

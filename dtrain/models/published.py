@@ -14,13 +14,13 @@ from dtrain.models.weight_file import Which, is_own, read_weights
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_published(model: Model, path: str | Path, which: Which | None = None, data_at_one: bool = False) -> Model:
+def load_published(model: Model, path: str | Path, which: Which | None = None, data_at_one: str | None = None) -> Model:
     """Copy a state dict in a file into a model of the same architecture; returns it.
 
     which: of a file that holds averaged and raw weights. data_at_one: the file's network, unless dtrain wrote it, is
-    told t in [0, 1] with data at 1, as SiT's are. Positions are frozen sines and cosines: for another image size the
-    model keeps its own. Raises UserError for a file that holds no plain state dict, or whose names or shapes are not
-    the model's.
+    told t in [0, 1] with data at 1, as SiT's are, and predicts this: velocity or x0. Positions are frozen sines and
+    cosines: for another image size the model keeps its own. Raises UserError for a file that holds no plain state dict,
+    or whose names or shapes are not the model's.
     """
     found, wanted = published(model, path, which, data_at_one), dict(model.named_parameters())
     with torch.no_grad():
@@ -30,14 +30,14 @@ def load_published(model: Model, path: str | Path, which: Which | None = None, d
 
 
 def published(
-    model: nn.Module, path: str | Path, which: Which | None = None, data_at_one: bool = False
+    model: nn.Module, path: str | Path, which: Which | None = None, data_at_one: str | None = None
 ) -> dict[str, Tensor]:
     """The weights in a file for each parameter of a model, which may lie on `meta`. Raises as `load_published`."""
     wanted = dict(model.named_parameters())
     found = read_weights(path, which)
     if "pos_embed" in wanted and "pos_embed" in found and found["pos_embed"].shape != wanted["pos_embed"].shape:
         found["pos_embed"] = wanted["pos_embed"].detach()
-    turn = data_at_one and not is_own(path)
+    turn = None if is_own(path) else data_at_one
     if turn and isinstance(model, DiT):
         found = without_variance(found, model)
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -53,7 +53,7 @@ def published(
             )
         if found[name].layout != torch.strided or not found[name].is_floating_point():
             raise UserError(f"`{name}` in {path} holds {found[name].dtype}, not plain floating-point numbers")
-    return time_turned(found, model) if turn else found
+    return time_turned(found, model, turn) if turn else found
 
 
 def _hint(found: dict[str, Tensor]) -> str:

@@ -5,8 +5,8 @@ goes from data, 0, to noise, 1, and the network predicts dx/dt = ε − x_0. So 
 
     cos((1 − t) ω) = cos ω cos(t ω) + sin ω sin(t ω),   sin((1 − t) ω) = sin ω cos(t ω) − cos ω sin(t ω)
 
-is a reflection of the pairs that the time embedder's first layer takes, and the sign goes into the last layer. Done
-twice it gives the weights that were there before.
+is a reflection of the pairs that the time embedder's first layer takes, and the sign goes into the last layer. Of a
+network that predicts x_0 (JiT) no sign changes. Done twice it gives the weights that were there before.
 """
 
 import torch
@@ -18,10 +18,11 @@ from dtrain.models.mmdit import MMDiT
 from dtrain.models.unet import UNet
 
 
-def time_turned(state: dict[str, Tensor], model: DiT | MMDiT | UNet) -> dict[str, Tensor]:
+def time_turned(state: dict[str, Tensor], model: DiT | MMDiT | UNet, prediction: str = "velocity") -> dict[str, Tensor]:
     """The weights of a network that is told t in [0, 1], as those of one that is told 1 − t and predicts the opposite.
 
     state: name → tensor of this model's names and shapes; the answer has its dtypes, and is computed in float64.
+    prediction: velocity | x0; x_0 is the same in both times.
     """
     time, last = "t_embedder.mlp.0.weight", "conv_out" if isinstance(model, UNet) else "final_layer.linear"
     of_cos, of_sin = state[time].double().chunk(2, dim=1)  # (D, F/2) each
@@ -29,7 +30,8 @@ def time_turned(state: dict[str, Tensor], model: DiT | MMDiT | UNet) -> dict[str
     frequencies = time_frequencies(embedder.frequencies, exact, embedder.shift).double()
     cos, sin = frequencies.cos(), frequencies.sin()
     turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
-    opposite = {name: -state[name] for name in (f"{last}.weight", f"{last}.bias")}
+    signed = (f"{last}.weight", f"{last}.bias") if prediction == "velocity" else ()
+    opposite = {name: -state[name] for name in signed}
     return state | opposite | {time: turned.to(state[time].dtype)}
 
 

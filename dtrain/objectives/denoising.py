@@ -1,7 +1,8 @@
 """Denoising: a network learns what noise did to an image, at levels that a time distribution chooses.
 
     x_t = α_t x_0 + σ_t ε,  loss = ‖network(x_t, t) − target(x_0, ε, t)‖²  or the variational bound
-(Ho et al. 2020, Algorithm 1; Nichol & Dhariwal 2021; Liu et al. 2023.)
+(Ho et al. 2020, Algorithm 1; Nichol & Dhariwal 2021; Liu et al. 2023.) Of a flow whose network predicts x_0 the loss is
+the velocity's (Li & He 2025).
 """
 
 from collections.abc import Mapping
@@ -46,9 +47,9 @@ class Denoising(Objective):
         """What training descends. batch: x_0 and noise, float32 (N, C, H, W), and time, float64 (N,) in [0, 1).
 
         simple: the squared error of the prediction, its mean over C, H, W (Ho et al. 2020, equation 14), times the
-        min-SNR weight where there is one. vlb: T·L_t in bits/dim, an unbiased estimate of the bound without its
-        constant L_T. hybrid: simple + 0.001·vlb in which the mean is detached, so that the bound trains the variance
-        alone.
+        min-SNR weight where there is one; of a flow always of the velocity. vlb: T·L_t in bits/dim, an unbiased
+        estimate of the bound without its constant L_T. hybrid: simple + 0.001·vlb in which the mean is detached, so
+        that the bound trains the variance alone.
 
         The backbone: (x (N, C, H, W), process.model_time (N,), **condition) → (N, C or 2C, H, W). The rows have x_0's
         dtype, whatever it computes in.
@@ -78,8 +79,7 @@ class Denoising(Objective):
     def _simple(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         process = self.process
         prediction, _ = process.split(output)
-        error = prediction - process.target(x0, noise, t)
-        losses = error.square().flatten(1).mean(1)
+        losses = process.error(prediction, x0, noise, t).square().flatten(1).mean(1)
         if self.min_snr_gamma is None:
             return losses
         return losses * on_device(self._min_snr_weights, t.device)[t].to(losses.dtype)

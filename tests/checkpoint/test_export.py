@@ -226,6 +226,19 @@ def test_a_flow_that_counts_time_as_sit_does_is_published_turned_round_and_comes
         WRITERS["diffusers"](model, config, SOURCE, tmp_path / "diffusers")
 
 
+def test_a_flow_that_predicts_x0_is_published_with_its_sign_and_refused_by_diffusers(digits, tmp_path):
+    more = ["diffusion={process: flow, prediction: x0, time_scale: 1}", "model.frequency_shift=1"]
+    config = tiny(digits, tmp_path, *more)
+    model = randomised(allocate(config))
+    WRITERS["published"](model, config, SOURCE, tmp_path / "published")
+    published = load_file(tmp_path / "published" / "model.safetensors")
+    assert torch.equal(published["final_layer.linear.bias"], model.final_layer.linear.bias)
+    assert not torch.equal(published["t_embedder.mlp.0.weight"], model.t_embedder.mlp[0].weight)
+    assert "the answer is x_0" in (tmp_path / "published" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"takes a model's answer as the velocity, .* diffusion.prediction x0"):
+        WRITERS["diffusers"](model, config, SOURCE, tmp_path / "diffusers")
+
+
 def test_a_run_with_published_frequencies_is_refused_before_a_folder_is_made(digits, tmp_path):
     config = tiny(digits, tmp_path, "model.frequency_shift=0")
     with pytest.raises(UserError, match=r"train with model\.frequency_shift 1"):

@@ -25,7 +25,7 @@ def exact(process, mean=MEAN, std=STD):
 
     def denoiser(x, t):
         time = t[0].item()
-        alpha, sigma = process.level(time / 1000 if process.prediction == "velocity" else time)
+        alpha, sigma = process.level_told(time)
         eps = exact_eps(x, alpha, sigma, mean, std)
         x0 = mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
         return target(process.prediction, x0, eps, alpha, sigma)

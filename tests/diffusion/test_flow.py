@@ -3,11 +3,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dtrain.config import Flow
 from dtrain.diffusion import solvers
 from dtrain.diffusion.flow import RectifiedFlow
-from dtrain.diffusion.samplers import ddim, sample
+from dtrain.diffusion.guidance import guided
+from dtrain.diffusion.projection import projection
+from dtrain.diffusion.samplers import ddim, encode, sample
 from dtrain.diffusion.times import LogitNormal
 from dtrain.objectives import build as objectives
 from dtrain.objectives.denoising import Denoising
@@ -15,6 +18,8 @@ from tests.diffusion.gaussian_data import MEAN, STD, affine_std, exact, exact_ep
 from tests.objectives.rows import row_losses
 
 flow = RectifiedFlow()
+of_x0 = RectifiedFlow(prediction="x0")
+both = pytest.mark.parametrize("process", [flow, of_x0], ids=["velocity", "x0"])
 
 
 def test_the_path_is_straight_from_data_to_noise():
@@ -47,6 +52,68 @@ def test_velocity_says_what_x0_and_eps_are():
     torch.testing.assert_close(flow.eps(noise - x0, x_t, t), noise, rtol=0, atol=1e-14)
 
 
+def test_of_an_x0_the_velocity_is_exact_and_the_loss_none():
+    x0, noise, t = normals(4, 1, 2, 2), normals(4, 1, 2, 2, seed=1), torch.tensor([0.05, 0.3, 0.7, 1.0]).double()
+    x_t = of_x0.noised(x0, noise, t)
+    velocity = of_x0.eps(x0, x_t, t) - of_x0.x0(x0, x_t, t)
+    torch.testing.assert_close(velocity, noise - x0, rtol=0, atol=1e-12)
+    for time in (0.05, 0.3, 1.0):  # samplers give one time for all rows
+        x_t = of_x0.noised(x0, noise, time)
+        torch.testing.assert_close(of_x0.eps(x0, x_t, time), noise, rtol=0, atol=1e-12)
+    assert row_losses(Denoising(of_x0), lambda x, t: x0, x0, noise, t, {}).abs().max() == 0
+
+
+@pytest.mark.parametrize("least", [0.05, 0.2])
+def test_the_loss_of_an_x0_is_the_squared_error_of_the_velocity_as_it_is_written(least):
+    """v̂ = (x_t − x̂)/max(t, d) against (x_t − x_0)/max(t, d); from t = d on it is the loss of a network that says v̂."""
+    x0, noise, off = normals(5, 2, 3, 3), normals(5, 2, 3, 3, seed=1), normals(5, 2, 3, 3, seed=2)
+    t = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.999]).double()
+    process = RectifiedFlow(prediction="x0", least_time=least)
+    found = row_losses(Denoising(process), lambda x, told: x0 + off, x0, noise, t, {})
+    divisor = torch.tensor([max(float(time), least) for time in t], dtype=torch.float64).view(-1, 1, 1, 1)
+    x_t = process.noised(x0, noise, t)
+    written = ((x_t - (x0 + off)) / divisor - (x_t - x0) / divisor).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, written, rtol=1e-12, atol=1e-12)
+    for i, time in enumerate(t.tolist()):
+        assert float(process.error(x0 + off, x0, noise, time)[i].square().mean()) == pytest.approx(float(found[i]))
+    late = t >= least
+    says = (x_t - (x0 + off)) / t.view(-1, 1, 1, 1)
+    of_v = row_losses(Denoising(flow), lambda x, told: says, x0, noise, t, {})
+    torch.testing.assert_close(found[late], of_v[late], rtol=1e-10, atol=1e-10)
+
+
+def test_guidance_of_an_x0_is_guidance_of_its_velocity():
+    """Both are linear in the output with coefficients that add up to 1, so that every walk is the same."""
+    null = lambda condition: {"y": torch.full_like(condition["y"], 9)}  # noqa: E731
+    x_T, y = normals(3, 1, 2, 2), torch.tensor([1, 2, 3])
+
+    def x0_of(x, t, y):
+        return torch.tanh(x * (1 + y.view(-1, 1, 1, 1))) + t.view(-1, 1, 1, 1) / 1000
+
+    def velocity_of(x, t, y):
+        return (x - x0_of(x, t, y)) / (t / 1000).view(-1, 1, 1, 1)
+
+    for how in ({}, {"rescale": 0.0, "interval": (0.2, 0.8)}):
+        ends = []
+        for process, model in ((flow, velocity_of), (of_x0, x0_of)):
+            led = guided(model, 2.5, null, **how)
+            exactly = RectifiedFlow(prediction=process.prediction)
+            ends.append(sample(lambda x, t, led=led: led(x, t.double(), y=y), exactly, x_T, "heun", 9))
+        torch.testing.assert_close(*ends, rtol=0, atol=3e-5)  # the model's time is a float32
+
+
+def test_projected_guidance_of_an_x0_is_that_of_its_velocity():
+    """APG judges differences as those of x̂_0."""
+    x, towards, away = normals(2, 1, 2, 2), normals(2, 1, 2, 2, seed=1), normals(2, 1, 2, 2, seed=2)
+    t, time = 0.4, torch.full((2,), 400.0)
+    of = {
+        of_x0: (towards, towards - away),
+        flow: ((x - towards) / t, ((x - towards) - (x - away)) / t),
+    }
+    kept = {p: projection(p, 0.7, 0.5, -0.3)(0, change, answer, x, time) for p, (answer, change) in of.items()}
+    torch.testing.assert_close(-t * kept[flow], kept[of_x0], rtol=0, atol=1e-7)
+
+
 def closed_std(steps):
     """Euler's product for exact velocities: v = k(t) (x − mean), with marginal variance s² (1 − t)² + t²."""
     slope = 1.0
@@ -56,27 +123,43 @@ def closed_std(steps):
     return slope
 
 
+@both
 @pytest.mark.parametrize("steps", [1, 10, 100])
-def test_euler_on_gaussian_data_is_the_closed_product(steps):
+def test_euler_on_gaussian_data_is_the_closed_product(process, steps):
     x_T = torch.tensor([0.0, 1.0]).double().view(2, 1, 1, 1)
-    zero, one = sample(exact(flow), flow, x_T, "euler", steps).flatten()
+    zero, one = sample(exact(process), process, x_T, "euler", steps).flatten()
     assert float(zero) == pytest.approx(MEAN, abs=1e-10)
     assert float(one - zero) == pytest.approx(closed_std(steps), abs=2e-7)  # the model's time is a float32
 
 
-def test_heun_needs_fewer_steps_than_euler():
+@both
+def test_heun_needs_fewer_steps_than_euler(process):
     x_T = torch.tensor([0.0, 1.0]).double().view(2, 1, 1, 1)
     errors = {}
     for sampler, steps in (("euler", 40), ("heun", 20)):
-        zero, one = sample(exact(flow), flow, x_T, sampler, steps).flatten()
+        zero, one = sample(exact(process), process, x_T, sampler, steps).flatten()
         errors[sampler] = abs(float(one - zero) - STD)
     assert errors["heun"] < errors["euler"] / 2
 
 
-def test_deterministic_ddim_on_a_flow_is_euler():
+@both
+def test_deterministic_ddim_on_a_flow_is_euler(process):
     x_T = normals(3, 1, 2, 2)
-    euler = sample(exact(flow), flow, x_T, "euler", 13)
-    torch.testing.assert_close(ddim(exact(flow), flow, x_T, flow.walk(13)), euler, rtol=0, atol=1e-12)
+    euler = sample(exact(process), process, x_T, "euler", 13)
+    torch.testing.assert_close(ddim(exact(process), process, x_T, process.walk(13)), euler, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_every_walk_of_an_x0_is_that_of_its_velocity_and_so_is_the_way_back(sampler):
+    x_T = normals(4, 1, 2, 2)
+    noise = [normals(4, 1, 2, 2, seed=9 + i) for i in range(20)]
+    ends, backs = [], []
+    for process in (flow, of_x0):
+        model = exact(process)
+        ends.append(sample(model, process, x_T, sampler, 20, step_noise=lambda i: noise[i]))
+        backs.append(encode(model, process, MEAN + STD * x_T, process.walk(20)))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-7)  # the model's time is a float32
+    torch.testing.assert_close(*backs, rtol=0, atol=1e-7)
 
 
 def slopes(t, noise):
@@ -146,5 +229,10 @@ def test_the_variance_of_the_sde_is_its_linear_recursion_and_nears_the_datas_as_
 
 def test_the_configured_flow():
     built = objectives.denoising(Flow(process="flow", times="logit_normal", logit_normal_mean=0.5))
+    assert (built.process.prediction, built.process.least_time) == ("velocity", 0.05)
+    other = objectives.denoising(Flow(process="flow", prediction="x0", least_time=0.1)).process
+    assert (other.prediction, other.least_time) == ("x0", 0.1)
+    with pytest.raises(ValidationError, match=r"least_time 0.1 has no effect on prediction velocity"):
+        Flow(process="flow", least_time=0.1)
     assert built.times == LogitNormal(0.5, 1.0)
     assert float(built.place(torch.tensor([0.5]).double())) == pytest.approx(1 / (1 + math.exp(-0.5)))

@@ -200,9 +200,12 @@ def test_projected_guidance_is_the_papers():
         torch.testing.assert_close(_x0(answer, state, one_time), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("process", [FLOW, GaussianDiffusion(linear(1000)), GaussianDiffusion(linear(1000), "v")])
+GAUSSIANS = [GaussianDiffusion(linear(1000)), GaussianDiffusion(linear(1000), "v")]
+
+
+@pytest.mark.parametrize("process", [FLOW, RectifiedFlow(prediction="x0"), *GAUSSIANS])
 def test_a_projection_knows_the_level_by_what_the_model_is_told(process):
-    t = 0.4 if process is FLOW else 400
+    t = 0.4 if isinstance(process, RectifiedFlow) else 400
     state, answer = torch.ones(2, 1, 2, 2).double(), torch.full((2, 1, 2, 2), 0.3).double()
     found = projection(process, 1.0, None, 0.0).x0(answer, state, process.model_time(t, state))
     torch.testing.assert_close(found, process.x0(answer, state, t), rtol=0, atol=1e-12)

@@ -25,7 +25,7 @@ class ExactMixture(torch.nn.Module):
 
     def forward(self, x, t, y):
         time = t[0].item()
-        alpha, sigma = self.process.level(time / 1000 if self.process.prediction == "velocity" else time)
+        alpha, sigma = self.process.level_told(time)
         points, variance = x.double().flatten(1)[:, None], alpha**2 * STD**2 + sigma**2
         away = points - alpha * MEANS  # (N, 3, 4)
         share = torch.softmax(WEIGHTS.log() - away.square().sum(2) / (2 * variance), dim=1)[:, :, None]

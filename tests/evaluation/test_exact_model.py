@@ -47,6 +47,9 @@ def null() -> float:
         ["eval.sampler=heun"],
         ["diffusion={process: flow}", "eval.sampler=euler"],
         ["diffusion={process: flow}", "eval.sampler=heun"],
+        longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"]),
+        longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=heun"]),
+        longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=sde"]),
     ],
     ids=lambda walk: "-".join(part.partition("=")[2] for part in walk),
 )

@@ -27,6 +27,7 @@ PROCESSES = [
     ["diffusion.prediction=v"],
     ["diffusion.prediction=x0"],
     ["diffusion.prediction=v", "diffusion.zero_terminal_snr=true"],
+    ["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"],
     ["diffusion={process: flow}", "eval.sampler=euler"],
 ]
 

@@ -45,6 +45,13 @@ def test_the_turned_weights_answer_at_t_what_the_others_answer_at_1_minus_t_with
     torch.testing.assert_close(turned(x, t, y), -model(x, 1 - t, y), rtol=0, atol=1e-11)
 
 
+def test_of_a_network_that_predicts_x0_no_sign_changes():
+    model, turned = random_weights(small().double()), small().double()
+    turned.load_state_dict(time_turned(model.state_dict(), model, "x0"))
+    x, t, y = inputs()
+    torch.testing.assert_close(turned(x, t, y), model(x, 1 - t, y), rtol=0, atol=1e-11)
+
+
 def test_turned_twice_the_weights_are_those_before():
     model = random_weights(small().double())
     twice = time_turned(time_turned(model.state_dict(), model), model)
@@ -58,7 +65,7 @@ def sit(tmp_path):
     theirs = random_weights(small(learn_sigma=True))
     path = tmp_path / "SiT.safetensors"
     save_file({name: p.detach().clone() for name, p in theirs.named_parameters()}, path)
-    return theirs, path, load_published(small(), path, data_at_one=True)
+    return theirs, path, load_published(small(), path, data_at_one="velocity")
 
 
 def test_a_published_flow_is_loaded_with_its_time_turned_and_without_the_channels_that_nobody_reads(sit):
