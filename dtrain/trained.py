@@ -76,6 +76,8 @@ class Trained:
         guidance_orthogonal: float | None = None,
         guidance_norm: float | None = None,
         guidance_momentum: float | None = None,
+        guidance_renoise: Literal["guided", "null"] | None = None,
+        guide_with: str | None = None,
         precision: Literal["fp32", "bf16"] | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
@@ -108,6 +110,8 @@ class Trained:
             "guidance_orthogonal": guidance_orthogonal,
             "guidance_norm": guidance_norm,
             "guidance_momentum": guidance_momentum,
+            "guidance_renoise": guidance_renoise,
+            "guide_with": guide_with,
             "precision": precision,
             "batch_size": batch_size,
         }

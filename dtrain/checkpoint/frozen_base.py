@@ -125,10 +125,9 @@ def read_base(source: str, config: Config) -> nn.Module:
     try:
         if (file := _file(Path(source))) is not None:
             return load_published(model, file, "ema" if holds_average(file) else None, config.diffusion.data_at_one)
-        checkpoint = _checkpoint(Path(source))
+        checkpoint = checkpoint_of(Path(source))
         _check_same(checkpoint.meta.get("config"), config)
-        key = "ema_0" if any(name.endswith(":ema_0") for name in checkpoint.tensors) else "fp32"
-        return load_weights(checkpoint, model, key)
+        return load_weights(checkpoint, model, averaged_where_kept(checkpoint))
     except UserError as e:
         raise UserError(f"the base {source} cannot be used: {e}") from None
 
@@ -141,7 +140,7 @@ def check_source(source: str, config: Config) -> None:
         if (file := _file(Path(source))) is not None:
             published(model, file, "ema" if holds_average(file) else None, config.diffusion.data_at_one)
         else:
-            checkpoint = _checkpoint(Path(source))
+            checkpoint = checkpoint_of(Path(source))
             _check_same(checkpoint.meta.get("config"), config)
             check_same(checkpoint, {name: p.numel() for name, p in model.named_parameters()})
     except UserError as e:
@@ -153,7 +152,7 @@ def _file(path: Path) -> Path | None:
     return next((one for one in (path, path / EXPORTED) if one.is_file()), None)
 
 
-def _checkpoint(path: Path) -> Checkpoint:
+def checkpoint_of(path: Path) -> Checkpoint:
     """A checkpoint's own folder, or the newest of a run. Raises UserError."""
     if not (path / "manifest.json").is_file():
         if not path.exists() and not (Path("runs") / path).exists():
@@ -168,20 +167,29 @@ def _checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"the checkpoint is damaged: {e}") from None
 
 
+def averaged_where_kept(checkpoint: Checkpoint) -> str:
+    """The key of its first average, or of the raw weights where it has none."""
+    return "ema_0" if any(name.endswith(":ema_0") for name in checkpoint.tensors) else "fp32"
+
+
 def _check_same(theirs: Any, ours: Config) -> None:
     """Raises UserError where a checkpoint's config is of another model or process than the one that is to be its."""
     try:
         theirs = Config(**with_earlier_values(theirs))
     except (AttributeError, TypeError, ValueError):
         return  # a program of the user's wrote it: names and shapes alone tell
-    pairs = [(_meaning(theirs), _meaning(ours)), (architecture(theirs), architecture(ours))]
-    for there, here in pairs:
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                raise UserError(f"{key} is {there.get(key)} there, {here.get(key)} here")
+    check_equal(meaning(theirs), meaning(ours))
+    check_equal(architecture(theirs), architecture(ours))
 
 
-def _meaning(config: Config) -> Mapping[str, Any]:
+def check_equal(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises UserError with the first key that has two values."""
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise UserError(f"{key} is {there.get(key)} there, {here.get(key)} here")
+
+
+def meaning(config: Config) -> Mapping[str, Any]:
     """Key → value of what decides what a network's answer means."""
     tree = config.diffusion.model_dump(mode="json")
     own = {f"diffusion.{key}": value for key, value in tree.items() if not key.startswith(_OF_TRAINING)}

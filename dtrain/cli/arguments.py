@@ -30,6 +30,9 @@ SamplerName = Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m
 Guidance = Annotated[
     str | None, typer.Option(help="1 is none; or of each condition apart, in their order: text=3,label=1.5")
 ]
+GuideWith = Annotated[
+    str | None, typer.Option(help="a smaller run, or an earlier checkpoint, that guidance leads away from")
+]
 Ema = Annotated[int | None, typer.Option(min=0, help="EMA profile")]
 Sigma = Annotated[
     float | None, typer.Option(help="σ_rel of an average made of snapshots, of a run with power-function averages")

@@ -17,6 +17,7 @@ from dtrain.cli.arguments import (
     Eta,
     Features,
     Guidance,
+    GuideWith,
     Metrics,
     NumSamples,
     Raw,
@@ -55,6 +56,7 @@ def evaluate(
     eta: Eta = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
+    guide_with: GuideWith = None,
     ema: Ema = None,
     sigma: Sigma = None,
     raw: Raw = False,
@@ -88,7 +90,7 @@ def evaluate(
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"sigma": sigma, "features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
-    chosen |= {"clip_model": clip_model, "classifier": classifier}
+    chosen |= {"clip_model": clip_model, "classifier": classifier, "guide_with": guide_with}
     directory = None if init else RunDirectory.find(run)
     own = load(run) if init else directory.config()
     settings = with_eval(own, chosen, raw or init is not None)

@@ -10,6 +10,7 @@ from dtrain.cli.arguments import (
     Ema,
     Eta,
     Guidance,
+    GuideWith,
     Raw,
     RunName,
     SamplerName,
@@ -66,6 +67,7 @@ def sample(
     eta: Eta = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
+    guide_with: GuideWith = None,
     ema: Ema = None,
     sigma: Sigma = None,
     raw: Raw = False,
@@ -106,6 +108,7 @@ def sample(
     own = directory.config()
     chosen |= {
         "negative_prompt": negative,
+        "guide_with": guide_with,
         "sigma": sigma,
         "guess_mode": guess,
         "control_scale": scales_of(control_scale, own.pictures),

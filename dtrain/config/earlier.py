@@ -79,6 +79,8 @@ EARLIER: dict[str, Earlier] = {
     "eval.guidance_orthogonal": Earlier(0.0),
     "eval.guidance_norm": Earlier(None),
     "eval.guidance_momentum": Earlier(0.0),
+    "eval.guidance_renoise": Earlier("guided"),
+    "eval.guide_with": Earlier(None),
     "eval.guidance_channels": Earlier("all"),
     "eval.control_scale": Earlier({}),
     "eval.guess_mode": Earlier(False),

@@ -80,6 +80,55 @@ def chain(guidance: float | str) -> Chain:
     return Chain(begun, tuple(steps))
 
 
+def check(config: Any) -> None:
+    """Raises ValueError for guidance that a config's model or sampler cannot have, or that has no effect."""
+    e, told = config.eval, [*([CLASS] if config.model.num_classes else []), *config.conditions]
+    if e.guidance != 1 and not told and e.guide_with is None:
+        raise ValueError(f"eval.guidance {e.guidance} needs a model with classes, but model.num_classes is 0")
+    if isinstance(e.guidance, str):
+        _check_apart(e.guidance, told)
+    if e.guide_with is not None:
+        _check_weak(e)
+    if e.guidance_renoise == "null" and e.sampler not in ("ddim", "euler"):
+        raise ValueError(
+            f"eval.guidance_renoise null cannot go with sampler {e.sampler}, whose steps hold a velocity or several "
+            "noises; take ddim or euler"
+        )
+    for key in ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with"):
+        if getattr(e, key) and not e.asked.steps:
+            raise ValueError(f"eval.{key} has no effect with eval.guidance 1; take 3, or leave it out")
+    if e.guidance_renoise == "null" and not e.asked.steps:
+        raise ValueError("eval.guidance_renoise null has no effect with eval.guidance 1; take 0.6, or leave it out")
+    if e.guidance_interval[0] >= e.guidance_interval[1]:
+        raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
+
+
+def _check_apart(guidance: str, told: list[str]) -> None:
+    named = scales(guidance)
+    if len(set(told)) < len(told):
+        raise ValueError(f"eval.guidance {guidance}: the class is called {CLASS}, and so is a condition")
+    if others := [name for name in named if name not in told]:
+        raise ValueError(f"eval.guidance names {others[0]}, and this model is told {' and '.join(told)}")
+    if len(named) < len(told):
+        raise ValueError(
+            f"eval.guidance {guidance} must name each of {', '.join(told)} once; 1 tells it without leading to it"
+        )
+
+
+def _check_weak(e: Any) -> None:
+    """What has a meaning only where guidance leads away from the null."""
+    if isinstance(e.guidance, str):
+        raise ValueError(
+            f"eval.guidance {e.guidance} cannot go with eval.guide_with: the weaker model is told everything too; "
+            "take one number"
+        )
+    for key in ("negative_prompt", "guess_mode"):
+        if getattr(e, key):
+            raise ValueError(
+                f"eval.{key} has no effect with eval.guide_with: the weaker model is told the same; leave one out"
+            )
+
+
 def shown(guidance: Any) -> str:
     """For a line about an evaluation."""
     return f"{guidance:g}" if isinstance(guidance, int | float) else str(guidance)

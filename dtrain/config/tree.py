@@ -223,17 +223,10 @@ class Config(Section):
             raise ValueError(f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {kind}; leave it out")
         if e.decode_batch is not None and self.first_stage.kind == "pixels":
             raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
-        self._guidance_fits()
         for key in ("prompts", "negative_prompt"):
             if getattr(e, key) and not self.texts:
                 raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
-        if e.negative_prompt and not e.asked.steps:
-            raise ValueError("eval.negative_prompt has no effect with eval.guidance 1; take 3, or leave it out")
-        for key in ("guidance_orthogonal", "guidance_norm", "guidance_momentum"):
-            if getattr(e, key) and not e.asked.steps:
-                raise ValueError(f"eval.{key} has no effect with eval.guidance 1; take 3, or leave it out")
-        if e.guidance_interval[0] >= e.guidance_interval[1]:
-            raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
+        guidances.check(self)
 
     def _asks(self, metric: str) -> None:
         key = OF_WHAT_IS_ASKED[metric]
@@ -242,23 +235,6 @@ class Config(Section):
         if not (self.texts if metric == "clip_score" else self.model.num_classes):
             told = "is told in words" if metric == "clip_score" else "has classes"
             raise ValueError(f"eval.metrics {metric} is of what samples are asked for; it needs a model that {told}")
-
-    def _guidance_fits(self) -> None:
-        guidance = self.eval.guidance
-        told = [*([guidances.CLASS] if self.model.num_classes else []), *self.conditions]
-        if guidance != 1 and not told:
-            raise ValueError(f"eval.guidance {guidance} needs a model with classes, but model.num_classes is 0")
-        if not isinstance(guidance, str):
-            return
-        named = guidances.scales(guidance)
-        if len(set(told)) < len(told):
-            raise ValueError(f"eval.guidance {guidance}: the class is called {guidances.CLASS}, and so is a condition")
-        if others := [name for name in named if name not in told]:
-            raise ValueError(f"eval.guidance names {others[0]}, and this model is told {' and '.join(told)}")
-        if len(named) < len(told):
-            raise ValueError(
-                f"eval.guidance {guidance} must name each of {', '.join(told)} once; 1 tells it without leading to it"
-            )
 
     def dump(self) -> str:
         """The whole tree as YAML, defaults filled in; `load` reads it back."""

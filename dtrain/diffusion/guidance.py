@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022)."""
+"""Guidance: away from the model's own answer without a class (Ho & Salimans 2022), or from a weaker model's."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtrain.batch import Condition
 from dtrain.config.guidance import chain
+from dtrain.diffusion.prediction import Apart
 from dtrain.diffusion.projection import Projection
 from dtrain.diffusion.tables import known
 from dtrain.errors import UserError
@@ -24,6 +25,8 @@ def guided(
     last_time: float = 1000,
     rescale: float = 0.0,
     project: Projection | None = None,
+    weak: Model | None = None,
+    renoise: str = "guided",
 ) -> Model:
     """A model(x, t, **condition) that returns uncond + s·(cond − uncond), s = `guidance`, both in one batch of 2N.
 
@@ -43,29 +46,38 @@ def guided(
     project: what becomes of each difference before it is scaled; None: nothing.
     rescale: how far, from 0 to 1, each row's guided channels go back to the conditional ones' standard deviation (Lin
     et al. 2023, section 3.4).
+    weak: another model, asked in the place of the null: weak + s·(model − weak), both told everything (Karras et al.
+    2024, autoguidance). guidance is one number then.
+    renoise: null gives `Apart` answers, whose noise is that of the answer led away from (Chung et al. 2024, CFG++).
 
-    Raises UserError for s ≠ 1 on a model without conditions.
+    Raises UserError for s ≠ 1 on a model without conditions, unless there is a weak one.
     """
     begun, steps = chain(guidance)
     if not steps:
         return model
-    if null is None:
+    if null is None and weak is None:
         raise UserError(f"guidance {guidance} needs a model with classes, but model.num_classes is 0; use guidance 1")
 
     asked = [*(names for _, names in reversed(steps[:-1])), begun]  # beside everything, from the most told on
 
-    def mixture(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
-        inside = _within(t, interval, last_time)
-        if not (inside if isinstance(inside, bool) else bool(inside.any())):
-            return model(x, t, **condition)
+    def answers_of(x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """From the one led away from to the one that is told everything."""
+        if weak is not None:
+            return [weak(x, t, **condition), model(x, t, **condition)]
         less = [null(condition, told=names) if names else null(condition) for names in asked]
         told = {name: torch.cat([value, *(one[name] for one in less)]) for name, value in condition.items()}  # (MN, …)
         m = 1 + len(less)
-        cond, *others = model(torch.cat([x] * m), torch.cat([t] * m), **told).chunk(m)  # (N, O, H, W) each
+        return list(reversed(model(torch.cat([x] * m), torch.cat([t] * m), **told).chunk(m)))  # (N, O, H, W) each
+
+    def mixture(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor | Apart:
+        inside = _within(t, interval, last_time)
+        if not (inside if isinstance(inside, bool) else bool(inside.any())):
+            return model(x, t, **condition)
         n = x.shape[1] if channels is None else min(channels, x.shape[1])
-        towards, rest = cond[:, :n], cond[:, n:]
-        answers = [*(one[:, :n] for one in reversed(others)), towards]  # from the least told on
-        mixed = answers[0]
+        whole = answers_of(x, t, condition)
+        answers, cond = [one[:, :n] for one in whole], whole[-1]
+        away, towards, rest = answers[0], answers[-1], cond[:, n:]
+        mixed = away
         for number, ((scale, _), (before, after)) in enumerate(zip(steps, pairwise(answers), strict=True)):
             difference = after - before
             if project is None:
@@ -76,9 +88,13 @@ def guided(
         if rescale:
             contrast = _std(towards) / _std(mixed)
             mixed = mixed * (rescale * contrast + (1 - rescale))
-        if rest.shape[1]:
-            mixed = torch.cat([mixed, rest], dim=1)
-        return mixed if inside is True else torch.where(inside.view(-1, 1, 1, 1), mixed, cond)
+
+        def completed(answer: Tensor) -> Tensor:
+            if rest.shape[1]:
+                answer = torch.cat([answer, rest], dim=1)
+            return answer if inside is True else torch.where(inside.view(-1, 1, 1, 1), answer, cond)
+
+        return completed(mixed) if renoise == "guided" else Apart(completed(mixed), completed(away))
 
     return mixture
 

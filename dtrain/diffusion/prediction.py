@@ -3,9 +3,18 @@
 With x_t = α x_0 + σ ε, an output a·x_0 + b·ε is solved for both unknowns; its determinant is α b − σ a.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 Level = Tensor | float
+
+
+class Apart(NamedTuple):
+    """Two outputs for one x_t: x̂_0 is the first one's, and the noise of the next state the second one's."""
+
+    output: Tensor
+    renoise: Tensor
 
 
 def _mixture(prediction: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:

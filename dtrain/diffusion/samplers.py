@@ -50,12 +50,13 @@ def sample(
     clip: bool = False,
     step_noise: StepNoise | None = None,
     sde_noise: str | None = None,
+    renoise: str = "guided",
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
     sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, or a plug-in's.
-    eta is ddim's alone, sde_noise the sde's; clip holds every x̂_0 within [−1, 1], for pixels only. Raises UserError for
-    steps that do not fit the process.
+    eta is ddim's alone, sde_noise the sde's; clip holds every x̂_0 within [−1, 1], for pixels only. renoise: null where
+    the denoiser gives `Apart` answers, to ddim and euler only. Raises UserError for steps that do not fit the process.
     """
     timesteps = process.walk(steps, spacing)
     if sampler not in SAMPLERS:
@@ -63,6 +64,8 @@ def sample(
     if sampler == "sde":
         times = solvers.times_of_sde(steps)
         return solvers.sde_flow(denoiser, process, x_T, times, step_noise, clip, sde_noise or "2t")
+    if sampler == "euler" and renoise == "null":
+        return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=True)
     if isinstance(process, RectifiedFlow):
         solver = {"euler": solvers.euler_flow, "heun": solvers.heun_flow}[sampler]
         return solver(denoiser, process, x_T, timesteps, clip)

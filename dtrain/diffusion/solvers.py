@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+from dtrain.diffusion.prediction import Apart
+
+Denoiser = Callable[[Tensor, Tensor], Tensor | Apart]
 
 
 def checked(process, timesteps: list) -> list:
@@ -23,15 +25,17 @@ def predict(denoiser: Denoiser, process, x: Tensor, t, clip: bool) -> tuple[Tens
     """(x̂_0, ε̂, variance channels or None) at x = x_t, in x's dtype.
 
     A clipped x̂_0 brings its own ε = (x − α x̂_0)/σ: keeping the old one would leave the level of noise (guided
-    diffusion does so too, diffusers does not by default).
+    diffusion does so too, diffusers does not by default). Of answers apart ε̂ is the other one's and stays.
     """
-    output = denoiser(x, process.model_time(t, x))
+    answer = denoiser(x, process.model_time(t, x))
+    output, renoise = answer if isinstance(answer, Apart) else (answer, answer)
     _, channels = process.split(output)
-    x0, eps = process.x0(output, x, t), process.eps(output, x, t)
+    x0, eps = process.x0(output, x, t), process.eps(renoise, x, t)
     if clip:
-        alpha, sigma = process.level(t)
         x0 = x0.clamp(-1, 1)
-        eps = (x - alpha * x0) / sigma
+        if renoise is output:
+            alpha, sigma = process.level(t)
+            eps = (x - alpha * x0) / sigma
     return x0, eps, channels
 
 
@@ -87,12 +91,17 @@ def heun(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bool =
 
 
 @torch.no_grad()
-def euler_flow(denoiser: Denoiser, process, x_T: Tensor, timesteps: list[float], clip: bool = False) -> Tensor:
-    """x_0 from x_T by Euler's method on dx/dt = velocity, t from 1 to 0."""
+def euler_flow(
+    denoiser: Denoiser, process, x_T: Tensor, timesteps: list[float], clip: bool = False, apart: bool = False
+) -> Tensor:
+    """x_0 from x_T by Euler's method on dx/dt = velocity, t from 1 to 0.
+
+    apart: x̂_0 and ε̂ are of two answers (`Apart`), so that no velocity leads to the next state: it is mixed of them.
+    """
     x = x_T
     for t, p in steps(process, timesteps):
         x0, eps, _ = predict(denoiser, process, x, t, clip)
-        x = x + (p - t) * (eps - x0)
+        x = (1 - p) * x0 + p * eps if apart else x + (p - t) * (eps - x0)
     return x
 
 

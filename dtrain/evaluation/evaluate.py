@@ -42,13 +42,14 @@ SAMPLING_KEYS = tuple(Sampling.model_fields)
 # Of these, what they are where they are not said: a context lacks them then, as those from before they existed.
 UNSAID = {"decode_batch": None, "negative_prompt": "", "sde_noise": None}
 UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum": 0.0}
+UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
     """The value of each of SAMPLING_KEYS. What is not named and has no default of its own is no setting."""
     found = {key: getattr(e, key) for key in SAMPLING_KEYS}
-    return {key: value for key, value in found.items() if key not in UNSAID or value}
+    return {key: value for key, value in found.items() if key not in UNSAID or value != UNSAID[key]}
 
 
 def labels_of(ids: list[int], e: Eval, num_classes: int, reference: Reference) -> Tensor:
@@ -172,6 +173,8 @@ def evaluate(
     }
     if generator.first_stage.fingerprint != Pixels.fingerprint:
         context["first_stage"] = generator.first_stage.fingerprint
+    if e.guide_with is not None:
+        context["guide"] = generator.guide.checkpoint
     context |= {judge.key: judge.fingerprint for judge in judges}
     if not generator.reconstructs and (encoders := generator.conditions.fingerprints):
         context["text_encoders"] = encoders

@@ -18,6 +18,7 @@ from dtrain.diffusion.projection import projection
 from dtrain.diffusion.samplers import network_evaluations, sample
 from dtrain.diffusion.solvers import Denoiser
 from dtrain.errors import NotFinite
+from dtrain.evaluation.guide import Guide, open_guide
 from dtrain.first_stage.pixels import FirstStage, Pixels
 from dtrain.randomness import Draws, Purpose
 
@@ -67,6 +68,7 @@ class Generator:
     first_stage: FirstStage
     device: torch.device
     noise: int  # by which generator it is drawn, `run.generator`
+    guide: Guide | None = None  # what guidance leads away from; None: the model's own answer to nothing
     reconstructs = False  # its images are new ones
 
     @classmethod
@@ -78,9 +80,11 @@ class Generator:
         device: torch.device,
         first_stage: FirstStage = Pixels(),  # noqa: B008 (it has no state)
     ) -> "Generator":
+        """With the weaker model that the config names. Raises UserError where that cannot be read."""
         assert config.first_stage.kind == "pixels" or not isinstance(first_stage, Pixels)
         conditions = build_conditions(config)
-        return cls(model, process, config.shape, conditions, first_stage, device, config.run.generator)
+        guide = open_guide(config, device)
+        return cls(model, process, config.shape, conditions, first_stage, device, config.run.generator, guide)
 
     def evaluations(self, how: Eval) -> int:
         """How often the network is asked for a block of images."""
@@ -116,6 +120,7 @@ class Generator:
             how.clip,
             lambda step: normals(Purpose.SAMPLE_STEP_NOISE, step),
             how.sde_noise,
+            how.guidance_renoise,
         )
         if bad := [ids[row] for row in which_not_finite(x_0)]:
             raise NotFinite(
@@ -153,16 +158,16 @@ class Generator:
         told = self.conditions.of_ids(ids, labels.to(self.device), said)
         return {name: value.to(self.device) for name, value in told.items()}
 
-    def _network(self, precision: str, *inputs: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        """The model's answer; under bf16 in float32 again, so that guidance and sampler round nothing."""
+    def _network(self, model: torch.nn.Module, precision: str, *inputs: torch.Tensor, **condition) -> torch.Tensor:
+        """A model's answer; under bf16 in float32 again, so that guidance and sampler round nothing."""
         if precision == "fp32":
-            return self.model(*inputs, **condition)
+            return model(*inputs, **condition)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.model(*inputs, **condition).float()
+            return model(*inputs, **condition).float()
 
     def _guided(self, how: Eval):
         return guided(
-            partial(self._network, how.precision),
+            partial(self._network, self.model, how.precision),
             how.guidance,
             partial(self.conditions.null, negative=how.negative_prompt, pictures=_without_pictures(how))
             if self.conditions
@@ -172,6 +177,8 @@ class Generator:
             last_time=self.process.last_time,
             rescale=how.guidance_rescale,
             project=projection(self.process, how.guidance_orthogonal, how.guidance_norm, how.guidance_momentum),
+            weak=None if self.guide is None else partial(self._network, self.guide.module, how.precision),
+            renoise=how.guidance_renoise,
         )
 
 

@@ -53,7 +53,7 @@ class Opened:
     generator: "Generator | Reconstructions"
     step: int
     images: int
-    checkpoint: str  # its hash
+    checkpoint: str  # its hash; with that of the model which guidance leads away from, where there is one
 
 
 def newest_step(run: RunDirectory) -> int:
@@ -98,6 +98,8 @@ def open_generator(run: RunDirectory, config: Config, device: torch.device, step
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
         generator = generator_of(model, build_objective(config).process, config, device, first_stage)
         build_conditions(config).check(checkpoint.meta.get("text_encoders"))
+        if config.eval.guide_with is not None:
+            name += f"+{generator.guide.checkpoint}"
         return Opened(generator, checkpoint.meta["step"], checkpoint.meta["images"], name)
 
     return distributed.agree(opened)

@@ -74,6 +74,10 @@ def needs_split(e: Eval) -> bool:
 def check_evaluation(config: Config) -> None:
     """Raises the UserError that an evaluation would, as far as settings, manifests and names of files tell."""
     check_guidance(config)
+    if config.eval.guide_with is not None:
+        from dtrain.evaluation.guide import check_guide  # it needs torch
+
+        check_guide(config)
     check_asked(config.eval)
     if (split := split_of(config)) is not None:
         manifests.check_shards(split, split.place)
@@ -234,7 +238,7 @@ def check_resize(resize: str | None, features: str, is_inception: bool) -> None:
 def check_guidance(config: Config) -> None:
     """Raises UserError where guidance would contrast with a model that nothing has trained."""
     guidance, (begun, steps) = config.eval.guidance, config.eval.asked
-    if not steps:
+    if not steps or config.eval.guide_with is not None:
         return
     if config.model.num_classes and config.diffusion.label_dropout == 0 and CLASS not in begun:
         raise UserError(

@@ -147,7 +147,7 @@ class Evaluation:
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(allocate_whole, config, device)
         model = players.gather("fp32" if weights == "raw" else weights, module)
-        generator = generator_of(model, self._objective.process, config, device, self._first_stage)
+        generator = distributed.agree(generator_of, model, self._objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
         if not generator.reconstructs:

@@ -47,6 +47,11 @@ def config(**sections):
         ({"eval": {"spacing": [5, 9], "steps": 2}}, "must list timesteps that fall"),
         ({"eval": {"spacing": [1000, 9], "steps": 2}}, "from at most 999"),
         ({"eval": {"guidance_interval": [0.6, 0.2]}}, "low < high"),
+        ({"eval": {"guide_with": "runs/small"}}, "eval.guide_with has no effect with eval.guidance 1"),
+        ({"eval": {"guidance_renoise": "null"}}, "eval.guidance_renoise null has no effect with eval.guidance 1"),
+        ({"eval": {"guide_with": "runs/small", "guidance": "label=2"}}, "told everything too; take one number"),
+        ({"eval": {"guide_with": "runs/small", "guidance": 2, "guess_mode": True}}, "eval.guess_mode has no effect"),
+        ({"eval": {"guidance_renoise": "null", "guidance": 2, "sampler": "heun"}}, "take ddim or euler"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line_with_the_reason(sections, message):

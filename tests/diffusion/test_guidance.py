@@ -5,9 +5,11 @@ import torch
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.guidance import guided
-from dtrain.diffusion.prediction import to_x0
+from dtrain.diffusion.prediction import Apart, to_x0
 from dtrain.diffusion.projection import Projection, projection
+from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.schedule import linear
+from dtrain.diffusion.solvers import predict
 from dtrain.errors import UserError
 
 NULL = 10
@@ -209,3 +211,54 @@ def test_a_projection_knows_the_level_by_what_the_model_is_told(process):
     state, answer = torch.ones(2, 1, 2, 2).double(), torch.full((2, 1, 2, 2), 0.3).double()
     found = projection(process, 1.0, None, 0.0).x0(answer, state, process.model_time(t, state))
     torch.testing.assert_close(found, process.x0(answer, state, t), rtol=0, atol=1e-12)
+
+
+class Weak(Model):
+    def __call__(self, x, t, y):
+        return 0.5 * super().__call__(x, t, y) + 0.1
+
+
+@pytest.mark.parametrize("s", [0.0, 1.5, 4.0])
+def test_a_weaker_model_is_told_the_same_and_led_away_from(s):
+    """Karras et al. 2024, equation 3; a model without classes can be led so too."""
+    model, weak = Model(), Weak()
+    strong, other = Model()(x, t, y=labels), Weak()(x, t, y=labels)
+    for nobody in (null, None):
+        found = guided(model, s, nobody, weak=weak)(x, t, y=labels)
+        torch.testing.assert_close(found, other + s * (strong - other), rtol=0, atol=1e-14)
+    assert model.rows == weak.rows == [3, 3]
+    assert torch.equal(guided(Model(), 1.0, None, weak=weak)(x, t, y=labels), strong)
+    assert weak.rows == [3, 3]
+
+
+@pytest.mark.parametrize("process", [FLOW, GaussianDiffusion(linear(1000)), GaussianDiffusion(linear(1000), "v")])
+@pytest.mark.parametrize("s", [0.0, 0.6, 2.0])
+def test_renoised_with_the_null_a_walk_is_the_papers(process, s):
+    """Chung et al. 2024, algorithm 2: x_p = α_p x̂_0 (guided) + σ_p ε (null), step by step in our own words."""
+
+    def model(x, t, y):
+        time = t.double().view(-1, 1, 1, 1) / process.last_time
+        return torch.tanh(x * (1 + y.view(-1, 1, 1, 1) / 10)) + time
+
+    denoiser = guided(model, s, null, renoise="null")
+    sampler = "euler" if process is FLOW else "ddim"
+    found = sample(lambda x, t: denoiser(x, t, y=labels), process, x, sampler, 5, renoise="null")
+    times, state = process.walk(5, "trailing"), x
+    for here, there in zip(times, [*times[1:], process.clean], strict=True):
+        told, nothing = (
+            model(state, process.model_time(here, state), y) for y in (labels, torch.full_like(labels, NULL))
+        )
+        clean = process.x0(nothing + s * (told - nothing), state, here)
+        alpha, sigma = process.level(there)
+        state = alpha * clean + sigma * process.eps(nothing, state, here)
+    torch.testing.assert_close(found, state, rtol=0, atol=1e-12)
+    if s == 0:  # nothing but the null
+        alone = sample(lambda x, t: model(x, t, torch.full_like(labels, NULL)), process, x, sampler, 5)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-12)
+
+
+def test_a_clipped_estimate_keeps_the_nulls_noise():
+    output = Apart(torch.full_like(x, 9.0), torch.full_like(x, 0.5))
+    x0, eps, _ = predict(lambda x, t: output, GaussianDiffusion(linear(1000), "x0"), x, 500, clip=True)
+    assert torch.equal(x0, torch.ones_like(x))
+    torch.testing.assert_close(eps, GaussianDiffusion(linear(1000), "x0").eps(output.renoise, x, 500))
