@@ -15,8 +15,7 @@ from dtrain.checkpoint.export import class_names_of, open_weights
 from dtrain.checkpoint.frozen_base import allocate_whole, load_whole, open_base
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
-from dtrain.diffusion.flow import RectifiedFlow
-from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.process import Process
 from dtrain.errors import UserError
 from dtrain.evaluation.control import in_turn, of_files
 from dtrain.evaluation.generate import Generator
@@ -45,7 +44,7 @@ class Trained:
     """What `load` gives."""
 
     model: torch.nn.Module  # a DiT or a UNet in eval mode, float32: model(x_t, t, labels)
-    process: GaussianDiffusion | RectifiedFlow  # levels, targets, and what an output says about x_0 and ε
+    process: Process  # levels, targets, and what an output says about x_0 and ε
     config: Config  # of the run; `config.eval` has the defaults of `sample`
     step: int  # optimizer steps that the weights are of
     images: int  # images seen until then

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from dtrain.config import Eval
 from dtrain.config.guidance import CLASS, scale_of
+from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import MODEL_TIME, RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.process import Process
 from dtrain.errors import UserError
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
@@ -51,7 +53,7 @@ class Exported:
 
 def to_diffusers(
     model: DiT | UNet,
-    process: GaussianDiffusion | RectifiedFlow,
+    process: Process,
     how: Eval,
     class_names: Sequence[str] | None = None,
 ) -> Exported:
@@ -59,6 +61,11 @@ def to_diffusers(
 
     Raises UserError for a model that has no counterpart there.
     """
+    if isinstance(process, EDM):
+        raise UserError(
+            "diffusers' EDM schedulers tell a model ln σ/4, and one of diffusion.process edm is told ln σ on another "
+            "scale; take --format safetensors"
+        )
     folder, config, weights = _dit(model) if isinstance(model, DiT) else _unet(model)
     flow = isinstance(process, RectifiedFlow)
     steps = how.steps if flow else _dividing(process.schedule.timesteps, how.steps)

@@ -8,7 +8,7 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 from dtrain.config.averages import EMAProfile
 from dtrain.config.conditions import Text
 from dtrain.config.data import ArrayField, Data, Source
-from dtrain.config.diffusion import Flow, Gaussian
+from dtrain.config.diffusion import EDM, Flow, Gaussian
 from dtrain.config.earlier import with_earlier_values
 from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
@@ -20,6 +20,7 @@ from dtrain.config.training import DeepSpeed, Optim, Train
 from dtrain.config.tree import Config, architecture, identity
 
 __all__ = [
+    "EDM",
     "FEATURES",
     "SAMPLERS",
     "ArrayField",

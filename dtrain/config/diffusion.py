@@ -1,4 +1,4 @@
-"""The `diffusion` section: a Gaussian process or a flow. A string below a key says what the key does."""
+"""The `diffusion` section: a Gaussian process, a flow or EDM. A string below a key says what the key does."""
 
 from typing import Annotated, Literal
 
@@ -14,10 +14,6 @@ class _Process(IdentitySection):
     """share of the images trained without their label, so that guidance works"""
     stratified: bool = False
     """spread the times of a global batch evenly"""
-    logit_normal_mean: float = 0.0
-    """of times logit_normal: the normal's mean; above 0 there is more noise"""
-    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
-    """of times logit_normal: the normal's standard deviation"""
 
     @property
     def data_at_one(self) -> str | None:
@@ -25,7 +21,16 @@ class _Process(IdentitySection):
         return None
 
 
-class Gaussian(_Process):
+class _LogitNormal(_Process):
+    """Those whose times may be logit-normal."""
+
+    logit_normal_mean: float = 0.0
+    """of times logit_normal: the normal's mean; above 0 there is more noise"""
+    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
+    """of times logit_normal: the normal's standard deviation"""
+
+
+class Gaussian(_LogitNormal):
     process: Literal["gaussian"] = "gaussian"
     """noise is added by a Markov chain of timesteps (DDPM)"""
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
@@ -89,7 +94,7 @@ class Gaussian(_Process):
         return self
 
 
-class Flow(_Process):
+class Flow(_LogitNormal):
     process: Literal["flow"]
     """images and noise on a straight line (rectified flow)"""
     times: Literal["uniform", "logit_normal"] = "uniform"
@@ -113,3 +118,26 @@ class Flow(_Process):
     @property
     def data_at_one(self) -> str | None:
         return self.prediction if self.time_scale == 1 else None
+
+
+class EDM(_Process):
+    process: Literal["edm"]
+    """noise of any σ, on data of one deviation (Karras et al. 2022)"""
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    """σ_data, the deviation of what the network sees: of latents of normalise dataset 1"""
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    """the least σ that samplers visit before clean data"""
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    """the σ that samplers begin from"""
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    """ρ of the steps between them, which are equal in σ^(1/ρ): the larger, the more of them near clean data"""
+    noise_mean: float = -1.2
+    """of ln σ in training, which is normal"""
+    noise_std: Annotated[float, Field(gt=0)] = 1.2
+    """of ln σ in training, its standard deviation"""
+
+    @model_validator(mode="after")
+    def _ends_apart(self):
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self

@@ -35,26 +35,35 @@ OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of
 
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
 SAMPLERS = {
-    "ddim": ("gaussian",),
+    "ddim": ("gaussian", "edm"),
     "ancestral": ("gaussian",),
-    "dpmpp_2m": ("gaussian",),
-    "euler": ("flow",),
-    "heun": ("gaussian", "flow"),
+    "dpmpp_2m": ("gaussian", "edm"),
+    "euler": ("flow", "edm"),
+    "heun": ("gaussian", "flow", "edm"),
     "sde": ("flow",),
 }
+OWN_DEFAULT = {"flow": "euler", "edm": "heun"}  # process → the sampler that a config of it means unless it says so
 
 
 class Sampling(Section):
     """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
 
     sampler: str = "ddim"
-    """ddim, ancestral, dpmpp_2m or heun; a flow takes euler, heun or sde, euler by default"""
+    """ddim, ancestral, dpmpp_2m, heun; flow: euler (default), heun, sde; edm: heun (default), euler, ddim, dpmpp_2m"""
     steps: Positive = 50
     """of the sampler for one image"""
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0
     """ddim's noise, 0 to 1; sigma_hat: DDPM's larger one"""
     sde_noise: Literal["2t", "t", "sine"] | None = None
     """sde's noise w(t), t = 1 is noise: 2t (null), t, or sin² πt; the marginals are the flow's for each"""
+    churn: NonNegativeFloat = 0.0
+    """heun's new noise on edm, S_churn, spread over the steps; 0: none (Karras et al. 2022, algorithm 2)"""
+    churn_min: NonNegativeFloat = 0.0
+    """the least σ at which churn adds noise, S_tmin"""
+    churn_max: NonNegativeFloat = 0.0
+    """the largest σ at which churn adds noise, S_tmax; 0: any"""
+    churn_noise: Annotated[float, Field(gt=0)] = 1.0
+    """deviation of churn's noise, S_noise: slightly above 1 against lost detail"""
     spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
     """which timesteps the sampler visits, or these themselves, falling"""
     clip: bool = False

@@ -13,8 +13,8 @@ from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
-from dtrain.config.diffusion import Flow, Gaussian
-from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED, SAMPLERS, Eval
+from dtrain.config.diffusion import EDM, Flow, Gaussian
+from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED, OWN_DEFAULT, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
@@ -43,7 +43,8 @@ class Config(Section):
     model: Annotated[DiT | MMDiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
-        Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")], Discriminator(_process_of)
+        Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")] | Annotated[EDM, Tag("edm")],
+        Discriminator(_process_of),
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
     objective: Annotated[Section, Chosen("objective", {"denoising": Denoising, "autoencoding": Autoencoding})] = (
@@ -65,16 +66,12 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _sampler_of_a_flow(cls, tree: Any) -> Any:
+    def _sampler_of_the_process(cls, tree: Any) -> Any:
         """The default sampler is the process' own, so that `diffusion.process: flow` alone is a whole choice."""
-        if (
-            isinstance(tree, dict)
-            and isinstance(tree.get("diffusion"), dict)
-            and _process_of(tree["diffusion"]) == "flow"
-        ):
-            sampling = tree.get("eval") or {}
-            if isinstance(sampling, dict):
-                return tree | {"eval": {"sampler": "euler"} | sampling}
+        if isinstance(tree, dict) and isinstance(tree.get("diffusion"), dict):
+            own, sampling = OWN_DEFAULT.get(str(_process_of(tree["diffusion"]))), tree.get("eval") or {}
+            if own is not None and isinstance(sampling, dict):
+                return tree | {"eval": {"sampler": own} | sampling}
         return tree
 
     @model_validator(mode="after")
@@ -184,20 +181,29 @@ class Config(Section):
                 raise ValueError(f"model.attention {side} is the side of no level; the levels have {known}")
 
     def _sampler_fits(self) -> None:
-        e, flow = self.eval, self.diffusion.process == "flow"
+        e, process = self.eval, self.diffusion.process
         processes = SAMPLERS.get(e.sampler) or plugins.find("sampler", e.sampler).processes
-        if self.diffusion.process not in processes:
-            walks = [name for name, walked in SAMPLERS.items() if self.diffusion.process in walked]
-            raise ValueError(
-                f"eval.sampler {e.sampler} does not walk a {self.diffusion.process} process; take {' or '.join(walks)}"
-            )
+        if process not in processes:
+            walks = [name for name, walked in SAMPLERS.items() if process in walked]
+            raise ValueError(f"eval.sampler {e.sampler} does not walk a {process} process; take {' or '.join(walks)}")
         if e.eta != 0 and e.sampler != "ddim":
             raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
         if e.sde_noise is not None and e.sampler != "sde":
             raise ValueError(f"eval.sde_noise {e.sde_noise} has no effect on sampler {e.sampler}; take sampler sde")
-        if flow and e.spacing != "trailing":
-            raise ValueError(f"eval.spacing {e.spacing} has no effect on a flow, whose steps are equal; leave it out")
-        if not flow and e.steps > self.diffusion.timesteps:
+        if e.churn and (process, e.sampler) != ("edm", "heun"):
+            raise ValueError(
+                f"eval.churn {e.churn} has no effect on sampler {e.sampler} of diffusion.process {process}; it is of "
+                "heun on edm: leave it out"
+            )
+        for key, unset in (("churn_min", 0.0), ("churn_max", 0.0), ("churn_noise", 1.0)):
+            if getattr(e, key) != unset and not e.churn:
+                raise ValueError(f"eval.{key} {getattr(e, key)} has no effect with eval.churn 0; leave it out")
+        if 0 < e.churn_max <= e.churn_min:
+            raise ValueError(f"eval.churn_max {e.churn_max} must be above eval.churn_min {e.churn_min}, or 0 for any σ")
+        if e.spacing != "trailing" and process != "gaussian":
+            how = {"flow": "a flow, whose steps are equal", "edm": "edm, whose steps diffusion.rho spaces"}[process]
+            raise ValueError(f"eval.spacing {e.spacing} has no effect on {how}; leave it out")
+        if process == "gaussian" and e.steps > self.diffusion.timesteps:
             raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
         if isinstance(e.spacing, list):
             if len(e.spacing) != e.steps:
@@ -208,9 +214,10 @@ class Config(Section):
                     f"from at most {self.diffusion.timesteps - 1} to at least 0"
                 )
         kind, bounds = self.first_stage.kind, [name for name in e.metrics if name in OF_THE_MODEL]
-        if bounds and flow:
+        if bounds and process != "gaussian":
             raise ValueError(
-                f"eval.metrics {bounds[0]} is the bound of a gaussian process, and diffusion.process is flow"
+                f"eval.metrics {bounds[0]} is the bound of a gaussian process, which has timesteps to sum over, and "
+                f"diffusion.process is {process}; leave it out"
             )
         if "bpd" in bounds and kind != "pixels":
             more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""

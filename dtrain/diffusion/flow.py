@@ -30,6 +30,7 @@ class RectifiedFlow:
 
     snr_ends = None  # from infinity to 0, always
     clean = 0.0  # the time that samplers walk to
+    clean_scale = 1  # lim α towards it
 
     @property
     def last_time(self) -> int:

@@ -51,6 +51,7 @@ class GaussianDiffusion:
     decoder: str = "discretised"  # or continuous: for data that are not 8-bit pixels
 
     clean = -1  # the time that samplers walk to
+    clean_scale = 1  # lim α towards it
 
     # -- levels ------------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,12 @@ class Apart(NamedTuple):
 def _mixture(prediction: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
     """(a, b): the output is a·x_0 + b·ε.
 
-    v = α ε − σ x_0 is Salimans & Ho 2022; velocity = ε − x_0 is rectified flow (Liu et al. 2023).
+    v = α ε − σ x_0 is Salimans & Ho 2022; velocity = ε − x_0 is rectified flow (Liu et al. 2023); edm is −v of
+    x_0/σ_data, where the levels are (√(1 − σ²)/σ_data, σ) (Karras et al. 2022).
     """
+    if prediction == "edm":
+        cos = (1 - sigma**2) ** 0.5
+        return sigma * alpha / cos, -cos
     return {"eps": (0, 1), "x0": (1, 0), "v": (-sigma, alpha), "velocity": (-1, 1)}[prediction]
 
 

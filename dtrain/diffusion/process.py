@@ -1,18 +1,31 @@
 """The diffusion process a configuration asks for."""
 
+from dtrain.config import EDM as EDMSection
 from dtrain.config import Flow, Gaussian
+from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import named
 
+Process = GaussianDiffusion | RectifiedFlow | EDM
 
-def build(config: Gaussian | Flow, decoder: str = "discretised") -> GaussianDiffusion | RectifiedFlow:
+
+def build(config: Gaussian | Flow | EDMSection, decoder: str = "discretised") -> Process:
     """The process of the `diffusion` section. Raises UserError for a schedule that cannot be.
 
     decoder: of its bound; see `GaussianDiffusion`.
     """
     if config.process == "flow":
         return RectifiedFlow(config.time_scale, config.prediction, config.least_time)
+    if config.process == "edm":
+        return EDM(
+            config.sigma_data,
+            config.sigma_min,
+            config.sigma_max,
+            config.rho,
+            config.noise_mean,
+            config.noise_std,
+        )
     return GaussianDiffusion(
         named(config.schedule, config.timesteps, config.zero_terminal_snr),
         config.prediction,

@@ -4,7 +4,7 @@ A sampler visits falling times of a process and ends on clean data (`process.cle
 next one *listed*; taking t − T/S instead goes wrong whenever the spacing is uneven.
 
 denoiser(x_t, t (N,)) is the model's output with labels and guidance already in it. step_noise(i) gives the standard
-normals, shaped as x_T, of the i-th step from 0; it is asked only where noise is drawn, and never for the last step.
+normals, shaped as x_T, of the i-th step from 0; it is asked only where noise is drawn, in the last step by churn.
 """
 
 import math
@@ -17,8 +17,10 @@ from torch import Tensor
 from dtrain import plugins
 from dtrain.config import SAMPLERS
 from dtrain.diffusion import solvers
+from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
+from dtrain.diffusion.process import Process
 from dtrain.diffusion.solvers import Denoiser, checked, predict
 
 StepNoise = Callable[[int], Tensor]
@@ -29,8 +31,8 @@ class OwnSampler:
     """A sampler of a plug-in, as it is registered.
 
     walk(denoiser, process, x_T, times, clip, step_noise) → x_0; `solvers.steps(process, times)` has the steps and
-    `solvers.predict` what an output stands for. processes: which of gaussian and flow it walks. evaluations: how often
-    it asks the denoiser in so many steps; None: once a step.
+    `solvers.predict` what an output stands for. processes: which of gaussian, flow and edm it walks. evaluations: how
+    often it asks the denoiser in so many steps; None: once a step.
     """
 
     walk: Callable[..., Tensor]
@@ -41,7 +43,7 @@ class OwnSampler:
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
-    process: GaussianDiffusion | RectifiedFlow,
+    process: Process,
     x_T: Tensor,
     sampler: str,
     steps: int,
@@ -51,12 +53,14 @@ def sample(
     step_noise: StepNoise | None = None,
     sde_noise: str | None = None,
     renoise: str = "guided",
+    churn: solvers.Churn | None = None,
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
-    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, or a plug-in's.
-    eta is ddim's alone, sde_noise the sde's; clip holds every x̂_0 within [−1, 1], for pixels only. renoise: null where
-    the denoiser gives `Apart` answers, to ddim and euler only. Raises UserError for steps that do not fit the process.
+    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, heun | euler |
+    ddim | dpmpp_2m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of heun on EDM; clip
+    holds every x̂_0 within [−1, 1], for pixels only. renoise: null where the denoiser gives `Apart` answers, to ddim and
+    euler only. Raises UserError for steps that do not fit the process.
     """
     timesteps = process.walk(steps, spacing)
     if sampler not in SAMPLERS:
@@ -64,12 +68,13 @@ def sample(
     if sampler == "sde":
         times = solvers.times_of_sde(steps)
         return solvers.sde_flow(denoiser, process, x_T, times, step_noise, clip, sde_noise or "2t")
-    if sampler == "euler" and renoise == "null":
-        return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=True)
     if isinstance(process, RectifiedFlow):
-        solver = {"euler": solvers.euler_flow, "heun": solvers.heun_flow}[sampler]
-        return solver(denoiser, process, x_T, timesteps, clip)
-    if sampler == "ddim":
+        if sampler == "euler":
+            return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "null")
+        return solvers.heun_flow(denoiser, process, x_T, timesteps, clip)
+    if churn is not None:
+        return solvers.heun_churned(denoiser, process, x_T, timesteps, step_noise, churn, clip)
+    if sampler in ("ddim", "euler"):  # on y = x_0 + σ n Euler's step is DDIM's
         return ddim(denoiser, process, x_T, timesteps, eta, step_noise, clip)
     if sampler == "ancestral":
         return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
@@ -77,9 +82,7 @@ def sample(
     return solver(denoiser, process, x_T, timesteps, clip)
 
 
-def network_evaluations(
-    process: GaussianDiffusion | RectifiedFlow, sampler: str, steps: int, spacing: str | list[int] = "trailing"
-) -> int:
+def network_evaluations(process: Process, sampler: str, steps: int, spacing: str | list[int] = "trailing") -> int:
     """How often `sample` with these arguments asks its denoiser."""
     walk = list(solvers.steps(process, process.walk(steps, spacing)))
     own = None if sampler in SAMPLERS else plugins.find("sampler", sampler)
@@ -94,7 +97,7 @@ def network_evaluations(
 @torch.no_grad()
 def ddim(
     denoiser: Denoiser,
-    process: GaussianDiffusion,
+    process: GaussianDiffusion | EDM,
     x_T: Tensor,
     timesteps: list[int],
     eta: float | str = 0.0,
@@ -129,18 +132,17 @@ def ddim(
 
 
 @torch.no_grad()
-def encode(
-    denoiser: Denoiser, process: GaussianDiffusion | RectifiedFlow, x_0: Tensor, timesteps: list[int] | list[float]
-) -> Tensor:
+def encode(denoiser: Denoiser, process: Process, x_0: Tensor, timesteps: list[int] | list[float]) -> Tensor:
     """The x_T (N, C, H, W) that leads back to x_0 along the same falling `timesteps`.
 
-    Deterministic DDIM backwards for a Gaussian process (Song et al. 2021, section 4.3), Euler's method backwards for a
-    flow. Each step asks the network at the time it goes to, since clean data hold no noise. The error of a round trip
-    falls as 1/S.
+    Deterministic DDIM backwards (Song et al. 2021, section 4.3), for EDM too; Euler's method backwards for a flow. Each
+    step asks the network at the time it goes to, since clean data hold no noise. The error of a round trip falls as
+    1/S.
     """
     x, here = x_0, process.clean
     for t in reversed(checked(process, timesteps)):
-        x0, eps, _ = predict(denoiser, process, x, t, clip=False)
+        from_clean = here == process.clean and process.clean_scale != 1
+        x0, eps, _ = predict(denoiser, process, process.clean_scale * x if from_clean else x, t, clip=False)
         if isinstance(process, RectifiedFlow):
             x = x + (t - here) * (eps - x0)
         else:

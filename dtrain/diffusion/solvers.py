@@ -5,6 +5,7 @@ A process is anything with level(t) → (α, σ), model_time, split, x0 and eps,
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,13 +81,56 @@ def heun(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bool =
     """
     x = x_T
     for t, p in steps(process, timesteps):
-        (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
-        x0, eps, _ = predict(denoiser, process, x, t, clip)
-        ahead = alpha_p * x0 + sigma_p * eps
-        if sigma_p > 0 and alpha_t > 0:
-            _, eps_p, _ = predict(denoiser, process, ahead, p, clip)
-            ahead = alpha_p / alpha_t * x + (sigma_p - alpha_p * sigma_t / alpha_t) * (eps + eps_p) / 2
-        x = ahead
+        x = _heun_step(denoiser, process, x, t, p, clip)
+    return x
+
+
+def _heun_step(denoiser: Denoiser, process, x: Tensor, t, p, clip: bool) -> Tensor:
+    (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
+    x0, eps, _ = predict(denoiser, process, x, t, clip)
+    ahead = alpha_p * x0 + sigma_p * eps
+    if sigma_p == 0 or alpha_t == 0:
+        return ahead
+    _, eps_p, _ = predict(denoiser, process, ahead, p, clip)
+    return alpha_p / alpha_t * x + (sigma_p - alpha_p * sigma_t / alpha_t) * (eps + eps_p) / 2
+
+
+@dataclass(frozen=True)
+class Churn:
+    """New noise before each step with low ≤ σ ≤ high: S_churn, S_tmin, S_tmax and S_noise (Karras et al. 2022)."""
+
+    amount: float
+    low: float = 0.0
+    high: float = math.inf
+    noise: float = 1.0
+
+    def added(self, sigma: float, steps: int) -> float:
+        """γ, the share by which σ grows in one of so many steps."""
+        return min(self.amount / steps, math.sqrt(2) - 1) if self.low <= sigma <= self.high else 0.0
+
+
+@torch.no_grad()
+def heun_churned(
+    denoiser: Denoiser,
+    process,
+    x_T: Tensor,
+    sigmas: list[float],
+    step_noise: Callable[[int], Tensor],
+    churn: Churn,
+    clip: bool = False,
+) -> Tensor:
+    """x_0 from x_T by EDM's stochastic sampler, on a process whose times are σ (Karras et al. 2022, algorithm 2).
+
+    It draws in its last step too, where σ_min lies within the churn's range.
+    """
+    x = x_T
+    for i, (t, p) in enumerate(steps(process, sigmas)):
+        if gamma := churn.added(t, len(sigmas)):
+            raised = t * (1 + gamma)
+            alpha_t, alpha_r = process.level(t)[0], process.level(raised)[0]
+            x = alpha_r / alpha_t * x + alpha_r * math.sqrt(raised**2 - t**2) * churn.noise * step_noise(i)
+            t = raised
+        x = _heun_step(denoiser, process, x, t, p, clip)
     return x
 
 

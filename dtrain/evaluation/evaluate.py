@@ -44,6 +44,7 @@ UNSAID = {"decode_batch": None, "negative_prompt": "", "sde_noise": None}
 UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum": 0.0}
 UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
+UNSAID |= {"churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Images from a model, each a pure function of (seed, id): the same on any rank, in any order of blocks."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from dtrain.device_draws import normals_on
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.projection import projection
 from dtrain.diffusion.samplers import network_evaluations, sample
-from dtrain.diffusion.solvers import Denoiser
+from dtrain.diffusion.solvers import Churn, Denoiser
 from dtrain.errors import NotFinite
 from dtrain.evaluation.guide import Guide, open_guide
 from dtrain.first_stage.pixels import FirstStage, Pixels
@@ -121,6 +122,7 @@ class Generator:
             lambda step: normals(Purpose.SAMPLE_STEP_NOISE, step),
             how.sde_noise,
             how.guidance_renoise,
+            Churn(how.churn, how.churn_min, how.churn_max or math.inf, how.churn_noise) if how.churn else None,
         )
         if bad := [ids[row] for row in which_not_finite(x_0)]:
             raise NotFinite(

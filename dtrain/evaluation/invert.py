@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import Config, Data, Eval, Flow, Gaussian
+from dtrain.config import EDM, Config, Data, Eval, Flow, Gaussian
 from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
@@ -52,10 +52,11 @@ class Inversion:
         return cls(*map(np.concatenate, arrays))
 
 
-def settings_of_inversion(diffusion: Gaussian | Flow) -> dict:
+def settings_of_inversion(diffusion: Gaussian | Flow | EDM) -> dict:
     """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance."""
     euler = diffusion.process == "flow"
-    return {"sampler": "euler" if euler else "ddim", "eta": 0.0, "clip": False, "guidance": 1.0}
+    without_noise = {"eta": 0.0, "churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
+    return {"sampler": "euler" if euler else "ddim", **without_noise, "clip": False, "guidance": 1.0}
 
 
 def without_class(n: int, num_classes: int, label_dropout: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The objective a configuration asks for."""
 
-from dtrain.config import Config, Flow, Gaussian
+from dtrain.config import EDM, Config, Flow, Gaussian
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
@@ -22,11 +22,13 @@ def build(config: Config) -> Objective:
     return objective.build(config)
 
 
-def denoising(config: Gaussian | Flow, decoder: str = "discretised") -> Denoising:
+def denoising(config: Gaussian | Flow | EDM, decoder: str = "discretised") -> Denoising:
     """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
 
     decoder: of the bound; continuous for data that are not 8-bit pixels.
     """
+    if config.process == "edm":
+        return Denoising(process.build(config))
     if config.process == "flow":
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None

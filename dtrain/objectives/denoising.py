@@ -14,9 +14,8 @@ from torch import Tensor
 
 from dtrain.batch import Batch, Condition
 from dtrain.diffusion import likelihood
-from dtrain.diffusion.flow import RectifiedFlow
-from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.prediction import squared_error_weight
+from dtrain.diffusion.process import Process
 from dtrain.diffusion.tables import on_device
 from dtrain.diffusion.times import UNIFORM, LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.objective import Losses, Network, Objective
@@ -32,7 +31,7 @@ class Denoising(Objective):
     `config.Gaussian` refuses what cannot be combined. Holds no generator: every random number comes as an argument.
     """
 
-    process: GaussianDiffusion | RectifiedFlow
+    process: Process
     loss: str = "simple"
     min_snr_gamma: float | None = None
     times: Uniform | LogitNormal | SecondMoment = UNIFORM

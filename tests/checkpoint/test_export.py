@@ -239,6 +239,12 @@ def test_a_flow_that_predicts_x0_is_published_with_its_sign_and_refused_by_diffu
         WRITERS["diffusers"](model, config, SOURCE, tmp_path / "diffusers")
 
 
+def test_edm_is_refused_by_diffusers_because_its_model_is_told_another_number(digits, tmp_path):
+    config = tiny(digits, tmp_path, "diffusion.process=edm")
+    with pytest.raises(UserError, match=r"tell a model ln σ/4, .* take --format safetensors"):
+        WRITERS["diffusers"](allocate(config), config, SOURCE, tmp_path / "diffusers")
+
+
 def test_a_run_with_published_frequencies_is_refused_before_a_folder_is_made(digits, tmp_path):
     config = tiny(digits, tmp_path, "model.frequency_shift=0")
     with pytest.raises(UserError, match=r"train with model\.frequency_shift 1"):

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from dtrain.conditions.build import build
-from dtrain.config import Config, DiT, Flow, Gaussian, UNet, validate
+from dtrain.config import EDM, Config, DiT, Flow, Gaussian, UNet, validate
 from dtrain.errors import UserError
 
 BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
@@ -29,7 +29,7 @@ def config(**sections):
         ({"model": {"name": "unet", "width": 8, "multipliers": [1] * 5}}, "does not halve 4 times"),
         ({"diffusion": {"shedule": "cosine"}}, "did you mean `diffusion.schedule`?"),
         ({"diffusion": {"process": "flow", "schedule": "cosine"}}, "unknown key `diffusion.schedule` in x.yaml; known"),
-        ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian or flow"),
+        ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian, flow or edm"),
         ({"diffusion": {"prediction": "x"}}, "`diffusion.prediction` in x.yaml is 'x': input should be 'eps'"),
         ({"diffusion": {"timesteps": 20}}, "take at least 21"),
         ({"diffusion": {"zero_terminal_snr": True}}, "x0 = (x_t − σ ε)/0; take prediction v"),
@@ -42,6 +42,15 @@ def config(**sections):
         ({"eval": {"sampler": "ddim"}, "diffusion": {"process": "flow"}}, "take euler or heun"),
         ({"eval": {"sampler": "heun", "eta": 0.5}}, "eval.eta 0.5 has no effect on sampler heun"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "flow"}}, "eval.spacing quad has no effect on a flow"),
+        ({"eval": {"spacing": "quad"}, "diffusion": {"process": "edm"}}, "no effect on edm, whose steps diffusion.rho"),
+        ({"eval": {"sampler": "ancestral"}, "diffusion": {"process": "edm"}}, "take ddim or dpmpp_2m or euler"),
+        ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "edm"}}, "has timesteps to sum over, and diffusion."),
+        ({"eval": {"churn": 40}}, "eval.churn 40.0 has no effect on sampler ddim of diffusion.process gaussian"),
+        ({"eval": {"churn": 40, "sampler": "euler"}, "diffusion": {"process": "edm"}}, "no effect on sampler euler"),
+        ({"eval": {"churn_noise": 1.01}, "diffusion": {"process": "edm"}}, "eval.churn_noise 1.01 has no effect with"),
+        ({"eval": {"churn": 9, "churn_min": 2, "churn_max": 1}, "diffusion": {"process": "edm"}}, "must be above eval"),
+        ({"diffusion": {"process": "edm", "sigma_min": 80}}, "sigma_min 80.0 must be below sigma_max 80.0"),
+        ({"diffusion": {"process": "edm", "times": "uniform"}}, "unknown key `diffusion.times` in x.yaml"),
         ({"eval": {"spacing": "qad"}}, "`eval.spacing` in x.yaml is 'qad'"),
         ({"eval": {"spacing": [9, 5]}}, "lists 2 timesteps, but eval.steps is 50"),
         ({"eval": {"spacing": [5, 9], "steps": 2}}, "must list timesteps that fall"),
@@ -69,6 +78,7 @@ def test_guidance_without_classes_is_refused():
 def test_a_flow_is_walked_by_euler_unless_told_otherwise():
     assert config(diffusion={"process": "flow"}).eval.sampler == "euler"
     assert config(diffusion={"process": "flow"}, eval={"sampler": "heun"}).eval.sampler == "heun"
+    assert config(diffusion={"process": "edm"}).eval.sampler == "heun"
     assert config().eval.sampler == "ddim"
 
 
@@ -85,6 +95,7 @@ def test_the_defaults_are_plain_ddpm():
         ({}, (DiT, Gaussian)),
         ({"model": {"name": "unet", "width": 32, "attention": [4]}}, (UNet, Gaussian)),
         ({"diffusion": {"process": "flow", "times": "logit_normal"}}, (DiT, Flow)),
+        ({"diffusion": {"process": "edm", "rho": 5}, "eval": {"churn": 40}}, (DiT, EDM)),
         ({"eval": {"eta": "sigma_hat", "spacing": [900, 3], "steps": 2}}, (DiT, Gaussian)),
     ],
 )

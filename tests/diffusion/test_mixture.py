@@ -5,11 +5,13 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.prediction import target
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.schedule import cosine, linear
+from dtrain.diffusion.solvers import Churn
 from tests.longer import mostly_longer
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -69,14 +71,20 @@ WALKS = {
     "heun": (GaussianDiffusion(linear(1000)), "heun", 0.0),
     "flow-euler": (RectifiedFlow(), "euler", 0.0),
     "flow-heun": (RectifiedFlow(), "heun", 0.0),
+    "edm-heun": (EDM(), "heun", 0.0),
+    "edm-euler": (EDM(), "euler", 0.0),
+    "edm-dpmpp_2m": (EDM(), "dpmpp_2m", 0.0),
+    "edm-ddim-1": (EDM(), "ddim", 1.0),
+    "edm-churn": (EDM(), "heun", 0.0, Churn(40.0)),
 }
 
 
 @pytest.mark.parametrize(
-    "walk", mostly_longer(WALKS, ["ddim", "ddim-sigma_hat", "fixed_small", "dpmpp_2m", "heun", "flow-euler"])
+    "walk",
+    mostly_longer(WALKS, ["ddim", "ddim-sigma_hat", "fixed_small", "dpmpp_2m", "heun", "flow-euler", "edm-churn"]),
 )
 def test_the_frechet_distance_of_exact_samples_falls_to_the_null_value(walk):
-    process, sampler, eta = WALKS[walk]
+    process, sampler, eta, *churn = WALKS[walk]
     generator = np.random.default_rng(0)
 
     def draw(i):
@@ -84,7 +92,16 @@ def test_the_frechet_distance_of_exact_samples_falls_to_the_null_value(walk):
 
     distances = []
     for steps in (3, 12, 250):
-        x = sample(exact(process), process, draw(0), sampler, steps, eta=eta, step_noise=draw)
+        x = sample(
+            exact(process),
+            process,
+            draw(0),
+            sampler,
+            steps,
+            eta=eta,
+            step_noise=draw,
+            churn=churn[0] if churn else None,
+        )
         distances.append(frechet(x))
     assert distances[0] > distances[1]
     assert distances[0] > 10 * distances[2]

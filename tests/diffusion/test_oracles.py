@@ -21,15 +21,11 @@ from dtrain.diffusion.samplers import ancestral, ddim, encode, sample
 from dtrain.diffusion.schedule import cosine, linear, scaled_linear, subsequence, with_zero_terminal_snr
 from dtrain.diffusion.solvers import dpmpp_2m, heun, heun_flow
 from tests.diffusion.gaussian_data import normals
+from tests.diffusion.theirs import InFloat64, bent
 
 SCHEDULE = linear(1000)
 THEIR_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (2, 1, 4, 4)
-
-
-def bent(x, t):
-    """A network that is far from linear."""
-    return torch.sin(3 * x) + 0.1 * x.roll(1, -1) + t.view(-1, 1, 1, 1).to(x.dtype) / 1000
 
 
 def wide(x, t):
@@ -43,15 +39,6 @@ def on_our_table(scheduler):
     scheduler.betas, scheduler.alphas = SCHEDULE.beta, 1 - SCHEDULE.beta
     scheduler.one = torch.tensor(1.0).double()
     return scheduler
-
-
-class InFloat64:
-    """Stands in for torch within one of their modules, whose step otherwise rounds its state to float32."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
 
 
 class Normals:

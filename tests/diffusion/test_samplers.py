@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.samplers import ddim, network_evaluations, sample
@@ -152,7 +153,19 @@ def test_eta_without_noise_or_beyond_what_a_step_holds_is_refused():
 
 
 @pytest.mark.parametrize(
-    "sampler", ["ddim", "ancestral", "dpmpp_2m", "heun", "euler", "sde", "heun of zero SNR", "heun of flow"]
+    "sampler",
+    [
+        "ddim",
+        "ancestral",
+        "dpmpp_2m",
+        "heun",
+        "euler",
+        "sde",
+        "heun of zero SNR",
+        "heun of flow",
+        "heun of edm",
+        "euler of edm",
+    ],
 )
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_how_often_a_sampler_asks_the_network_is_known_before(sampler, steps):
@@ -160,6 +173,8 @@ def test_how_often_a_sampler_asks_the_network_is_known_before(sampler, steps):
     walked = process
     if of == "zero SNR":
         walked = GaussianDiffusion(named("linear", 1000, zero_terminal_snr=True), prediction="velocity")
+    elif of == "edm":
+        walked = EDM()
     elif of == "flow" or sampler in ("euler", "sde"):
         walked = RectifiedFlow()
     asked = []

@@ -50,6 +50,8 @@ def null() -> float:
         longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"]),
         longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=heun"]),
         longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=sde"]),
+        longer(["diffusion={process: edm, sigma_data: 0.3}"]),
+        ["diffusion={process: edm, sigma_data: 0.3}", "eval.churn=40", "eval.churn_min=0.05", "eval.churn_noise=1.003"],
     ],
     ids=lambda walk: "-".join(part.partition("=")[2] for part in walk),
 )

@@ -28,6 +28,7 @@ PROCESSES = [
     ["diffusion.prediction=x0"],
     ["diffusion.prediction=v", "diffusion.zero_terminal_snr=true"],
     ["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"],
+    ["diffusion={process: edm, sigma_data: 0.4}", "eval.churn=40", "eval.churn_noise=1.01"],
     ["diffusion={process: flow}", "eval.sampler=euler"],
 ]
 
@@ -55,7 +56,7 @@ def test_on_gaussian_data_noise_and_round_trip_near_the_closed_form_as_one_over_
         errors.append([float((found - true).abs().max()) for found, true in ((x_T, closed), (again, x_0))])
     for noise, round_trip in zip(*map(np.array, (errors[:-1], errors[1:])), strict=True):
         np.testing.assert_allclose(round_trip / noise, 0.5, atol=0.13)  # both errors, halved by twice the steps
-    assert max(errors[-1]) < 0.03
+    assert max(errors[-1]) < 0.05
 
 
 def test_euler_backwards_on_gaussian_data_is_the_closed_product(tmp_path):
