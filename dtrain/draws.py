@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     MIXTURE = 19
     POSTERIOR = 20
     CAPTION = 21
+    DEQUANTISATION = 22
+    TRACE_PROBE = 23
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}

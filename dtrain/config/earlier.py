@@ -71,6 +71,8 @@ EARLIER: dict[str, Earlier] = {
     "train.ema_new": Earlier("refuse"),
     "eval.clip": Earlier(False),
     "eval.bpd_clip": Earlier(False),
+    "eval.ode_tolerance": Earlier(1e-5),
+    "eval.ode_probes": Earlier(1),
     "eval.negative_prompt": Earlier(""),
     "eval.sde_noise": Earlier(None),
     "eval.churn": Earlier(0.0),

@@ -12,11 +12,10 @@ from dtrain.config.sections import NonNegative, NonNegativeFloat, Place, Positiv
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
-# bpd: the bound on held-out images, in bits/dim; nats_per_dim_latent: the bound on the density of their latents
-_OfSets = Literal[
-    "fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "is", "bpd", "nats_per_dim_latent"
-]
-Metric = Literal[_OfSets, "clip_score", "agreement"]
+_OfSets = Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "is"]
+# The bound on held-out images, in bits/dim, or on the density of their latents; the same by the ODE of a flow.
+_OfTheModel = Literal["bpd", "nats_per_dim_latent", "bpd_ode", "nats_per_dim_latent_ode"]
+Metric = Literal[_OfSets, _OfTheModel, "clip_score", "agreement"]
 FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
 _HIGHER = ("precision", "recall", "density", "coverage", "is")
@@ -29,7 +28,8 @@ HIGHER_IS_BETTER = {
     "agreement",
     "control",
 }
-OF_THE_MODEL = {"bpd", "nats_per_dim_latent"}  # without samples and features; `evaluate` asks the model itself
+BOUNDS, DENSITIES = {"bpd", "nats_per_dim_latent"}, {"bpd_ode", "nats_per_dim_latent_ode"}
+OF_THE_MODEL = BOUNDS | DENSITIES  # without samples and features; `evaluate` asks the model itself
 OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of samples alone → key of their network
 
 
@@ -122,13 +122,13 @@ class Eval(Sampling):
     num_samples: Positive = 2000
     """images drawn for an evaluation"""
     metrics: list[Metric] = Field(["fd"], min_length=1)
-    """fd: Fréchet distance; bpd: bound on held-out images, nats_per_dim_latent on their latents; is: Inception score"""
+    """fd: Fréchet distance; bpd: bound on held-out images, bpd_ode: exact, of a flow; is: Inception score; …"""
     clip_model: Place | None = None
     """for clip_score: the folder of a CLIPModel of transformers, with its tokenizer and preprocessor_config.json"""
     classifier: Place | None = None
     """for agreement: a TorchScript file that gives scores of the classes (net.pt#sha256=… pins it)"""
     validation_images: Positive = 256
-    """the first held-out images, for bpd and the loss by noise level"""
+    """the first held-out images, for bpd, bpd_ode and the loss by noise level"""
     features: Place = "auto"
     """inception, effnet_lite0, pixels, a TorchScript file (net.pt#sha256=… pins it), or auto: the first that is here"""
     weights: Place | None = None
@@ -143,6 +143,10 @@ class Eval(Sampling):
     """of the pictures that show the training, of a model that is told in words; none: the first held-out captions"""
     bootstrap: NonNegative = 0
     """resamplings behind an interval of fd; 0: none"""
+    ode_tolerance: Annotated[float, Field(gt=0, le=1e-2)] = 1e-5
+    """of metrics by the ODE: how far a step may be off, relative to 1 + |x|"""
+    ode_probes: Positive = 1
+    """of metrics by the ODE: random directions that estimate the trace; one is without bias"""
     bpd_clip: bool = True
     """hold them there in bpd too, as published figures do; the bound stays one, and is tighter"""
     ema: NonNegative | Annotated[dict[Literal["sigma_rel"], SigmaRel], Field(min_length=1)] | None = 0

@@ -7,14 +7,14 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from dtrain import plugins
 from dtrain.config import guidance as guidances
-from dtrain.config import on_base
+from dtrain.config import metrics, on_base
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import EDM, Flow, Gaussian
-from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED, OWN_DEFAULT, SAMPLERS, Eval
+from dtrain.config.evaluation import OWN_DEFAULT, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
@@ -213,35 +213,17 @@ class Config(Section):
                     "eval.spacing must list timesteps that fall, "
                     f"from at most {self.diffusion.timesteps - 1} to at least 0"
                 )
-        kind, bounds = self.first_stage.kind, [name for name in e.metrics if name in OF_THE_MODEL]
-        if bounds and process != "gaussian":
-            raise ValueError(
-                f"eval.metrics {bounds[0]} is the bound of a gaussian process, which has timesteps to sum over, and "
-                f"diffusion.process is {process}; leave it out"
-            )
-        if "bpd" in bounds and kind != "pixels":
-            more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""
-            raise ValueError(f"eval.metrics bpd is of pixels, which have levels, and first_stage.kind is {kind}{more}")
-        if "nats_per_dim_latent" in bounds and not self.first_stage.is_continuous:
-            raise ValueError(f"eval.metrics nats_per_dim_latent is of latents, and first_stage.kind is {kind}")
-        for metric in OF_WHAT_IS_ASKED.keys() & set(e.metrics):
-            self._asks(metric)
+        metrics.check(self)
         if e.clip and self.first_stage.is_continuous:
-            raise ValueError(f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {kind}; leave it out")
+            raise ValueError(
+                f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {self.first_stage.kind}; leave it out"
+            )
         if e.decode_batch is not None and self.first_stage.kind == "pixels":
             raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
         for key in ("prompts", "negative_prompt"):
             if getattr(e, key) and not self.texts:
                 raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
         guidances.check(self)
-
-    def _asks(self, metric: str) -> None:
-        key = OF_WHAT_IS_ASKED[metric]
-        if getattr(self.eval, key) is None:
-            raise ValueError(f"eval.metrics {metric} needs a network of your own; name it in eval.{key}")
-        if not (self.texts if metric == "clip_score" else self.model.num_classes):
-            told = "is told in words" if metric == "clip_score" else "has classes"
-            raise ValueError(f"eval.metrics {metric} is of what samples are asked for; it needs a model that {told}")
 
     def dump(self) -> str:
         """The whole tree as YAML, defaults filled in; `load` reads it back."""

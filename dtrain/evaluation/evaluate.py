@@ -15,9 +15,10 @@ from torch import Tensor
 from dtrain import distributed, faults
 from dtrain.conditions.build import Said
 from dtrain.config import Config, Eval, Sampling
-from dtrain.config.evaluation import OF_THE_MODEL
+from dtrain.config.evaluation import DENSITIES, OF_THE_MODEL
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
+from dtrain.evaluation import ode_likelihood
 from dtrain.evaluation.control import Agreement, agreement, mean_agreement
 from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
@@ -45,6 +46,8 @@ UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum
 UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
 UNSAID |= {"churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
+
+OF_METRICS = ("bpd_clip", "ode_tolerance", "ode_probes")  # what else determines some of them; in the context of these
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
@@ -162,6 +165,10 @@ def evaluate(
         )
     if "nats_per_dim_latent" in e.metrics:
         found |= nats_per_dim(generator, *reference.validation, e.seed, on_progress, reference.of_validation())
+    for metric in sorted(DENSITIES & set(e.metrics)):
+        found |= ode_likelihood.measured(
+            metric, generator, *reference.validation, e, on_progress, reference.of_validation()
+        )
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,
@@ -191,6 +198,8 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
         found["validation_images"] = e.validation_images
     if "bpd" in e.metrics:
         found["bpd_clip"] = e.bpd_clip
+    if DENSITIES & set(e.metrics):
+        found |= {"ode_tolerance": e.ode_tolerance, "ode_probes": e.ode_probes}
     if reference.changed.upright:
         found["exif"] = "apply"
     if reference.changed.bicubic:
@@ -243,8 +252,8 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     """
     keys = sorted({*SAMPLING_KEYS, "labels"} - {"batch_size", "decode_batch"})
     first = next(map(settings_of, evaluations), None)
-    was = UNSAID | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, "bpd_clip")})))
-    keys += sorted({"validation_images", "bpd_clip", "holdout"} & context.keys() & was.keys())
+    was = UNSAID | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, *OF_METRICS)})))
+    keys += sorted({"validation_images", *OF_METRICS, "holdout"} & context.keys() & was.keys())
     is_now = UNSAID | json.loads(json.dumps(context))
     found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
     other = first.get("reference") != context["reference"] if first else own.reference != now.reference

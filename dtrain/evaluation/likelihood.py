@@ -12,19 +12,20 @@ from dtrain.conditions.build import NOTHING, Said
 from dtrain.diffusion import likelihood
 from dtrain.diffusion.times import middles
 from dtrain.evaluation.generate import Generator, OnProgress, encoded, quiet
-from dtrain.evaluation.names import BOUND_PARTS
+from dtrain.evaluation.names import PARTS
 from dtrain.objectives.objective import Objective
 from dtrain.randomness import Purpose
 
 BLOCK = 128  # held-out images at a time
 
 
-def _blocks(images: torch.Tensor) -> range:
-    """This rank's share of the blocks; dealt in turn, so that every rank count gives the same blocks."""
-    return range(0, len(images), BLOCK)[distributed.rank() :: distributed.world_size()]
+def rows_of_a_rank(n: int, size: int = BLOCK) -> list[range]:
+    """This rank's share of n rows in blocks; dealt in turn, so that every rank count gives the same blocks."""
+    starts = range(0, n, size)[distributed.rank() :: distributed.world_size()]
+    return [range(start, min(start + size, n)) for start in starts]
 
 
-def _held_out(
+def held_out(
     generator: Generator, images: torch.Tensor, labels: torch.Tensor, rows: range, said: Said
 ) -> tuple[torch.Tensor, Condition]:
     """(x_0, what the network is told) of these held-out images, on the generator's device."""
@@ -33,7 +34,7 @@ def _held_out(
     return encoded(generator.first_stage, pixels, rows.start), generator.condition(list(rows), own, own_words)
 
 
-def _summed(values: torch.Tensor) -> torch.Tensor:
+def summed(values: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in rank order."""
     return torch.stack(distributed.gather_objects(values.cpu())).sum(0)
 
@@ -72,7 +73,7 @@ def nats_per_dim(
 
 
 def _named(metric: str, parts: Sequence[float]) -> dict[str, float]:
-    return {metric: sum(parts)} | {f"{metric}_{name}": part for name, part in zip(BOUND_PARTS, parts, strict=True)}
+    return {metric: sum(parts)} | {f"{metric}_{name}": part for name, part in zip(PARTS[metric], parts, strict=True)}
 
 
 @torch.inference_mode()
@@ -90,7 +91,7 @@ def _bound(
     generator.model.eval()
     process = generator.process
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
-    of = len(_blocks(images)) * process.schedule.timesteps
+    of = len(rows_of_a_rank(len(images))) * process.schedule.timesteps
 
     def evaluated(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         answer = generator.model(x, t, **condition)
@@ -98,16 +99,15 @@ def _bound(
         return answer
 
     def add_up() -> None:
-        for start in _blocks(images):
-            rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(generator, images, labels, rows, said)
+        for rows in rows_of_a_rank(len(images)):
+            x0, condition = held_out(generator, images, labels, rows, said)
             noise = partial(generator.normals(seed, rows), Purpose.VALIDATION_NOISE)  # of timestep t
             terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
             prior = likelihood.prior(process, x0).double().sum()
             total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
 
     distributed.agree(add_up)  # one rank may give way to a stop
-    return (_summed(total) / len(images)).tolist()
+    return (summed(total) / len(images)).tolist()
 
 
 @torch.inference_mode()
@@ -128,9 +128,8 @@ def losses_by_level(
     total = torch.zeros(len(places), dtype=torch.float64)
 
     def add_up() -> None:
-        for start in _blocks(images):
-            rows = range(start, min(start + BLOCK, len(images)))
-            x0, condition = _held_out(generator, images, labels, rows, said)
+        for rows in rows_of_a_rank(len(images)):
+            x0, condition = held_out(generator, images, labels, rows, said)
             normals = generator.normals(seed, rows)
             for level, place in enumerate(places):
                 noise = normals(Purpose.VALIDATION_NOISE, 2**32 + level)
@@ -138,5 +137,5 @@ def losses_by_level(
                 total[level] += objective.losses_at(generator.model, x0, noise, at, condition).double().sum().cpu()
 
     distributed.agree(add_up)
-    means = (_summed(total) / len(images)).tolist()
+    means = (summed(total) / len(images)).tolist()
     return {f"loss_level_{level}": value for level, value in enumerate(means)}

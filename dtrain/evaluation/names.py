@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.config import Eval
-from dtrain.config.evaluation import OF_THE_MODEL, OF_WHAT_IS_ASKED
+from dtrain.config.evaluation import BOUNDS, DENSITIES, OF_THE_MODEL, OF_WHAT_IS_ASKED
 from dtrain.errors import UserError
 
 OF_STATISTICS = {"fd", "fd_infinity"}  # those that a file of another tool may stand behind
 OF_PAIRS = ("psnr", "ssim")  # of each reconstruction and its original
 OF_LATENTS = ("latent_mean", "latent_std", "posterior_std")  # over all elements of the held-out pictures' latents
-BOUND_PARTS = ("prior", "chain", "decoder")  # of a metric OF_THE_MODEL, behind its name
+# Metric of the model → the parts that add up to it, behind its name.
+PARTS = dict.fromkeys(BOUNDS, ("prior", "chain", "decoder")) | dict.fromkeys(DENSITIES, ("prior", "volume"))
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
 
 CLEAN, TENSORFLOW, UNKNOWN = "clean", "tensorflow", "unknown"
@@ -64,7 +65,7 @@ def metric_names(
     for metric in e.metrics:
         found.append(metric_name(metric, features, "", comparable))
         if metric in OF_THE_MODEL:
-            found += [f"{metric}_{part}" for part in BOUND_PARTS]
+            found += [f"{metric}_{part}" for part in PARTS[metric]]
         elif metric != "fd" or e.bootstrap:
             found += [metric_name(metric, features, suffix, comparable) for suffix in SPREADS.get(metric, ())]
     return [*found, *map(obeyed, pictures)]

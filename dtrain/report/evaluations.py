@@ -8,8 +8,7 @@ import math
 from dataclasses import dataclass
 
 from dtrain.config import guidance
-from dtrain.config.evaluation import OF_THE_MODEL
-from dtrain.evaluation.names import BOUND_PARTS, FRECHET, reconstructed
+from dtrain.evaluation.names import FRECHET, PARTS, reconstructed
 from dtrain.report.chart import Chart, Point, Series, line_of
 from dtrain.report.markup import details, escaped, plural
 from dtrain.report.markup import table as make_table
@@ -19,7 +18,7 @@ from dtrain.tracking.best import NOT_SETTINGS, better, higher_is_better, setting
 
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
-NOT_METRICS = ("seconds", *(f"{bound}_{part}" for bound in OF_THE_MODEL for part in BOUND_PARTS))
+NOT_METRICS = ("seconds", *(f"{metric}_{part}" for metric, parts in PARTS.items() for part in parts))
 MOST_NUMBERS = 8  # of one metric, where no line has several points
 LONGEST = 200  # characters of a setting
 HASHES = ("extractor", "reference")

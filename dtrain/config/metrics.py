@@ -1,0 +1,59 @@
+"""Which metrics a configuration can have: each names what it is of, and what to take instead."""
+
+from typing import Any
+
+from dtrain.config.evaluation import BOUNDS, DENSITIES, OF_WHAT_IS_ASKED
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for metrics that this config's process, first stage or model cannot have."""
+    for metric in config.eval.metrics:
+        if metric in BOUNDS:
+            _check_bound(metric, config)
+        elif metric in DENSITIES:
+            _check_density(metric, config)
+        elif metric in OF_WHAT_IS_ASKED:
+            _check_asked(metric, config)
+
+
+def _check_bound(metric: str, config: Any) -> None:
+    process, kind = config.diffusion.process, config.first_stage.kind
+    if process != "gaussian":
+        instead = f"take {metric}_ode" if process == "flow" else "leave it out"
+        raise ValueError(
+            f"eval.metrics {metric} is the bound of a gaussian process, which has timesteps to sum over, and "
+            f"diffusion.process is {process}; {instead}"
+        )
+    if metric == "bpd" and kind != "pixels":
+        more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""
+        raise ValueError(f"eval.metrics bpd is of pixels, which have levels, and first_stage.kind is {kind}{more}")
+    if metric == "nats_per_dim_latent" and not config.first_stage.is_continuous:
+        raise ValueError(f"eval.metrics nats_per_dim_latent is of latents, and first_stage.kind is {kind}")
+
+
+def _check_density(metric: str, config: Any) -> None:
+    process, kind = config.diffusion.process, config.first_stage.kind
+    if process != "flow":
+        instead = f"take {metric.removesuffix('_ode')}" if process == "gaussian" else "leave it out"
+        raise ValueError(
+            f"eval.metrics {metric} is by the ODE of a flow, and diffusion.process is {process}; {instead}"
+        )
+    if config.diffusion.prediction != "velocity":
+        raise ValueError(
+            f"eval.metrics {metric} cannot go with diffusion.prediction {config.diffusion.prediction}, whose velocity "
+            "has no bound towards clean data"
+        )
+    if (metric == "bpd_ode") != (kind == "pixels"):
+        raise ValueError(
+            f"eval.metrics {metric} cannot go with first_stage.kind {kind}: bpd_ode is of pixels, "
+            "nats_per_dim_latent_ode of latents"
+        )
+
+
+def _check_asked(metric: str, config: Any) -> None:
+    key = OF_WHAT_IS_ASKED[metric]
+    if getattr(config.eval, key) is None:
+        raise ValueError(f"eval.metrics {metric} needs a network of your own; name it in eval.{key}")
+    if not (config.texts if metric == "clip_score" else config.model.num_classes):
+        told = "is told in words" if metric == "clip_score" else "has classes"
+        raise ValueError(f"eval.metrics {metric} is of what samples are asked for; it needs a model that {told}")
