@@ -192,9 +192,16 @@ def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, ou
     return []
 
 
+def _check_published(config: Config, format: str) -> None:
+    """Raises UserError where the network has a part that the published one, and diffusers', has not."""
+    if part := getattr(config.model, "unlike_published", None):
+        raise UserError(f"--format {format} is of the published DiT, which has no {part}; take --format safetensors")
+
+
 def _write_published(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
     from dtrain.models.time_turned import time_turned
 
+    _check_published(config, "published")
     state = {name: p.detach() for name, p in module.named_parameters()}
     if config.diffusion.data_at_one:
         state = time_turned(state, module, config.diffusion.data_at_one)
@@ -211,6 +218,7 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
 
     if config.first_stage.kind != "pixels" or config.conditions:
         raise UserError("diffusers has no part for this run's first stage or conditions; take --format safetensors")
+    _check_published(config, "diffusers")
     names = class_names_of(config.data, config.model.num_classes)
     exported = to_diffusers(module, build_process(config.diffusion), config.eval, names)
     folder = out / exported.folder
@@ -229,6 +237,7 @@ def _write_diffusers(module: torch.nn.Module, config: Config, source: dict, out:
 def _write_adapters(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
     from dtrain.checkpoint.adapters import adapters_of_diffusers
 
+    _check_published(config, "diffusers")
     weights = adapters_of_diffusers(module, config.model.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(readme.of_adapters(config, source), encoding="utf-8")

@@ -80,6 +80,18 @@ class DiT(Transformer):
     """RMS-normalise queries and keys: steadier at high learning rates, unlike published weights"""
     frequency_shift: Literal[0, 1] = 0
     """of the time frequencies; 1 as in diffusers' DiT, to be exported to it"""
+    norm: Literal["layer", "rms"] = "layer"
+    """of the tokens: LayerNorm without parameters, or RMSNorm with a scale for each channel (JiT)"""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """a block's perceptron; swiglu is gated, with 8/3 instead of 4 widths of hidden channels (JiT)"""
+    positions: Literal["sincos", "rotary"] = "sincos"
+    """where a patch lies: sines and cosines are added; rotary: and queries and keys are turned, as JiT has both"""
+    patch_bottleneck: Positive | None = None
+    """channels that a patch goes through before its token, for large patches of pixels; JiT 128; null: none"""
+    context_tokens: NonNegative = 0
+    """tokens made of the class, which stand in front of the picture's, beside adaLN; JiT 32"""
+    context_from: NonNegative | None = None
+    """the block from which on they do, counted from 0; null: a third of the depth, as JiT"""
     num_classes: NonNegative = 0
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
     control_of: Place | None = None
@@ -87,11 +99,41 @@ class DiT(Transformer):
     adapt: Adapt | None = None
     """low-rank adapters of attention and perceptrons are trained (LoRA), and nothing else"""
 
+    @model_validator(mode="after")
+    def _options_fit(self):
+        head, depth = self.sizes["width"] // self.sizes["heads"], self.sizes["depth"]
+        if self.positions == "rotary" and head % 4:
+            raise ValueError(
+                f"positions rotary turns pairs of channels by rows and by columns, so width/heads, which is {head}, "
+                "must be a multiple of 4"
+            )
+        if self.context_from is not None and not self.context_tokens:
+            raise ValueError(f"context_from {self.context_from} has no effect with context_tokens 0; take 32")
+        if self.context_tokens and not self.num_classes:
+            raise ValueError(
+                f"context_tokens {self.context_tokens} are made of the class, and num_classes is 0; leave them out"
+            )
+        if self.context_tokens and self.first_with_context >= depth:
+            raise ValueError(f"context_from {self.context_from} must be less than depth {depth}; null is {depth // 3}")
+        return self
+
+    @property
+    def first_with_context(self) -> int:
+        """The block from which on the class's tokens are there, if there are any."""
+        return self.sizes["depth"] // 3 if self.context_from is None else self.context_from
+
+    @property
+    def unlike_published(self) -> str | None:
+        """The first key, with its value, that gives the network a part which the published DiT has not."""
+        plain = {"norm": "layer", "mlp": "gelu", "positions": "sincos", "patch_bottleneck": None, "context_tokens": 0}
+        return next((f"model.{k} {getattr(self, k)}" for k, value in plain.items() if getattr(self, k) != value), None)
+
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
+        parts = ("qk_norm", "norm", "mlp", "patch_bottleneck", "context_tokens")
         # Its positions are parameters that do not learn.
-        return {"data.image_size": image_size, **sizes, "model.qk_norm": self.qk_norm}
+        return {"data.image_size": image_size, **sizes, **{f"model.{part}": getattr(self, part) for part in parts}}
 
     def identity_keys(self) -> list[str]:
         """Where a base lies may change; what it is is held by its fingerprint."""

@@ -11,10 +11,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dtrain.models.layers import MLP, Attention, CrossAttention, Linear, normal
+from dtrain.models.layers import MLP, Attention, CrossAttention, Linear, SwiGLU, normal
 from dtrain.models.on_base import OnBase
 
-ADAPTED = (Attention, CrossAttention, MLP)  # whose linear layers are, but for those of a condition's own network
+ADAPTED = (
+    Attention,
+    CrossAttention,
+    MLP,
+    SwiGLU,
+)  # whose linear layers are, but for those of a condition's own network
 
 
 class LowRank(nn.Module):

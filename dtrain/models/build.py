@@ -85,6 +85,12 @@ def _dit(
         qk_norm=model.qk_norm,
         frequency_shift=model.frequency_shift,
         cross=cross,
+        norm=model.norm,
+        mlp=model.mlp,
+        rotary=model.positions == "rotary",
+        bottleneck=model.patch_bottleneck,
+        context_tokens=model.context_tokens,
+        context_from=model.first_with_context,
         **model.sizes,
         **more,
     )

@@ -64,9 +64,9 @@ class DiTCopy(DiT):
         """What is to be added to the base's blocks, (N, T, D) each."""
         x, c, told = self.embedded(x, t, y, condition)
         x = x + self.hint(picture).flatten(2).transpose(1, 2)  # (N, T, D)
-        found = []
-        for block, join in zip(self.blocks, self.joins, strict=True):
-            x = self.called(block, x, c, told)
+        rotation, found = self.rotation(x), []
+        for number, join in enumerate(self.joins):
+            x = self.called(number, x, c, told, y, rotation)
             found.append(join(x))
         return found
 

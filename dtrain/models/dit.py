@@ -1,6 +1,7 @@
 """DiT: a transformer over image patches, conditioned through adaptive layer norm (Peebles & Xie 2023).
 
-Parameter names are those of the published checkpoints. Shapes: N rows, T tokens, D width, C channels in,
+Parameter names are those of the published checkpoints. The options of JiT (Li & He 2025) leave that architecture; what
+they add is called as there. Shapes: N rows, T tokens, D width, C channels in,
 O channels out, p patch side.
 """
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.models.layers import (
-    MLP,
     Attention,
+    BottleneckPatchEmbedder,
     ConditionNetworks,
     CrossAttention,
     LabelEmbedder,
@@ -22,33 +23,46 @@ from dtrain.models.layers import (
     TimestepEmbedder,
     Tokens,
     modulate,
+    norm_of,
     normal,
+    perceptron_of,
     positions,
     unpatchify,
     xavier_uniform,
 )
+from dtrain.models.rotary import rotations
 
 
 class DiTBlock(nn.Module):
     """Attention and a perceptron, each normalised, modulated and gated by the condition (adaLN-Zero, figure 3).
 
-    cross: between them, attention to the tokens of conditions (as in PixArt-α, Chen et al. 2023).
+    cross: between them, attention to the tokens of conditions (as in PixArt-α, Chen et al. 2023). norm, mlp: as of
+    `layers.norm_of` and `layers.perceptron_of`.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, cross: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        cross: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = norm_of(norm, width)
         self.attn = Attention(width, heads, qk_norm)
         if cross:
-            self.norm_cross = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.norm_cross = norm_of(norm, width)
             self.cross = CrossAttention(width, heads, width, qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.norm2 = norm_of(norm, width)
+        self.mlp = perceptron_of(mlp, width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, told: Tokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, told: Tokens | None = None, rotation: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation=rotation)  # (N, T, D)
         if told is not None:
             x = x + self.cross(self.norm_cross(x), *told)  # (N, T, D)
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
@@ -58,9 +72,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """From a token to the pixels of its patch."""
 
-    def __init__(self, width: int, pixels: int):
+    def __init__(self, width: int, pixels: int, norm: str = "layer"):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm_of(norm, width)
         self.linear = Linear(width, pixels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
@@ -77,6 +91,10 @@ class DiT(nn.Module):
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
     the variance. qk_norm and a frequency_shift of 1 (diffusers' spacing of the time frequencies) leave the published
     architecture. cross: each block attends to the tokens of `conditions`, of which one at least makes some.
+
+    Further options of JiT: norm and mlp of `DiTBlock`; rotary: queries and keys are turned by their places, beside the
+    positions that are added, as both are there; bottleneck: channels that a patch goes through, None: none;
+    context_tokens: so many tokens made of the class stand in front of the picture's from block context_from on.
     """
 
     def __init__(
@@ -93,6 +111,12 @@ class DiT(nn.Module):
         qk_norm: bool = False,
         frequency_shift: int = 0,
         cross: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        rotary: bool = False,
+        bottleneck: int | None = None,
+        context_tokens: int = 0,
+        context_from: int = 0,
     ):
         super().__init__()
         assert image_size % patch == width % heads == width % 4 == 0
@@ -102,30 +126,42 @@ class DiT(nn.Module):
         self.patch = patch
         self.num_classes = num_classes
         self.activation_checkpointing = False  # recompute each block's activations in backward
-        self.x_embedder = PatchEmbedder(channels, patch, width)
+        self.head = width // heads if rotary else None  # channels that are turned
+        if bottleneck is None:
+            self.x_embedder = PatchEmbedder(channels, patch, width)
+        else:
+            self.x_embedder = BottleneckPatchEmbedder(channels, patch, bottleneck, width)
         self.t_embedder = TimestepEmbedder(width, shift=frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, width)
         self.condition_width = width
         self.conditions = ConditionNetworks()
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm, cross) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
+        self.context_tokens = context_tokens if context_from < depth else 0  # a copy's first half may end before
+        self.context_from = context_from
+        if self.context_tokens:
+            assert num_classes
+            self.in_context_posemb = nn.Parameter(torch.empty(1, context_tokens, width))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm, cross, norm, mlp) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch**2 * self.out_channels, norm)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, added: Sequence[Tensor] = (), **condition: Tensor
     ) -> Tensor:
         """x (N, C, image_size, image_size), t (N,) in timesteps, y int64 (N,) → (N, O, image_size, image_size).
 
-        added: (N, T, D) each, to the first blocks' outputs. condition: of further conditions, by the names of
-        `conditions`.
+        added: (N, T, D) each, to the first blocks' outputs; there T counts the tokens of the class too. condition: of
+        further conditions, by the names of `conditions`.
         x may come in any float dtype; the answer is in the weights' dtype (autocast's, under autocast).
         """
         x, c, told = self.embedded(x, t, y, condition)
-        for number, block in enumerate(self.blocks):
-            x = self.called(block, x, c, told)  # (N, T, D)
+        rotation = self.rotation(x)
+        for number in range(len(self.blocks)):
+            x = self.called(number, x, c, told, y, rotation)  # (N, T, D)
             if number < len(added):
                 x = x + added[number]  # (N, T, D)
+        if self.context_tokens:
+            x = x[:, self.context_tokens :]  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p·p·O)
         return unpatchify(x, self.patch)  # (N, O, image_size, image_size)
 
@@ -143,10 +179,20 @@ class DiT(nn.Module):
             c = c + vectors  # (N, D)
         return x, c, told
 
-    def called(self, block: nn.Module, x: Tensor, c: Tensor, told: Tokens | None) -> Tensor:
+    def rotation(self, x: Tensor) -> Tensor | None:
+        """Of the class's tokens and the picture's x (N, T, D); None where nothing is turned."""
+        return None if self.head is None else rotations(math.isqrt(x.shape[1]), self.head, self.context_tokens, x)
+
+    def called(
+        self, number: int, x: Tensor, c: Tensor, told: Tokens | None, y: Tensor | None, rotation: Tensor | None
+    ) -> Tensor:
+        """What block `number` makes of x (N, T, D); at context_from the class's tokens come in front of the others."""
+        if self.context_tokens and number == self.context_from:
+            x = torch.cat([self.y_embedder(y)[:, None] + self.in_context_posemb, x], dim=1)  # (N, T, D)
+        block, turned = self.blocks[number], None if rotation is None else rotation[:, -x.shape[1] :]
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, c, told, use_reentrant=False)  # (N, T, D)
-        return block(x, c, told)  # (N, T, D)
+            return checkpoint(block, x, c, told, turned, use_reentrant=False)  # (N, T, D)
+        return block(x, c, told, turned)  # (N, T, D)
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -159,7 +205,7 @@ class DiT(nn.Module):
             return ConditionNetworks.initial_value(name, shape, seed)
         if name == "pos_embed":
             return positions(math.isqrt(shape[1]), shape[2])
-        if name.endswith((".q_norm.weight", ".k_norm.weight")):
+        if name.endswith(".weight") and len(shape) == 1:  # of a norm
             return torch.ones(shape)
         if (
             name.endswith((".bias", ".cross.proj.weight"))
@@ -167,6 +213,6 @@ class DiT(nn.Module):
             or name.startswith("final_layer.linear")
         ):
             return torch.zeros(shape)
-        if name.startswith(("t_embedder.", "y_embedder.")):
+        if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):
             return normal(name, shape, seed, std=0.02)
         return xavier_uniform(name, shape, seed)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtrain.models.rotary import rotated
 from dtrain.randomness import Draws, Purpose, key_of
 
 
@@ -151,6 +152,26 @@ class PatchEmbedder(nn.Module):
         return x.flatten(2).transpose(1, 2)  # (N, T, D)
 
 
+class BottleneckPatchEmbedder(nn.Module):
+    """The same through fewer channels: of a large patch of pixels few directions hold pictures (Li & He 2025)."""
+
+    def __init__(self, channels: int, patch: int, bottleneck: int, width: int):
+        super().__init__()
+        self.proj1 = Conv2d(channels, bottleneck, kernel_size=patch, stride=patch, bias=False)
+        self.proj2 = Conv2d(bottleneck, width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj2(self.proj1(x.to(self.proj1.weight.dtype)))  # (N, D, rows, columns)
+        return x.flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+def norm_of(kind: str, width: int) -> nn.Module:
+    """kind: layer, without parameters, or rms, which has a scale for each channel (Zhang & Sennrich 2019)."""
+    if kind == "rms":
+        return nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017).
 
@@ -166,12 +187,18 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (N, T, D) → (N, T, D). mask: bool (N, T), which tokens are attended to; None: all."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+        """x (N, T, D) → (N, T, D). mask: bool (N, T), which tokens are attended to; None: all.
+
+        rotation: `rotary.rotations` of the tokens; None: queries and keys are not turned.
+        """
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         attended = None if mask is None else mask[:, None, None]
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attended)  # (N, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, attended)  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
@@ -210,6 +237,24 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.fc1(x), approximate="tanh")  # (N, T, hidden)
         return self.fc2(x)  # (N, T, D)
+
+
+class SwiGLU(nn.Module):
+    """Two layers between which one half of the channels gates the other (Shazeer 2020); the names are JiT's."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)  # (N, T, hidden) each
+        return self.w3(F.silu(gate) * value)  # (N, T, D)
+
+
+def perceptron_of(kind: str, width: int, hidden: int) -> nn.Module:
+    """kind: gelu, or swiglu of two thirds of the hidden channels, with as many parameters."""
+    return SwiGLU(width, 2 * hidden // 3) if kind == "swiglu" else MLP(width, hidden)
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:

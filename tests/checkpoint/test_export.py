@@ -118,8 +118,16 @@ def test_any_process_in_diffusers_draws_our_images_from_the_same_noise(digits, t
     assert float(((wanted > 0) & (wanted < 1)).float().mean()) > 0.1
 
 
-# Their time frequencies are the papers', which diffusers has not, nor has it a DiT told words or pictures.
-NOT_OF_DIFFUSERS = ("imagenet", "digits-text", "digits-control", "cifar10-latent", "cifar10-captions", "t2i")
+# Their time frequencies are the papers', which diffusers has not, nor has it a DiT told words or pictures, or JiT's.
+NOT_OF_DIFFUSERS = (
+    "imagenet",
+    "digits-text",
+    "digits-control",
+    "digits-jit",
+    "cifar10-latent",
+    "cifar10-captions",
+    "t2i",
+)
 
 
 @pytest.mark.parametrize(

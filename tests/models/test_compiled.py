@@ -26,6 +26,9 @@ def mmdit():
 MODELS = {
     "mmdit": mmdit,
     "dit": lambda: DiT(image_size=8, channels=3, patch=2, width=16, depth=3, heads=2, num_classes=10, learn_sigma=True),
+    "jit": lambda: DiT(
+        8, 3, 2, 16, 3, 2, 10, norm="rms", mlp="swiglu", rotary=True, bottleneck=6, context_tokens=2, context_from=1
+    ),
     "unet": lambda: UNet(8, 3, 8, [1, 2], 1, [4], 10, scale_shift=True, dropout=0.3),
 }
 
