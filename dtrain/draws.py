@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     CAPTION = 21
     DEQUANTISATION = 22
     TRACE_PROBE = 23
+    VALIDATION_TIME = 24
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}

@@ -122,6 +122,11 @@ def export(
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config, write = run.config(), WRITERS[format]
+    if config.diffusion.process == "vdm" and config.objective.diffuses and format != "safetensors":
+        raise UserError(
+            f"--format {format} has no place for variational diffusion, whose model is told its own γ instead of a "
+            "timestep; take --format safetensors"
+        )
     if config.model.name == "kl_autoencoder":
         if format != "diffusers":
             raise UserError(f"--format {format} is for what draws; an autoencoder is exported with --format diffusers")

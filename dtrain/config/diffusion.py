@@ -1,10 +1,13 @@
-"""The `diffusion` section: a Gaussian process, a flow or EDM. A string below a key says what the key does."""
+"""The `diffusion` section: a Gaussian process, a flow, EDM or variational diffusion.
+
+A string below a key says what the key does.
+"""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.config.sections import IdentitySection, Probability
+from dtrain.config.sections import IdentitySection, Positive, Probability
 
 
 class _Process(IdentitySection):
@@ -140,4 +143,26 @@ class EDM(_Process):
     def _ends_apart(self):
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+
+class Variational(_Process):
+    process: Literal["vdm"]
+    """noise by the log of signal to noise, trained on the bound in bits/dim (variational diffusion)"""
+    schedule: Literal["linear"] = "linear"
+    """of γ(t) = −log SNR, from gamma_min at t = 0 to gamma_max at t = 1"""
+    gamma_min: float = -13.3
+    """γ of clean data; -13.3 leaves a sixth of a grey level of noise"""
+    gamma_max: float = 5.0
+    """γ of noise; above it less of the data is left there"""
+    timesteps: Positive | None = None
+    """T, the length of a discrete chain; null: continuous time, which is the tighter bound"""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.gamma_min >= self.gamma_max:
+            raise ValueError(
+                f"gamma_min {self.gamma_min} must be below gamma_max {self.gamma_max}: γ grows with the noise; take "
+                "-13.3 and 5"
+            )
         return self

@@ -35,11 +35,11 @@ OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of
 
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
 SAMPLERS = {
-    "ddim": ("gaussian", "edm"),
-    "ancestral": ("gaussian",),
-    "dpmpp_2m": ("gaussian", "edm"),
+    "ddim": ("gaussian", "edm", "vdm"),
+    "ancestral": ("gaussian", "vdm"),
+    "dpmpp_2m": ("gaussian", "edm", "vdm"),
     "euler": ("flow", "edm"),
-    "heun": ("gaussian", "flow", "edm"),
+    "heun": ("gaussian", "flow", "edm", "vdm"),
     "sde": ("flow",),
 }
 OWN_DEFAULT = {"flow": "euler", "edm": "heun"}  # process → the sampler that a config of it means unless it says so

@@ -18,11 +18,11 @@ def check(config: Any) -> None:
 
 def _check_bound(metric: str, config: Any) -> None:
     process, kind = config.diffusion.process, config.first_stage.kind
-    if process != "gaussian":
+    if process not in ("gaussian", "vdm"):
         instead = f"take {metric}_ode" if process == "flow" else "leave it out"
         raise ValueError(
-            f"eval.metrics {metric} is the bound of a gaussian process, which has timesteps to sum over, and "
-            f"diffusion.process is {process}; {instead}"
+            f"eval.metrics {metric} is the bound of a gaussian process, which has timesteps to sum over, or of vdm, "
+            f"and diffusion.process is {process}; {instead}"
         )
     if metric == "bpd" and kind != "pixels":
         more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""
@@ -34,7 +34,8 @@ def _check_bound(metric: str, config: Any) -> None:
 def _check_density(metric: str, config: Any) -> None:
     process, kind = config.diffusion.process, config.first_stage.kind
     if process != "flow":
-        instead = f"take {metric.removesuffix('_ode')}" if process == "gaussian" else "leave it out"
+        has_bound = process in ("gaussian", "vdm")
+        instead = f"take {metric.removesuffix('_ode')}" if has_bound else "leave it out"
         raise ValueError(
             f"eval.metrics {metric} is by the ODE of a flow, and diffusion.process is {process}; {instead}"
         )

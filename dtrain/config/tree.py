@@ -13,7 +13,7 @@ from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
-from dtrain.config.diffusion import EDM, Flow, Gaussian
+from dtrain.config.diffusion import EDM, Flow, Gaussian, Variational
 from dtrain.config.evaluation import OWN_DEFAULT, SAMPLERS, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
@@ -43,7 +43,10 @@ class Config(Section):
     model: Annotated[DiT | MMDiT | UNet | KLAutoencoder, Field(discriminator="name")]
     """the network"""
     diffusion: Annotated[
-        Annotated[Gaussian, Tag("gaussian")] | Annotated[Flow, Tag("flow")] | Annotated[EDM, Tag("edm")],
+        Annotated[Gaussian, Tag("gaussian")]
+        | Annotated[Flow, Tag("flow")]
+        | Annotated[EDM, Tag("edm")]
+        | Annotated[Variational, Tag("vdm")],
         Discriminator(_process_of),
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
@@ -201,7 +204,11 @@ class Config(Section):
         if 0 < e.churn_max <= e.churn_min:
             raise ValueError(f"eval.churn_max {e.churn_max} must be above eval.churn_min {e.churn_min}, or 0 for any σ")
         if e.spacing != "trailing" and process != "gaussian":
-            how = {"flow": "a flow, whose steps are equal", "edm": "edm, whose steps diffusion.rho spaces"}[process]
+            how = {
+                "flow": "a flow, whose steps are equal",
+                "edm": "edm, whose steps diffusion.rho spaces",
+                "vdm": "vdm, whose steps are equal",
+            }[process]
             raise ValueError(f"eval.spacing {e.spacing} has no effect on {how}; leave it out")
         if process == "gaussian" and e.steps > self.diffusion.timesteps:
             raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")

@@ -65,6 +65,10 @@ class GaussianDiffusion:
             return 1.0, 0.0
         return float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
 
+    def alpha_bar(self, t: int) -> float:
+        """α_t²; 1 for t = −1."""
+        return self.schedule.alpha_bar_at(t)
+
     def level_told(self, time: float) -> tuple[float, float]:
         """(α, σ) of what the model is told, as `model_time` gives it."""
         return self.level(int(time))

@@ -104,3 +104,19 @@ def curve(
         x_t = process.noised(x0, noise(timestep), t)
         rows.append(term(process, denoiser(x_t, t), x0, x_t, t, clip))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def sums(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    process: GaussianDiffusion,
+    x0: Tensor,
+    noise: Callable[[int], Tensor],
+    clip: bool = False,
+) -> Tensor:
+    """The parts of the bound, prior, chain and decoder, summed over the rows of x0: float64 (3,).
+
+    noise: as of `curve`.
+    """
+    terms = curve(denoiser, process, x0, noise, clip=clip).double()  # (T, N)
+    return torch.stack([prior(process, x0).double().sum(), terms[1:].sum(), terms[0].sum()])

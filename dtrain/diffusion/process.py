@@ -1,20 +1,24 @@
 """The diffusion process a configuration asks for."""
 
 from dtrain.config import EDM as EDMSection
-from dtrain.config import Flow, Gaussian
+from dtrain.config import Flow, Gaussian, Variational
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import named
+from dtrain.diffusion.variational import VariationalDiffusion
 
-Process = GaussianDiffusion | RectifiedFlow | EDM
+Process = GaussianDiffusion | RectifiedFlow | EDM | VariationalDiffusion
 
 
-def build(config: Gaussian | Flow | EDMSection, decoder: str = "discretised") -> Process:
+def build(config: Gaussian | Flow | EDMSection | Variational, decoder: str = "discretised") -> Process:
     """The process of the `diffusion` section. Raises UserError for a schedule that cannot be.
 
-    decoder: of its bound; see `GaussianDiffusion`.
+    decoder: of its bound; discretised for pixels, continuous for data without levels.
     """
+    if config.process == "vdm":
+        of_levels = "softmax" if decoder == "discretised" else decoder
+        return VariationalDiffusion(config.gamma_min, config.gamma_max, config.timesteps, of_levels)
     if config.process == "flow":
         return RectifiedFlow(config.time_scale, config.prediction, config.least_time)
     if config.process == "edm":

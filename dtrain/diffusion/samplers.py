@@ -31,8 +31,8 @@ class OwnSampler:
     """A sampler of a plug-in, as it is registered.
 
     walk(denoiser, process, x_T, times, clip, step_noise) → x_0; `solvers.steps(process, times)` has the steps and
-    `solvers.predict` what an output stands for. processes: which of gaussian, flow and edm it walks. evaluations: how
-    often it asks the denoiser in so many steps; None: once a step.
+    `solvers.predict` what an output stands for. processes: which of gaussian, flow, edm and vdm it walks. evaluations:
+    how often it asks the denoiser in so many steps; None: once a step.
     """
 
     walk: Callable[..., Tensor]
@@ -164,7 +164,7 @@ def ancestral(
     """x_0 by drawing from p(x_p | x_t) with the process' variance, at any stride (Ho et al. 2020, algorithm 2)."""
     x = x_T
     for i, (t, p) in enumerate(solvers.steps(process, timesteps)):
-        reverse = Reverse.between(process.schedule.alpha_bar_at(t), process.schedule.alpha_bar_at(p))
+        reverse = Reverse.between(process.alpha_bar(t), process.alpha_bar(p))
         x0, _, channels = predict(denoiser, process, x, t, clip)
         x = reverse.mean_x0 * x0 + reverse.mean_xt * x
         if p != process.clean:

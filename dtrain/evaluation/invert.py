@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain import distributed
-from dtrain.config import EDM, Config, Data, Eval, Flow, Gaussian
+from dtrain.config import EDM, Config, Data, Eval, Flow, Gaussian, Variational
 from dtrain.data.fields.picture import Crop, normalize
 from dtrain.data.pack.walk import walk
 from dtrain.diffusion.samplers import encode, network_evaluations, sample
@@ -52,7 +52,7 @@ class Inversion:
         return cls(*map(np.concatenate, arrays))
 
 
-def settings_of_inversion(diffusion: Gaussian | Flow | EDM) -> dict:
+def settings_of_inversion(diffusion: Gaussian | Flow | EDM | Variational) -> dict:
     """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance."""
     euler = diffusion.process == "flow"
     without_noise = {"eta": 0.0, "churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}

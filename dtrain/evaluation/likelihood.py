@@ -1,7 +1,7 @@
 """What the model says of held-out images: bits per dimension, and its loss at fixed noise levels."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,14 +9,16 @@ import torch
 from dtrain import distributed
 from dtrain.batch import Condition
 from dtrain.conditions.build import NOTHING, Said
-from dtrain.diffusion import likelihood
+from dtrain.diffusion import likelihood, variational_bound
 from dtrain.diffusion.times import middles
+from dtrain.diffusion.variational import VariationalDiffusion
 from dtrain.evaluation.generate import Generator, OnProgress, encoded, quiet
 from dtrain.evaluation.names import PARTS
 from dtrain.objectives.objective import Objective
-from dtrain.randomness import Purpose
+from dtrain.randomness import Draws, Purpose
 
 BLOCK = 128  # held-out images at a time
+DECODER = 2**33  # the number of its noise; those of times and of levels lie below
 
 
 def rows_of_a_rank(n: int, size: int = BLOCK) -> list[range]:
@@ -51,6 +53,7 @@ def bits_per_dim(
     """The bound on held-out images (M, C, H, W) in [−1, 1] with their labels (M,), every timestep with one noise each.
 
     `bpd` and its parts: `bpd_prior` L_T, `bpd_chain` Σ L_t, `bpd_decoder` L_0. Collective. Ho et al. 2020, equation 5.
+    Of variational diffusion in continuous time, one time in each of `variational_bound.TIMES` equal parts of [0, 1].
     said: captions of each condition that has some, the first M of which are of these images.
     clip: of the chain whose every x̂_0 is held within [−1, 1], as guided-diffusion's figures are.
     """
@@ -91,7 +94,9 @@ def _bound(
     generator.model.eval()
     process = generator.process
     total, evaluations = torch.zeros(3, dtype=torch.float64), itertools.count(1)
-    of = len(rows_of_a_rank(len(images))) * process.schedule.timesteps
+    variational = isinstance(process, VariationalDiffusion)
+    a_block = variational_bound.evaluations(process) if variational else process.schedule.timesteps
+    of = len(rows_of_a_rank(len(images))) * a_block
 
     def evaluated(x: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         answer = generator.model(x, t, **condition)
@@ -102,12 +107,27 @@ def _bound(
         for rows in rows_of_a_rank(len(images)):
             x0, condition = held_out(generator, images, labels, rows, said)
             noise = partial(generator.normals(seed, rows), Purpose.VALIDATION_NOISE)  # of timestep t
-            terms = likelihood.curve(partial(evaluated, **condition), process, x0, noise, clip=clip).double()  # (T, n)
-            prior = likelihood.prior(process, x0).double().sum()
-            total.add_(torch.stack([prior, terms[1:].sum(), terms[0].sum()]).cpu())
+            asked = partial(evaluated, **condition), process, x0
+            if variational:
+                parts = variational_bound.sums(*asked, _with_decoder(noise), _within(seed, rows, x0.device), clip)
+            else:
+                parts = likelihood.sums(*asked, noise, clip)
+            total.add_(parts.cpu())
 
     distributed.agree(add_up)  # one rank may give way to a stop
     return (summed(total) / len(images)).tolist()
+
+
+def _with_decoder(noise: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    """Numbers of noise from −1 on, which is the decoder's."""
+    return lambda i: noise(DECODER if i == -1 else i)
+
+
+def _within(seed: int, rows: range, device: torch.device) -> torch.Tensor:
+    """Where in equal parts of [0, 1] the times of these images lie, float64 (n,) in [0, 1)."""
+    draws = Draws(seed)
+    u = [draws.uniform(Purpose.VALIDATION_TIME, row) for row in rows]
+    return torch.tensor(u, dtype=torch.float64).to(device)
 
 
 @torch.inference_mode()

@@ -1,11 +1,12 @@
 """The objective a configuration asks for."""
 
-from dtrain.config import EDM, Config, Flow, Gaussian
+from dtrain.config import EDM, Config, Flow, Gaussian, Variational
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.objective import Objective
+from dtrain.objectives.variational import VariationalBound
 
 
 def build(config: Config) -> Objective:
@@ -22,11 +23,15 @@ def build(config: Config) -> Objective:
     return objective.build(config)
 
 
-def denoising(config: Gaussian | Flow | EDM, decoder: str = "discretised") -> Denoising:
+def denoising(
+    config: Gaussian | Flow | EDM | Variational, decoder: str = "discretised"
+) -> Denoising | VariationalBound:
     """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
 
     decoder: of the bound; continuous for data that are not 8-bit pixels.
     """
+    if config.process == "vdm":
+        return VariationalBound(process.build(config, decoder))
     if config.process == "edm":
         return Denoising(process.build(config))
     if config.process == "flow":

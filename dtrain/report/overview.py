@@ -102,7 +102,7 @@ def _highlights(run: Run) -> list[str]:
     model = get("model", {}) if isinstance(get("model"), dict) else {}
     sizes = [f"{k} {v}" for k, v in model.items() if k in ("size", "depth", "width", "patch") and v is not None]
     process = get("diffusion.process", "gaussian")
-    how = [get("diffusion.schedule") if process == "gaussian" else None, get("diffusion.prediction")]
+    how = [None if process == "flow" else get("diffusion.schedule"), get("diffusion.prediction")]
     size, channels, classes = get("data.image_size"), get("data.channels", 3), get("model.num_classes", 0)
     world = next((line["context"].get("world_size") for line in reversed(run.of("attempt"))), None)
     found: list[Any] = [

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from dtrain.conditions.build import build
-from dtrain.config import EDM, Config, DiT, Flow, Gaussian, UNet, validate
+from dtrain.config import EDM, Config, DiT, Flow, Gaussian, UNet, Variational, validate
 from dtrain.errors import UserError
 
 BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
@@ -29,7 +29,7 @@ def config(**sections):
         ({"model": {"name": "unet", "width": 8, "multipliers": [1] * 5}}, "does not halve 4 times"),
         ({"diffusion": {"shedule": "cosine"}}, "did you mean `diffusion.schedule`?"),
         ({"diffusion": {"process": "flow", "schedule": "cosine"}}, "unknown key `diffusion.schedule` in x.yaml; known"),
-        ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian, flow or edm"),
+        ({"diffusion": {"process": "flo"}}, "`diffusion.process` in x.yaml is 'flo': take gaussian, flow, edm or vdm"),
         ({"diffusion": {"prediction": "x"}}, "`diffusion.prediction` in x.yaml is 'x': input should be 'eps'"),
         ({"diffusion": {"timesteps": 20}}, "take at least 21"),
         ({"diffusion": {"zero_terminal_snr": True}}, "x0 = (x_t − σ ε)/0; take prediction v"),
@@ -44,7 +44,7 @@ def config(**sections):
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "flow"}}, "eval.spacing quad has no effect on a flow"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "edm"}}, "no effect on edm, whose steps diffusion.rho"),
         ({"eval": {"sampler": "ancestral"}, "diffusion": {"process": "edm"}}, "take ddim or dpmpp_2m or euler"),
-        ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "edm"}}, "has timesteps to sum over, and diffusion."),
+        ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "edm"}}, "has timesteps to sum over, or of vdm, and"),
         ({"eval": {"churn": 40}}, "eval.churn 40.0 has no effect on sampler ddim of diffusion.process gaussian"),
         ({"eval": {"churn": 40, "sampler": "euler"}, "diffusion": {"process": "edm"}}, "no effect on sampler euler"),
         ({"eval": {"churn_noise": 1.01}, "diffusion": {"process": "edm"}}, "eval.churn_noise 1.01 has no effect with"),
@@ -64,6 +64,10 @@ def config(**sections):
         ({"eval": {"guide_with": "runs/small", "guidance": "label=2"}}, "told everything too; take one number"),
         ({"eval": {"guide_with": "runs/small", "guidance": 2, "guess_mode": True}}, "eval.guess_mode has no effect"),
         ({"eval": {"guidance_renoise": "null", "guidance": 2, "sampler": "heun"}}, "take ddim or euler"),
+        ({"diffusion": {"process": "vdm", "gamma_min": 6}}, "gamma_min 6.0 must be below gamma_max 5.0"),
+        ({"diffusion": {"process": "vdm", "times": "logit_normal"}}, "unknown key `diffusion.times`"),
+        ({"diffusion": {"process": "vdm"}, "eval": {"sampler": "euler"}}, "does not walk a vdm process; take ddim"),
+        ({"diffusion": {"process": "vdm"}, "eval": {"spacing": "quad"}}, "quad has no effect on vdm, whose steps"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line_with_the_reason(sections, message):
@@ -99,6 +103,7 @@ def test_the_defaults_are_plain_ddpm():
         ({"model": {"name": "unet", "width": 32, "attention": [4]}}, (UNet, Gaussian)),
         ({"diffusion": {"process": "flow", "times": "logit_normal"}}, (DiT, Flow)),
         ({"diffusion": {"process": "edm", "rho": 5}, "eval": {"churn": 40}}, (DiT, EDM)),
+        ({"diffusion": {"process": "vdm", "timesteps": 9}, "eval": {"steps": 99}}, (DiT, Variational)),
         ({"eval": {"eta": "sigma_hat", "spacing": [900, 3], "steps": 2}}, (DiT, Gaussian)),
     ],
 )

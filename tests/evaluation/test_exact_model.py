@@ -45,6 +45,8 @@ def null() -> float:
         longer(["eval.sampler=ancestral", "diffusion.variance=fixed_large"]),
         ["eval.sampler=dpmpp_2m"],
         ["eval.sampler=heun"],
+        ["diffusion={process: vdm}", "eval.sampler=ancestral"],
+        longer(["diffusion={process: vdm}", "eval.sampler=heun"]),
         ["diffusion={process: flow}", "eval.sampler=euler"],
         ["diffusion={process: flow}", "eval.sampler=heun"],
         longer(["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"]),
