@@ -138,6 +138,8 @@ class EDM(_Process):
     """of ln σ in training, which is normal"""
     noise_std: Annotated[float, Field(gt=0)] = 1.2
     """of ln σ in training, its standard deviation"""
+    uncertainty: Literal["none", "learned"] = "none"
+    """learned: a small network learns how large each level's loss is, and all levels pull alike (EDM2)"""
 
     @model_validator(mode="after")
     def _ends_apart(self):

@@ -103,7 +103,21 @@ class Config(Section):
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         on_base.check(self)
+        if getattr(self.diffusion, "uncertainty", "none") == "learned":
+            self._uncertainty_fits()
         return self
+
+    def _uncertainty_fits(self) -> None:
+        if self.deepspeed.precision == "bf16":
+            raise ValueError(
+                "diffusion.uncertainty learned cannot go with deepspeed.precision bf16, which would round its "
+                "network's weights; take bf16_autocast"
+            )
+        if self.objective.kind != "denoising":
+            raise ValueError(
+                f"diffusion.uncertainty learned is of objective.kind denoising, and it is {self.objective.kind}; "
+                "leave it out"
+            )
 
     @property
     def keeps_snapshots(self) -> bool:

@@ -6,6 +6,7 @@ from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.objective import Objective
+from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound
 
 
@@ -33,7 +34,7 @@ def denoising(
     if config.process == "vdm":
         return VariationalBound(process.build(config, decoder))
     if config.process == "edm":
-        return Denoising(process.build(config))
+        return (UncertainDenoising if config.uncertainty == "learned" else Denoising)(process.build(config))
     if config.process == "flow":
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None

@@ -18,13 +18,15 @@ class Losses(NamedTuple):
 
     place: where in [0, 1) of the process each row was (n,), for the loss by noise level; None where there is no such
     place. parts: name → (sum, count), scalars, of what else is to be reported: their means over the global batch.
-    sums: name → vector, summed over the rows, of what `on_reduced` is to have of the whole global batch.
+    sums: name → vector, summed over the rows, of what `on_reduced` is to have of the whole global batch. by_level: what
+    the loss by noise level is made of (n,); None: the rows as `unweighted` gives them.
     """
 
     rows: Tensor
     place: Tensor | None = None
     parts: Mapping[str, tuple[Tensor, Tensor]] = {}
     sums: Mapping[str, Tensor] = {}
+    by_level: Tensor | None = None
 
 
 class Held(NamedTuple):

@@ -9,6 +9,7 @@ from dtrain.config import EDM, Config, DiT, Flow, Gaussian, UNet, Variational, v
 from dtrain.errors import UserError
 
 BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
+LEARNED = {"process": "edm", "uncertainty": "learned"}
 KIND = {"model": {"name": "dit", "size": "S/2", "num_classes": 10}}
 
 
@@ -50,6 +51,7 @@ def config(**sections):
         ({"eval": {"churn_noise": 1.01}, "diffusion": {"process": "edm"}}, "eval.churn_noise 1.01 has no effect with"),
         ({"eval": {"churn": 9, "churn_min": 2, "churn_max": 1}, "diffusion": {"process": "edm"}}, "must be above eval"),
         ({"diffusion": {"process": "edm", "sigma_min": 80}}, "sigma_min 80.0 must be below sigma_max 80.0"),
+        ({"diffusion": LEARNED, "deepspeed": {"precision": "bf16"}}, "would round its network's weights; take bf"),
         ({"diffusion": {"process": "edm", "times": "uniform"}}, "unknown key `diffusion.times` in x.yaml"),
         ({"eval": {"spacing": "qad"}}, "`eval.spacing` in x.yaml is 'qad'"),
         ({"eval": {"spacing": [9, 5]}}, "lists 2 timesteps, but eval.steps is 50"),

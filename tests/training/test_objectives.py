@@ -19,11 +19,12 @@ CHOICES = {
     "importance": ["diffusion.loss=vlb", "diffusion.times=importance", "diffusion.timesteps=25", "eval.steps=5"],
     "flow": ["diffusion={process: flow, times: logit_normal}", "eval.sampler=heun"],
     "edm": ["diffusion={process: edm, stratified: true, sigma_data: 0.75}", "eval.churn=10"],
+    "edm, uncertain": ["diffusion={process: edm, uncertainty: learned}", "deepspeed.zero_stage=3"],
     "unet with dropout": [UNET, "optim.lr=1e-3"],
 }
 
 
-@pytest.mark.parametrize("name", mostly_longer(CHOICES, ["importance", "edm"]))
+@pytest.mark.parametrize("name", mostly_longer(CHOICES, ["importance", "edm, uncertain"]))
 def test_one_rank_and_two_in_micro_batches_have_the_same_losses_and_go_on_after_a_stop(digits, tmp_path, name):
     long = "train.steps=60" if name == "importance" else "train.steps=16"
     overrides = [*CHOICES[name], long]

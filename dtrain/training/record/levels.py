@@ -34,7 +34,8 @@ class StepLosses:
             self._count(f"loss_{turn}", rows.sum(), len(rows))
             return
         if losses.place is not None:
-            self._levels += torch.cat(by_noise_level(self._objective.unweighted(rows, losses.place), losses.place))
+            shown = self._objective.unweighted(rows, losses.place) if losses.by_level is None else losses.by_level
+            self._levels += torch.cat(by_noise_level(shown, losses.place))
         if self._objective.observes:
             self._parts.append((part["k"], part["time"], rows))
         self.sum += rows.sum()
