@@ -21,15 +21,14 @@ from dtrain.evaluation.control import in_turn, of_files
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.invert import (
     Inversion,
-    as_pictures,
     invert_blocks,
-    picture_files,
-    read_pictures,
     settings_of_inversion,
     without_class,
 )
+from dtrain.evaluation.pictures import as_pictures, picture_files, read_pictures
 from dtrain.evaluation.requirements import check_generates, check_guidance
 from dtrain.evaluation.sample import draw, labels_in_turn, prompts_in_turn, together
+from dtrain.evaluation.start import of_files as start_of_files
 from dtrain.files import read_json
 from dtrain.first_stage.build import of_checkpoint
 from dtrain.first_stage.pixels import FirstStage
@@ -61,6 +60,10 @@ class Trained:
         negative_prompt: str | None = None,
         pictures: str | Path | Iterable[str | Path] | None = None,
         as_is: bool = False,
+        begin: str | Path | Iterable[str | Path] | None = None,
+        strength: float | None = None,
+        mask: str | Path | Iterable[str | Path] | None = None,
+        repeats: int | None = None,
         control_scale: float | dict[str, float] | None = None,
         guess_mode: bool | None = None,
         guidance: float | str | Mapping[str, float] | None = None,
@@ -86,6 +89,7 @@ class Trained:
         default all classes in turn. prompts: in turn, of a model that is told in words; by default it is told nothing,
         and n is their number. pictures: files or folders that control the images, in turn, as `dtrain sample --picture`
         takes them; as_is: they are edges, masks and so on themselves. control_scale: of all pictures, or by condition.
+        begin, strength, mask, repeats: files or folders that the images begin at, as `dtrain sample --from` takes them.
         The other settings are keys of the config's `eval` section, which has their defaults; image i is a function of
         them, its label and (seed, i). Raises UserError for what cannot be.
         """
@@ -117,14 +121,15 @@ class Trained:
         config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or [])
-        places = [pictures] if isinstance(pictures, str | Path) else list(pictures or [])
+        places, begins, masks = map(_listed, (pictures, begin, mask))
         shown = of_files(places, config, as_is) if places else {}
-        several = max([len(asked), *map(len, shown.values())])
+        start = start_of_files(begins, strength, masks, repeats, config.data)
+        several = max([len(asked), len(start.images) if start else 0, *map(len, shown.values())])
         numbers = self._labels(several if several and n is None and labels is None else n, labels)
         ready = self._generator(config)
         said = ready.conditions.saying(prompts_in_turn(asked, len(numbers))) if asked else {}
         said = {**said, **in_turn(shown, len(numbers))}
-        return together(draw(ready, numbers, config.eval, said=said), len(numbers))
+        return together(draw(ready, numbers, config.eval, said=said, start=start), len(numbers))
 
     def invert(
         self,
@@ -255,6 +260,10 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
         raise UserError(f"{folder}/{WEIGHTS} is of another model than config.json: {str(e).splitlines()[-1]}") from None
     first_stage = of_checkpoint(config, source["trained_with"], device)
     return _trained(model, config, source["step"], source["images"], source["class_names"], device, first_stage)
+
+
+def _listed(places: str | Path | Iterable[str | Path] | None) -> list[str | Path]:
+    return [places] if isinstance(places, str | Path) else list(places or [])
 
 
 def _profile(weights: str) -> int | None:

@@ -83,6 +83,19 @@ def sample(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="pictures are edges, masks … themselves, not images to compute them from")
     ] = False,
+    begin: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="pictures that the images begin at instead of noise: files or folders, in turn"),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="share of the walk that --from leaves to do; default: 0.6, with a mask 1")
+    ] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help="white where --from is drawn anew; everywhere else it stays")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="of each step with a mask, so that what is new fits the rest; default: 5")
+    ] = None,
     control_scale: Annotated[
         list[str] | None, typer.Option(help="what control is multiplied with, 1 by default, 0: none; NAME=0.5 for one")
     ] = None,
@@ -120,13 +133,15 @@ def sample(
     from dtrain.evaluation.control import of_files
     from dtrain.evaluation.sample import draw_to_file
     from dtrain.evaluation.sample_output import format_of
+    from dtrain.evaluation.start import of_files as start_of_files
 
     kind = format_of(out, format)
     pictures = of_files(picture, settings, as_is) if picture else {}
-    n = n or max([len(said), *map(len, pictures.values())]) or 64
+    start = start_of_files(begin or [], strength, mask or [], repeats, settings.data)
+    n = n or max([len(said), len(start.images) if start else 0, *map(len, pictures.values())]) or 64
     ctrl_c.at_once(lambda: f"no image was written; start again with: {this_command()}")
     with progress("sampling, evaluations of the network") as on_progress:
-        draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said, pictures)
+        draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said, pictures, start)
     if distributed.rank() == 0:
         say(f"{n} images in {out}")
     distributed.finalize()
@@ -163,7 +178,8 @@ def invert(
     own = directory.config()
     check_label(label, own.model.num_classes, directory.path)
     distributed.prepare()
-    from dtrain.evaluation.invert import invert_to_files, picture_files, settings_of_inversion
+    from dtrain.evaluation.invert import invert_to_files, settings_of_inversion
+    from dtrain.evaluation.pictures import picture_files
 
     settings = with_eval(own, {"steps": steps, "ema": ema, **settings_of_inversion(own.diffusion)}, raw)
     files = picture_files(pictures)

@@ -17,6 +17,14 @@ class Apart(NamedTuple):
     renoise: Tensor
 
 
+class Partly(NamedTuple):
+    """An answer that counts where `anew` (N, 1, H, W) is true; elsewhere x_0 (N, C, H, W) is known."""
+
+    answer: Tensor | Apart
+    x0: Tensor
+    anew: Tensor
+
+
 def _mixture(prediction: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
     """(a, b): the output is a·x_0 + b·ε.
 

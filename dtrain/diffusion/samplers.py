@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dtrain import plugins
 from dtrain.config import SAMPLERS
-from dtrain.diffusion import solvers
+from dtrain.diffusion import resampled, solvers
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
@@ -54,20 +54,25 @@ def sample(
     sde_noise: str | None = None,
     renoise: str = "guided",
     churn: solvers.Churn | None = None,
+    last: int | None = None,
+    repeats: int = 1,
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
     sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, heun | euler |
     ddim | dpmpp_2m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of heun on EDM; clip
     holds every x̂_0 within [−1, 1], for pixels only. renoise: null where the denoiser gives `Apart` answers, to ddim and
-    euler only. Raises UserError for steps that do not fit the process.
+    euler only. last: of the steps the last so many alone; x_T is then a state at the first of `times`. repeats: of
+    each step, by `resampled` instead of the sampler where above 1. Raises UserError for steps that do not fit the
+    process.
     """
-    timesteps = process.walk(steps, spacing)
+    timesteps = times(process, sampler, steps, spacing, last)
+    if repeats > 1:
+        return resampled.resampled(denoiser, process, x_T, timesteps, step_noise, repeats, clip)
     if sampler not in SAMPLERS:
         return plugins.find("sampler", sampler).walk(denoiser, process, x_T, timesteps, clip, step_noise)
     if sampler == "sde":
-        times = solvers.times_of_sde(steps)
-        return solvers.sde_flow(denoiser, process, x_T, times, step_noise, clip, sde_noise or "2t")
+        return solvers.sde_flow(denoiser, process, x_T, timesteps, step_noise, clip, sde_noise or "2t")
     if isinstance(process, RectifiedFlow):
         if sampler == "euler":
             return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "null")
@@ -82,9 +87,24 @@ def sample(
     return solver(denoiser, process, x_T, timesteps, clip)
 
 
-def network_evaluations(process: Process, sampler: str, steps: int, spacing: str | list[int] = "trailing") -> int:
+def times(process: Process, sampler: str, steps: int, spacing: str | list[int], last: int | None = None) -> list:
+    """The falling times that `sample` visits with these arguments."""
+    found = solvers.times_of_sde(steps) if sampler == "sde" else process.walk(steps, spacing)
+    return found if last is None else found[-last:]
+
+
+def network_evaluations(
+    process: Process,
+    sampler: str,
+    steps: int,
+    spacing: str | list[int] = "trailing",
+    last: int | None = None,
+    repeats: int = 1,
+) -> int:
     """How often `sample` with these arguments asks its denoiser."""
-    walk = list(solvers.steps(process, process.walk(steps, spacing)))
+    walk = list(solvers.steps(process, times(process, sampler, steps, spacing, last)))
+    if repeats > 1:
+        return resampled.evaluations(len(walk), repeats)
     own = None if sampler in SAMPLERS else plugins.find("sampler", sampler)
     if own is not None and own.evaluations is not None:
         return own.evaluations(len(walk))

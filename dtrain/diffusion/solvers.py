@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.diffusion.prediction import Apart
+from dtrain.diffusion.prediction import Apart, Partly
 
-Denoiser = Callable[[Tensor, Tensor], Tensor | Apart]
+Denoiser = Callable[[Tensor, Tensor], Tensor | Apart | Partly]
 
 
 def checked(process, timesteps: list) -> list:
@@ -26,9 +26,12 @@ def predict(denoiser: Denoiser, process, x: Tensor, t, clip: bool) -> tuple[Tens
     """(x̂_0, ε̂, variance channels or None) at x = x_t, in x's dtype.
 
     A clipped x̂_0 brings its own ε = (x − α x̂_0)/σ: keeping the old one would leave the level of noise (guided
-    diffusion does so too, diffusers does not by default). Of answers apart ε̂ is the other one's and stays.
+    diffusion does so too, diffusers does not by default). Of answers apart ε̂ is the other one's and stays. Where x_0 is
+    known, both are as of a network that knows it: any sampler then walks to it.
     """
-    answer = denoiser(x, process.model_time(t, x))
+    answer, part = denoiser(x, process.model_time(t, x)), None
+    if isinstance(answer, Partly):
+        answer, part = answer.answer, answer
     output, renoise = answer if isinstance(answer, Apart) else (answer, answer)
     _, channels = process.split(output)
     x0, eps = process.x0(output, x, t), process.eps(renoise, x, t)
@@ -37,6 +40,9 @@ def predict(denoiser: Denoiser, process, x: Tensor, t, clip: bool) -> tuple[Tens
         if renoise is output:
             alpha, sigma = process.level(t)
             eps = (x - alpha * x0) / sigma
+    if part is not None:
+        alpha, sigma = process.level(t)
+        x0, eps = x0.where(part.anew, part.x0), eps.where(part.anew, (x - alpha * part.x0) / sigma)
     return x0, eps, channels
 
 

@@ -18,9 +18,9 @@ from dtrain.data.fields.samples import read_pictures
 from dtrain.data.shards.cache import BlockCache
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError
-from dtrain.evaluation.invert import picture_files
-from dtrain.evaluation.invert import read_pictures as read_files
 from dtrain.evaluation.names import obeyed
+from dtrain.evaluation.pictures import picture_files
+from dtrain.evaluation.pictures import read_pictures as read_files
 
 Agreement = Mapping[str, tuple[float, int]]  # condition → (sum, count) over samples
 

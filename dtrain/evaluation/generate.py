@@ -16,10 +16,11 @@ from dtrain.config import Config, Eval
 from dtrain.device_draws import normals_on
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.projection import projection
-from dtrain.diffusion.samplers import network_evaluations, sample
+from dtrain.diffusion.samplers import network_evaluations, sample, times
 from dtrain.diffusion.solvers import Churn, Denoiser
 from dtrain.errors import NotFinite
 from dtrain.evaluation.guide import Guide, open_guide
+from dtrain.evaluation.start import Start
 from dtrain.first_stage.pixels import FirstStage, Pixels
 from dtrain.randomness import Draws, Purpose
 
@@ -87,9 +88,10 @@ class Generator:
         guide = open_guide(config, device)
         return cls(model, process, config.shape, conditions, first_stage, device, config.run.generator, guide)
 
-    def evaluations(self, how: Eval) -> int:
-        """How often the network is asked for a block of images."""
-        return network_evaluations(self.process, how.sampler, how.steps, how.spacing)
+    def evaluations(self, how: Eval, start: Start | None = None) -> int:
+        """How often the network is asked for a block of images, which begin at pictures where there is a start."""
+        of_start = (None, 1) if start is None else (start.last(how.steps), start.repeats)
+        return network_evaluations(self.process, how.sampler, how.steps, how.spacing, *of_start)
 
     @torch.inference_mode()
     def draw(
@@ -99,21 +101,33 @@ class Generator:
         how: Eval,
         on_evaluation: Callable[[], None] = lambda: None,
         said: Said = NOTHING,
+        start: Start | None = None,
     ) -> torch.Tensor:
         """uint8 (n, channels, image_size, image_size) for ids (n) and int64 labels (n,), as `how` says.
 
         on_evaluation: called each time that the model has answered. said: n captions of each condition that has some;
-        one without is told nothing.
+        one without is told nothing. start: the n pictures that they begin at, in the place of noise.
 
         Batches of another shape round differently (about 1e-6), so callers that must agree draw equal blocks of ids.
         Raises NotFinite, with the ids, where x_0 is not.
         """
         faults.at("eval:draw")
         normals = self.normals(how.seed, ids)
-        x_0 = sample(
-            self.denoiser(self.condition(ids, labels, said), how, on_evaluation),
-            self.process,
+        x_T, denoiser = (
             normals(Purpose.SAMPLE_NOISE),
+            self.denoiser(self.condition(ids, labels, said), how, on_evaluation),
+        )
+        last = None
+        if start is not None:
+            last, known = start.last(how.steps), encoded(self.first_stage, start.pixels(self.device), 0)
+            if last < how.steps:
+                first = times(self.process, how.sampler, how.steps, how.spacing, last)[0]
+                x_T = self.process.noised(known, x_T, first)
+            denoiser = start.keeping(denoiser, known)
+        x_0 = sample(
+            denoiser,
+            self.process,
+            x_T,
             how.sampler,
             how.steps,
             how.spacing,
@@ -123,13 +137,16 @@ class Generator:
             how.sde_noise,
             how.guidance_renoise,
             Churn(how.churn, how.churn_min, how.churn_max or math.inf, how.churn_noise) if how.churn else None,
+            last,
+            1 if start is None else start.repeats,
         )
         if bad := [ids[row] for row in which_not_finite(x_0)]:
             raise NotFinite(
                 f"x_0 is not finite in {len(bad)} of {len(ids)} samples drawn together (ids {named(bad)}): the weights "
                 "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
             )
-        return self.first_stage.decode(x_0).cpu()
+        drawn = self.first_stage.decode(x_0).cpu()
+        return drawn if start is None else start.kept(drawn)
 
     def normals(self, seed: int, ids: Sequence[int]) -> Callable[..., torch.Tensor]:
         """(purpose, sub=0) → standard normals of these ids, float32 (n, C, H, W) on the model's device."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from dtrain import distributed
 from dtrain.conditions.build import NOTHING, Said, taken
 from dtrain.config import Config, Eval
-from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation.control import in_turn
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.requirements import check_generates
 from dtrain.evaluation.sample_output import Output, check_place, open_output, packed
+from dtrain.evaluation.start import Start
 from dtrain.run import RunDirectory
 
 
@@ -40,20 +40,22 @@ def draw(
     world_size: int = 1,
     on_progress: OnProgress = quiet,
     said: Said = NOTHING,
+    start: Start | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """This rank's blocks of ids 0 … n − 1, drawn when they are asked for: first id and uint8 (b, H, W, C).
 
     labels: int64 (n,). said: n prompts, or pictures, of each condition that has some. on_progress: called with this
-    rank's evaluations of the network.
+    rank's evaluations of the network. start: the pictures that they begin at, in turn.
     """
     n, size = len(labels), how.batch_size
     starts = range(0, n, size)[rank::world_size]
     evaluations = itertools.count(1)
-    of = len(starts) * network_evaluations(generator.process, how.sampler, how.steps, how.spacing)
-    for start in starts:
-        ids = list(range(start, min(start + size, n)))
-        images = generator.draw(ids, labels[ids], how, lambda: on_progress(next(evaluations), of), taken(said, ids))
-        yield start, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+    of = len(starts) * generator.evaluations(how, start)
+    for first in starts:
+        ids = list(range(first, min(first + size, n)))
+        count = lambda: on_progress(next(evaluations), of)  # noqa: E731
+        images = generator.draw(ids, labels[ids], how, count, taken(said, ids), start.of(ids) if start else None)
+        yield first, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
 def together(blocks: Iterable[tuple[int, np.ndarray]], n: int) -> np.ndarray:
@@ -77,11 +79,12 @@ def draw_to_file(
     on_progress: OnProgress,
     prompts: Sequence[str] = (),
     pictures: Said = NOTHING,
+    start: Start | None = None,
 ) -> None:
     """Draw n images, labels in turn or all `label`, in blocks dealt to ranks; rank 0 writes `out` in a FORMATS.
 
     prompts: in turn too, of a model that is told in words; without any it is told nothing. pictures:
-    in turn too, as of `control.of_files`.
+    in turn too, as of `control.of_files`. start: the pictures that they begin at, in turn.
 
     A collective. Raises UserError where `out` cannot be written.
     """
@@ -91,7 +94,7 @@ def draw_to_file(
     generator = open_generator(run, config, distributed.device(), step).generator
     labels = labels_in_turn(n, config.model.num_classes) if label is None else torch.full((n,), label)
     said = prompts_in_turn(list(prompts), n) if prompts else ()
-    write(generator, config, labels, out, format, label is None, on_progress, said, in_turn(pictures, n))
+    write(generator, config, labels, out, format, label is None, on_progress, said, in_turn(pictures, n), start)
 
 
 def write(
@@ -104,16 +107,17 @@ def write(
     on_progress: OnProgress = quiet,
     prompts: Sequence[str] = (),
     pictures: Said = NOTHING,
+    start: Start | None = None,
 ) -> None:
     """Draw images of labels int64 (n,) and write them as they come: no rank holds more than a block and its own.
 
-    in_turn: the labels are all classes in turn. prompts, pictures: one an image, or none.
+    in_turn: the labels are all classes in turn. prompts, pictures: one an image, or none. start: in turn.
     A collective; raises UserError.
     """
     said = distributed.agree(generator.conditions.saying, list(prompts)) if prompts else {}
     output = distributed.agree(_on_rank_0, out, open_output, out, format, config, labels, in_turn, prompts)
     try:
-        _write_blocks(generator, labels, {**said, **pictures}, config.eval, output, out, format, on_progress)
+        _write_blocks(generator, labels, {**said, **pictures}, config.eval, output, out, format, on_progress, start)
     except UserError as e:
         if output is not None and (left := output.left()):
             raise type(e)(f"{e}; {left}") from None
@@ -140,10 +144,11 @@ def _write_blocks(
     out: Path,
     format: str,
     on_progress: OnProgress,
+    start: Start | None,
 ) -> None:
     """output: on rank 0. The ranks draw a block each, then rank 0 takes one after another."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    own = draw(generator, labels, how, rank, world_size, on_progress, said)
+    own = draw(generator, labels, how, rank, world_size, on_progress, said, start)
     met: Exception | None = None  # in writing; raised where all ranks meet next, so that none waits for another
 
     def turn() -> tuple[int, list[bytes]]:

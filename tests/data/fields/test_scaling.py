@@ -15,7 +15,7 @@ from dtrain.data.fields.picture import Crop, decode
 from dtrain.data.fields.upright import any_scaled
 from dtrain.data.stream import StepDataset, read_split
 from dtrain.errors import UserError
-from dtrain.evaluation.invert import as_pictures, read_pictures
+from dtrain.evaluation.pictures import as_pictures, read_pictures
 from dtrain.evaluation.reference import Reference, make
 from dtrain.report.neighbours import _held_out
 from tests.data.scenes import encoded, scene
