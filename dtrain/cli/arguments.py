@@ -43,7 +43,7 @@ NumSamples = Annotated[int | None, typer.Option("--n", "-n", min=2, help="how ma
 Metrics = Annotated[
     str | None,
     typer.Option(
-        help="fd,fd_infinity,kid,precision,recall,density,coverage,is,bpd,nats_per_dim_latent,bpd_ode,"
+        help="fd,fd_infinity,kid,precision,recall,density,coverage,memorisation,is,bpd,nats_per_dim_latent,bpd_ode,"
         "nats_per_dim_latent_ode,clip_score,agreement"
     ),
 ]

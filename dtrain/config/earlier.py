@@ -76,6 +76,7 @@ EARLIER: dict[str, Earlier] = {
     "train.keep_snapshots": Earlier(None),
     "train.ema_new": Earlier("refuse"),
     "eval.clip": Earlier(False),
+    "eval.training_images": Earlier(50_000),
     "eval.bpd_clip": Earlier(False),
     "eval.ode_tolerance": Earlier(1e-5),
     "eval.ode_probes": Earlier(1),

@@ -12,7 +12,7 @@ from dtrain.config.sections import NonNegative, NonNegativeFloat, Place, Positiv
 
 PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
-_OfSets = Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "is"]
+_OfSets = Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "memorisation", "is"]
 # The bound on held-out images, in bits/dim, or on the density of their latents; the same by the ODE of a flow.
 _OfTheModel = Literal["bpd", "nats_per_dim_latent", "bpd_ode", "nats_per_dim_latent_ode"]
 Metric = Literal[_OfSets, _OfTheModel, "clip_score", "agreement"]
@@ -129,6 +129,8 @@ class Eval(Sampling):
     """for agreement: a TorchScript file that gives scores of the classes (net.pt#sha256=… pins it)"""
     validation_images: Positive = 256
     """the first held-out images, for bpd, bpd_ode and the loss by noise level"""
+    training_images: Positive = 50_000
+    """the first training images, for memorisation; all, where there are fewer"""
     features: Place = "auto"
     """inception, effnet_lite0, pixels, a TorchScript file (net.pt#sha256=… pins it), or auto: the first that is here"""
     weights: Place | None = None

@@ -14,6 +14,11 @@ def check(config: Any) -> None:
             _check_density(metric, config)
         elif metric in OF_WHAT_IS_ASKED:
             _check_asked(metric, config)
+        elif metric == "memorisation" and config.first_stage.reads_cache:
+            raise ValueError(
+                "eval.metrics memorisation compares samples with training pictures, and first_stage.cached has none; "
+                "leave it out"
+            )
 
 
 def _check_bound(metric: str, config: Any) -> None:

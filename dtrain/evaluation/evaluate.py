@@ -47,7 +47,12 @@ UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
 UNSAID |= {"churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
 
-OF_METRICS = ("bpd_clip", "ode_tolerance", "ode_probes")  # what else determines some of them; in the context of these
+OF_METRICS = (
+    "bpd_clip",
+    "ode_tolerance",
+    "ode_probes",
+    "training_images",
+)  # what else determines some of them; in the context of these
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
@@ -150,7 +155,8 @@ def evaluate(
 
         def compute() -> dict[str, float]:
             on_progress(0, 0, f"computing {', '.join(e.metrics)} of {e.num_samples:,} samples")
-            on_device = [f if f is None else f.to(generator.device) for f in (features, reference.features)]
+            parts = features, reference.features, reference.training
+            on_device = [f if f is None else f.to(generator.device) for f in parts]
             return metrics.compute(e, extractor, statistics, reference.statistics, *on_device, reference.comparable)
 
         found = distributed.on_rank_0(compute)
@@ -198,6 +204,8 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
         found["validation_images"] = e.validation_images
     if "bpd" in e.metrics:
         found["bpd_clip"] = e.bpd_clip
+    if "memorisation" in e.metrics:
+        found["training_images"] = e.training_images
     if DENSITIES & set(e.metrics):
         found |= {"ode_tolerance": e.ode_tolerance, "ode_probes": e.ode_probes}
     if reference.changed.upright:

@@ -20,6 +20,7 @@ OF_LATENTS = ("latent_mean", "latent_std", "posterior_std")  # over all elements
 # Metric of the model → the parts that add up to it, behind its name.
 PARTS = dict.fromkeys(BOUNDS, ("prior", "chain", "decoder")) | dict.fromkeys(DENSITIES, ("prior", "volume"))
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
+SPREADS |= {"memorisation": ("held_out",)}
 
 CLEAN, TENSORFLOW, UNKNOWN = "clean", "tensorflow", "unknown"
 RESIZING = {"inception": CLEAN, "inception_tf": TENSORFLOW}  # features → how their images are resized

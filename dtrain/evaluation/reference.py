@@ -31,6 +31,7 @@ from dtrain.data.shards.reader import ShardReader
 from dtrain.data.shards.sample_files import IMAGE_FIELDS
 from dtrain.errors import UserError
 from dtrain.evaluation.control import HeldOutPictures
+from dtrain.evaluation.embedding import embedded, of_training
 from dtrain.evaluation.features.build import Extractor, check_finite, extractor
 from dtrain.evaluation.generate import OnProgress, quiet, which_not_finite
 from dtrain.evaluation.metrics.kept import KeptFeatures
@@ -47,8 +48,6 @@ from dtrain.evaluation.reference_origin import AS_IT_IS, Changed, Origin, prepro
 from dtrain.evaluation.reference_store import ReferenceStore
 from dtrain.evaluation.requirements import check_asked, check_metrics, needs_reference_features, split_of
 
-READ_BLOCK = 512  # images of the split read and embedded at a time
-
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -62,6 +61,7 @@ class Reference:
     captions:   of the split, M of each condition that is told in words
     pictures:   of the split, of each condition that is told pictures; None where none is
     features:   float32 (M, D) of the split on rank 0 where a metric needs them, else None
+    training:   float32 (M, D) of training images on rank 0 where memorisation is measured, else None
     validation: its first `eval.validation_images`: float32 (n, C, H, W) in [−1, 1] and labels (n,); likewise
     changed:    what data.exif and data.scaling made of the split
     resize:     how the images behind another tool's statistics were resized for Inception; None where all is our own
@@ -77,6 +77,7 @@ class Reference:
     captions: Said = dataclass_field(default_factory=dict)
     pictures: HeldOutPictures | None = None
     features: Tensor | None = None
+    training: Tensor | None = None
     validation: tuple[Tensor, Tensor] | None = None
     changed: Changed = AS_IT_IS
     resize: str | None = None
@@ -125,6 +126,8 @@ class Reference:
         if stored is None or keep:
             computed, features, kept = _computed(data, found, split, changed, device, keep, cache, on_block)
             held_out |= {"features": features, "kept": kept}
+        if "memorisation" in e.metrics:
+            held_out["training"] = of_training(config, found, device, on_block)
         statistics, hash, resize, about = stored or (computed, split.hash, None, None)
         return cls(found, split, statistics, hash, **held_out, changed=changed, resize=resize, about=about)
 
@@ -267,22 +270,16 @@ def compute(
     """
     moments = MomentStream(features.dimensions, device)
     kept = KeptFeatures(features.dimensions, device)
-    starts = list(range(0, manifest.samples, READ_BLOCK))
-    mine = range(distributed.rank(), len(starts), distributed.world_size())
-
-    sizes = [min(READ_BLOCK, manifest.samples - starts[number]) for number in mine]
 
     def embed() -> list[int]:
         bad: list[int] = []
-        for done, number in enumerate(mine):
-            first, end = starts[number], starts[number] + sizes[done]
-            images, _ = read_split(manifest, manifest.place, image_size, channels, first, end, cache, upright, scaling)
-            found = features(images.to(device))
+        size = image_size, channels
+        how = device, on_block, cache, upright, scaling
+        for number, first, found in embedded(manifest, manifest.place, features, *size, *how):
             bad += [first + row for row in which_not_finite(found)]
             moments.update(found)
             if keep:
                 kept.update(number, found)
-            on_block(sum(sizes[: done + 1]), sum(sizes))
         return bad
 
     bad = distributed.agree(embed)  # an image that cannot be read is one rank's to find

@@ -33,7 +33,7 @@ from dtrain.files import read_json
 PREPROCESSOR = "preprocessor_config.json"  # of a CLIPModel's folder
 OF_MOMENTS = {"fd"}
 PRECISION, DENSITY = ("precision", "recall"), ("density", "coverage")
-OF_REFERENCE_FEATURES = {"kid", *PRECISION, *DENSITY}
+OF_REFERENCE_FEATURES = {"kid", *PRECISION, *DENSITY, "memorisation"}
 SPLITS = 10  # parts of the samples that the Inception score is taken over
 NEIGHBOURS, NEIGHBOURS_OF_DENSITY = 3, 5  # as their authors took
 

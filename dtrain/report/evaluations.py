@@ -19,6 +19,7 @@ from dtrain.tracking.best import NOT_SETTINGS, better, higher_is_better, setting
 # What belongs to a value of a metric and is drawn as its interval.
 SPREADS = {"_std": "± one standard deviation over subsets", "_error": "± the error of the fit"}
 NOT_METRICS = ("seconds", *(f"{metric}_{part}" for metric, parts in PARTS.items() for part in parts))
+HELD_OUT = "_held_out"  # what the held-out images themselves have of it: a level line
 MOST_NUMBERS = 8  # of one metric, where no line has several points
 LONGEST = 200  # characters of a setting
 HASHES = ("extractor", "reference")
@@ -42,7 +43,7 @@ class Curve:
 def metrics_of(line: Line) -> list[str]:
     """The metrics of an evaluation without their intervals."""
     names = line["metrics"]
-    belongs = {f"{name}{suffix}" for name in names for suffix in ("_low", "_high", *SPREADS)}
+    belongs = {f"{name}{suffix}" for name in names for suffix in ("_low", "_high", HELD_OUT, *SPREADS)}
     return [name for name in names if name not in belongs and name not in NOT_METRICS]
 
 
@@ -96,6 +97,7 @@ def charts(runs: list[Run]) -> list[Chart]:
             series.append(Series(name, points, colour, dash, dots=True))
         if is_distance(metric):
             series += _floors(drawn, metric, len(runs) > 1)
+        series += _of_held_out(drawn, metric, len(runs) > 1)
         apart = len(all_curves) - len(drawn)
         notes = [_spread_note(drawn, metric), _bound_note(drawn) if metric == "bpd" else ""]
         notes += [f"{apart} single evaluations with other settings are in the table below." if apart else ""]
@@ -119,6 +121,20 @@ def _floors(drawn: list[Curve], metric: str, several_runs: bool) -> list[Series]
                 found[curve.number, n] = Series(
                     f"{curve.run.name} · {name}" if several_runs else name, [Point(x, value) for x in ends], colour, 3
                 )
+    return list(found.values())
+
+
+def _of_held_out(drawn: list[Curve], metric: str, several_runs: bool) -> list[Series]:
+    """What the held-out images have of a metric that tells it, beside each run's curves."""
+    found: dict[int, Series] = {}
+    for curve in drawn:
+        points = [
+            Point(at["images"], v) for at in curve.lines if (v := at["metrics"].get(metric + HELD_OUT)) is not None
+        ]
+        if points:
+            name = f"{curve.run.name} · held-out images" if several_runs else "held-out images"
+            colour, _ = line_of(curve.number if several_runs else len(drawn))
+            found[curve.number] = Series(name, points, colour, 3)
     return list(found.values())
 
 

@@ -23,7 +23,7 @@ from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
 from tests.training.runs import copied, train
 
-METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall,density,coverage]"
+METRICS = "eval.metrics=[fd,fd_infinity,kid,precision,recall,density,coverage,memorisation]"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_an_evaluation_is_the_same_on_one_and_two_ranks_and_after_being_killed(t
     assert set(alone) == {
         *("fd_pixels", "fd_infinity_pixels", "fd_infinity_pixels_error"),
         *("kid_pixels", "kid_pixels_std", "precision_pixels", "recall_pixels"),
-        *("density_pixels", "coverage_pixels"),
+        *("density_pixels", "coverage_pixels", "memorisation_pixels", "memorisation_pixels_held_out"),
     }
     two = run_ranks(_evaluate, 2, trained)
     assert two[0][0] == two[1][0]  # every rank has the same answer

@@ -7,7 +7,7 @@ from dtrain.evaluation.features.build import Extractor
 from dtrain.evaluation.metrics.frechet import bootstrap_interval, fd_infinity, frechet_distance
 from dtrain.evaluation.metrics.inception_score import inception_score
 from dtrain.evaluation.metrics.kernel import kernel_distance
-from dtrain.evaluation.metrics.neighbours import density_and_coverage, precision_and_recall
+from dtrain.evaluation.metrics.neighbours import density_and_coverage, memorisation, precision_and_recall
 from dtrain.evaluation.metrics.statistics import Statistics
 from dtrain.evaluation.names import metric_name
 from dtrain.evaluation.requirements import DENSITY, PRECISION
@@ -20,14 +20,17 @@ def compute(
     reference: Statistics | None,
     features: Tensor | None,
     reference_features: Tensor | None,
+    training: Tensor | None = None,
     comparable: bool = True,
 ) -> dict[str, float]:
     """Every metric of `eval.metrics` under its journal name. Features where `needs_…` says so, (N, D) and (M, D).
 
-    comparable: whether the statistics compared with are of images resized as the samples are.
+    training: features of training images, for memorisation. comparable: whether the statistics compared with are of
+    images resized as the samples are.
 
     Beside a value stands what is known of its spread: `fid_low` and `fid_high` (95 %, with eval.bootstrap), the `_std`
-    over subsets of kid and is, the `_error` of fd_infinity's fit.
+    over subsets of kid and is, the `_error` of fd_infinity's fit; and beside memorisation the
+    `_held_out` images' own.
     """
     found: dict[str, float] = {}
 
@@ -52,6 +55,8 @@ def compute(
             for metric, value in zip(pair, computed(features, reference_features), strict=True):
                 if metric in e.metrics:
                     put(metric, value)
+    if "memorisation" in e.metrics:
+        put("memorisation", memorisation(features, training), held_out=memorisation(reference_features, training))
     if "is" in e.metrics:
         score = inception_score(extractor.probabilities(features))
         put("is", score.mean, std=score.std)

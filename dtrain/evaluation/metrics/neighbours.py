@@ -2,7 +2,8 @@
 
 Improved precision and recall: Kynkäänniemi, Karras, Laine, Lehtinen & Aila (2019), "Improved precision and recall
 metric for assessing generative models". Density and coverage: Naeem, Oh, Uh, Choi & Yoo (2020), "Reliable fidelity and
-diversity metrics for generative models". Distances are made tile by tile: of 50,000 × 50,000 only 32 MB exist at once.
+diversity metrics for generative models". Memorisation is by the same balls, around training images. Distances are made
+tile by tile: of 50,000 × 50,000 only 32 MB exist at once.
 """
 
 import torch
@@ -45,8 +46,28 @@ def density_and_coverage(features: Tensor, reference: Tensor, k: int = NEIGHBOUR
     return balls / (k * len(features)), met / len(reference)
 
 
+def memorisation(features: Tensor, training: Tensor) -> float:
+    """The share of features (N, D) that are nearer to some training point (M, D) than that one's nearest other is.
+
+    1 where every sample is a copy of a training image. Points of the data's own law lie so near by chance too: what
+    held-out images have is the value of a model that has memorised nothing. A sample as near counts, so that a copy of
+    a training image which is there twice does.
+    """
+    features, training = _centred(features, training)
+    reach, copies = radii(training, 1), 0
+    for rows in features.split(ROWS):
+        distance, nearest = rows.new_full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
+        for number, columns in enumerate(training.split(COLUMNS)):
+            found = torch.cdist(rows, columns).min(1)
+            closer = found.values < distance
+            distance = torch.where(closer, found.values, distance)
+            nearest = torch.where(closer.cpu(), number * COLUMNS + found.indices.cpu(), nearest)
+        copies += int((distance <= reach[nearest.to(reach.device)]).sum())
+    return copies / len(features)
+
+
 def _centred(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances come from a·b, which loses digits where vectors are long against their distances: without the mean."""
+    """Both without the second one's mean: distances come from a·b, which loses digits where vectors are long."""
     centre = reference.mean(0, keepdim=True)
     return features - centre, reference - centre
 
