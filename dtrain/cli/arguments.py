@@ -11,7 +11,7 @@ from dtrain.credentials import shown_argument
 from dtrain.errors import UserError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="override config keys")]
-FEATURES_HELP = "inception, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
+FEATURES_HELP = "inception, dinov2, effnet_lite0, pixels, a TorchScript file, or auto: the first that is here"
 
 
 def _runs(incomplete: str) -> list[str]:
@@ -55,7 +55,7 @@ BpdClip = Annotated[bool | None, typer.Option(help="hold x_0 within [−1, 1] in
 Resize = Annotated[
     str | None, typer.Option(help="of Inception's images: clean, or tensorflow as published ImageNet figures")
 ]
-Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder")]
+Weights = Annotated[str | None, typer.Option(help="Inception's weight file, or its folder; of dinov2 the folder")]
 
 
 def with_eval(config, chosen: dict, raw: bool):

@@ -16,7 +16,7 @@ _OfSets = Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", 
 # The bound on held-out images, in bits/dim, or on the density of their latents; the same by the ODE of a flow.
 _OfTheModel = Literal["bpd", "nats_per_dim_latent", "bpd_ode", "nats_per_dim_latent_ode"]
 Metric = Literal[_OfSets, _OfTheModel, "clip_score", "agreement"]
-FEATURES = ("auto", "inception", "effnet_lite0", "pixels")  # plug-ins bring further ones
+FEATURES = ("auto", "inception", "dinov2", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
 _HIGHER = ("precision", "recall", "density", "coverage", "is")
 HIGHER_IS_BETTER = {
@@ -132,9 +132,9 @@ class Eval(Sampling):
     training_images: Positive = 50_000
     """the first training images, for memorisation; all, where there are fewer"""
     features: Place = "auto"
-    """inception, effnet_lite0, pixels, a TorchScript file (net.pt#sha256=… pins it), or auto: the first that is here"""
+    """inception, dinov2, effnet_lite0, pixels, a TorchScript file (net.pt#sha256=… pins it), or auto: what is here"""
     weights: Place | None = None
-    """Inception's file or its folder; null: DTRAIN_WEIGHTS, then ~/.cache/dtrain"""
+    """Inception's file or its folder, null: DTRAIN_WEIGHTS, then ~/.cache/dtrain; of dinov2 the folder"""
     resize: Literal["clean", "tensorflow"] | None = None
     """of Inception's images, on both sides; null: clean, and another tool's reference may be otherwise: no fid"""
     reference: Place | None = None

@@ -16,6 +16,7 @@ from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.manifest import Manifest
 from dtrain.errors import UserError, from_where
 from dtrain.evaluation.features import weights
+from dtrain.evaluation.features.dinov2_folder import Dinov2Folder
 from dtrain.evaluation.features.torchscript import read_program
 from dtrain.evaluation.names import (
     CLEAN,
@@ -207,13 +208,16 @@ def known_features(e: Eval, data: Data) -> Known | None:
 def named_features(e: Eval, data: Data) -> Known | None:
     """What `eval.features` stands for; None for a TorchScript file or a plug-in, which only itself knows its size.
 
-    Reads no file. Raises UserError where Inception's is named and missing. A download is left to the evaluation, and
+    Reads no weights. Raises UserError where Inception's is named and missing. A download is left to the evaluation, and
     so are packages: a job's container may have others than the machine it is submitted from.
     """
     name, resize = e.features, e.resize
     found = weights.place(weights.INCEPTION, e.weights) if name in ("auto", "inception") else None
     is_inception = name == "inception" or found is not None
     check_resize(resize, name, is_inception)
+    if name == "dinov2":
+        described = Dinov2Folder.of(e.weights)
+        return Known(described.name, described.width, 0)
     if name == "pixels":
         return Known(name, data.channels * data.image_size**2, 0)
     if is_inception:

@@ -92,6 +92,10 @@ def extractor(
         return Inception(weights.obtain(weights.INCEPTION, given), device, resize or CLEAN)
     if name == "effnet_lite0":
         return EfficientNetLite0(device)
+    if name == "dinov2":
+        from dtrain.evaluation.features.dinov2 import Dinov2
+
+        return Dinov2(given, device)
     return UserNetwork(name, device)
 
 

@@ -87,9 +87,9 @@ class Inception(Network):
         self._resizes_itself = resize == TENSORFLOW
         if self._resizes_itself:
             self.name = "inception_tf"
-            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", digest, "its own tensorflow bilinear")
+            self.fingerprint = fingerprint("inception (x-128)/128 at 299", digest, "its own tensorflow bilinear")
         else:
-            self.fingerprint = _fingerprint("inception (x-128)/128 at 299", digest)
+            self.fingerprint = fingerprint("inception (x-128)/128 at 299", digest)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self._resizes_itself:
@@ -123,7 +123,7 @@ class EfficientNetLite0(Network):
                 "(--weights, DTRAIN_WEIGHTS) take eval.features=inception, without any network eval.features=pixels"
             ) from None
         self._network = network.to(self.device)
-        self.fingerprint = _fingerprint("effnet_lite0 (x-127)/128 at 224, mean of extract_features", _sha256(path))
+        self.fingerprint = fingerprint("effnet_lite0 (x-127)/128 at 224, mean of extract_features", _sha256(path))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self._network.extract_features((pixels - 127) / 128).mean((2, 3))  # (n, 1280)
@@ -151,9 +151,9 @@ class UserNetwork(Network):
         self._network = load_torchscript(path, self.device, program.data)
         check_graphs(path, self._network)
         name = as_file_name(re.sub(r"\W+", "_", path.stem).lower())
-        self.name = f"file_{name}" if name in OUR_NAMES else name
+        self.name = f"file_{name}" if name in OUR_NAMES or name.startswith("dinov2") else name
         self.size = int(getattr(self._network, "size", 299))
-        self.fingerprint = _fingerprint(f"torchscript at {self.size}", program.sha256)
+        self.fingerprint = fingerprint(f"torchscript at {self.size}", program.sha256)
         try:
             with torch.inference_mode():
                 found = self.forward(torch.zeros(1, 3, self.size, self.size, device=self.device))
@@ -192,5 +192,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _fingerprint(definition: str, digest: str, resizing: str = "clean-fid bicubic") -> str:
+def fingerprint(definition: str, digest: str, resizing: str = "clean-fid bicubic") -> str:
+    """Hex digest of what determines the features of an image."""
     return hashlib.sha256(f"{definition}, {resizing}, weights {digest}".encode()).hexdigest()

@@ -49,7 +49,9 @@ def read_program(features: str, key: str = "eval.features") -> Program:
         data = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         ours = (
-            "is inception, effnet_lite0, pixels or a path" if key == "eval.features" else "names it, so copy it there"
+            "is inception, dinov2, effnet_lite0, pixels or a path"
+            if key == "eval.features"
+            else "names it, so copy it there"
         )
         raise UserError(f"there is no TorchScript file {path}{from_where(path)}; {key} {ours}") from None
     except OSError as e:
