@@ -65,7 +65,7 @@ def test_what_is_no_dinov2_is_refused_before_anything_is_computed(folder, digits
 
 
 def test_the_command_gives_the_distance_under_the_networks_own_name(finished_run, digits, tmp_path):
-    folder = saved(tmp_path / "tiny", 16, 1)
+    folder = saved(tmp_path / "network", 16, 1)
     run = copied(finished_run, digits, tmp_path).run.path
     arguments = ("evaluate", run, "-n", 16, "--steps", 2, "--features", "dinov2", "--weights")
     code, said = run_ranks(command, 1, *arguments, folder)[0]
