@@ -78,7 +78,7 @@ class Trained:
         guidance_orthogonal: float | None = None,
         guidance_norm: float | None = None,
         guidance_momentum: float | None = None,
-        guidance_renoise: Literal["guided", "null"] | None = None,
+        guidance_renoise: Literal["guided", "away"] | None = None,
         guide_with: str | None = None,
         precision: Literal["fp32", "bf16"] | None = None,
         batch_size: int | None = None,

@@ -82,8 +82,8 @@ class Sampling(Section):
     """most that guidance with scale 1 may move x_0, as an L2 norm; null: any (APG's r)"""
     guidance_momentum: Annotated[float, Field(gt=-1, lt=1)] = 0.0
     """how much of the guidance of the step before is added: APG's β, such as -0.5"""
-    guidance_renoise: Literal["guided", "null"] = "guided"
-    """whose noise the next state of ddim or euler holds; null: of what guidance leads away from (CFG++)"""
+    guidance_renoise: Literal["guided", "away"] = "guided"
+    """whose noise the next state of ddim or euler holds; away: that of what guidance leads away from (CFG++)"""
     guide_with: Place | None = None
     """guidance leads away from this weaker run or earlier checkpoint, told the same, instead of from the null"""
     guidance_channels: Literal["all", "first_3"] = "all"

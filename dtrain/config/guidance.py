@@ -89,16 +89,16 @@ def check(config: Any) -> None:
         _check_apart(e.guidance, told)
     if e.guide_with is not None:
         _check_weak(e)
-    if e.guidance_renoise == "null" and e.sampler not in ("ddim", "euler"):
+    if e.guidance_renoise == "away" and e.sampler not in ("ddim", "euler"):
         raise ValueError(
-            f"eval.guidance_renoise null cannot go with sampler {e.sampler}, whose steps hold a velocity or several "
+            f"eval.guidance_renoise away cannot go with sampler {e.sampler}, whose steps hold a velocity or several "
             "noises; take ddim or euler"
         )
     for key in ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with"):
         if getattr(e, key) and not e.asked.steps:
             raise ValueError(f"eval.{key} has no effect with eval.guidance 1; take 3, or leave it out")
-    if e.guidance_renoise == "null" and not e.asked.steps:
-        raise ValueError("eval.guidance_renoise null has no effect with eval.guidance 1; take 0.6, or leave it out")
+    if e.guidance_renoise == "away" and not e.asked.steps:
+        raise ValueError("eval.guidance_renoise away has no effect with eval.guidance 1; take 0.6, or leave it out")
     if e.guidance_interval[0] >= e.guidance_interval[1]:
         raise ValueError("eval.guidance_interval must be [low, high] with low < high, shares of the process")
 

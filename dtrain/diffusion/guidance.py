@@ -48,7 +48,7 @@ def guided(
     et al. 2023, section 3.4).
     weak: another model, asked in the place of the null: weak + s·(model − weak), both told everything (Karras et al.
     2024, autoguidance). guidance is one number then.
-    renoise: null gives `Apart` answers, whose noise is that of the answer led away from (Chung et al. 2024, CFG++).
+    renoise: away gives `Apart` answers, whose noise is that of the answer led away from (Chung et al. 2024, CFG++).
 
     Raises UserError for s ≠ 1 on a model without conditions, unless there is a weak one.
     """

@@ -61,7 +61,7 @@ def sample(
 
     sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, heun | euler |
     ddim | dpmpp_2m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of heun on EDM; clip
-    holds every x̂_0 within [−1, 1], for pixels only. renoise: null where the denoiser gives `Apart` answers, to ddim and
+    holds every x̂_0 within [−1, 1], for pixels only. renoise: away where the denoiser gives `Apart` answers, to ddim and
     euler only. last: of the steps the last so many alone; x_T is then a state at the first of `times`. repeats: of
     each step, by `resampled` instead of the sampler where above 1. Raises UserError for steps that do not fit the
     process.
@@ -75,7 +75,7 @@ def sample(
         return solvers.sde_flow(denoiser, process, x_T, timesteps, step_noise, clip, sde_noise or "2t")
     if isinstance(process, RectifiedFlow):
         if sampler == "euler":
-            return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "null")
+            return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "away")
         return solvers.heun_flow(denoiser, process, x_T, timesteps, clip)
     if churn is not None:
         return solvers.heun_churned(denoiser, process, x_T, timesteps, step_noise, churn, clip)

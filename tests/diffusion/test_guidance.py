@@ -242,9 +242,9 @@ def test_renoised_with_the_null_a_walk_is_the_papers(process, s):
         time = t.double().view(-1, 1, 1, 1) / process.last_time
         return torch.tanh(x * (1 + y.view(-1, 1, 1, 1) / 10)) + time
 
-    denoiser = guided(model, s, null, renoise="null")
+    denoiser = guided(model, s, null, renoise="away")
     sampler = "ddim" if process in GAUSSIANS else "euler"
-    found = sample(lambda x, t: denoiser(x, t, y=labels), process, x, sampler, 5, renoise="null")
+    found = sample(lambda x, t: denoiser(x, t, y=labels), process, x, sampler, 5, renoise="away")
     times, state = process.walk(5, "trailing"), x
     for here, there in zip(times, [*times[1:], process.clean], strict=True):
         told, nothing = (
