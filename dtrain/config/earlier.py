@@ -38,6 +38,7 @@ EARLIER: dict[str, Earlier] = {
     "data.holdout_shards": Earlier(None),
     "model.control_of": Earlier(None, ("name", "dit", "unet")),
     "model.adapt": Earlier(None, ("name", "dit", "unet")),
+    "model.fourier": Earlier([], ("name", "dit", "unet")),
     "model.qk_norm": Earlier(False, _DIT),
     "model.frequency_shift": Earlier(0, _DIT),
     "model.norm": Earlier("layer", _DIT),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dtrain.config.sections import IdentitySection, NonNegative, Place, Positive
 from dtrain.draws import Draw, Purpose
@@ -18,6 +18,15 @@ DIT_SIZES: dict[str, dict[str, int]] = {
     ]
     for patch in (2, 4, 8)
 }
+
+
+def _all_different(octaves: list[int]) -> list[int]:
+    if len(set(octaves)) < len(octaves):
+        raise ValueError(f"{octaves} names an octave twice; name each once")
+    return octaves
+
+
+Octaves = Annotated[list[Annotated[int, Field(ge=0, le=10)]], AfterValidator(_all_different)]
 
 
 class Adapt(IdentitySection):
@@ -92,6 +101,8 @@ class DiT(Transformer):
     """tokens made of the class, which stand in front of the picture's, beside adaLN; JiT 32"""
     context_from: NonNegative | None = None
     """the block from which on they do, counted from 0; null: a third of the depth, as JiT"""
+    fourier: Octaves = Field([])
+    """octaves n of sin and cos 2ⁿ π x beside each channel, to see less than a grey level of noise: [7, 8]; none: []"""
     num_classes: NonNegative = 0
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
     control_of: Place | None = None
@@ -126,12 +137,13 @@ class DiT(Transformer):
     def unlike_published(self) -> str | None:
         """The first key, with its value, that gives the network a part which the published DiT has not."""
         plain = {"norm": "layer", "mlp": "gelu", "positions": "sincos", "patch_bottleneck": None, "context_tokens": 0}
+        plain |= {"fourier": []}
         return next((f"model.{k} {getattr(self, k)}" for k, value in plain.items() if getattr(self, k) != value), None)
 
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         sizes = {f"model.{k}": size for k, size in self.sizes.items() if k != "heads" or self.qk_norm}
-        parts = ("qk_norm", "norm", "mlp", "patch_bottleneck", "context_tokens")
+        parts = ("qk_norm", "norm", "mlp", "patch_bottleneck", "context_tokens", "fourier")
         # Its positions are parameters that do not learn.
         return {"data.image_size": image_size, **sizes, **{f"model.{part}": getattr(self, part) for part in parts}}
 
@@ -172,6 +184,8 @@ class UNet(IdentitySection):
     """of the group norms; 1e-5 in ADM"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of a block's activations that are dropped in training"""
+    fourier: Octaves = Field([])
+    """octaves n of sin and cos 2ⁿ π x beside each channel, to see less than a grey level of noise: [7, 8]; none: []"""
     num_classes: NonNegative = 0
     """labels go from 0 to this minus 1; 0: unconditional, labels are not read"""
     control_of: Place | None = None
@@ -190,11 +204,16 @@ class UNet(IdentitySection):
                 )
         return self
 
+    @property
+    def unlike_published(self) -> str | None:
+        """The first key, with its value, that gives the network a part which the published UNet has not."""
+        return f"model.fourier {self.fourier}" if self.fourier else None
+
     def architecture(self, image_size: int) -> dict[str, object]:
         """Key → value of what decides which parameters there are, and their shapes."""
         keys = {
             f"model.{k}": getattr(self, k)
-            for k in ("width", "multipliers", "res_blocks", "scale_shift", "resblock_updown")
+            for k in ("width", "multipliers", "res_blocks", "scale_shift", "resblock_updown", "fourier")
         }
         levels = range(len(self.multipliers))
         return keys | {"model.attention": [i for i in levels if image_size >> i in self.attention]}

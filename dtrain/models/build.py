@@ -91,6 +91,7 @@ def _dit(
         bottleneck=model.patch_bottleneck,
         context_tokens=model.context_tokens,
         context_from=model.first_with_context,
+        fourier=model.fourier,
         **model.sizes,
         **more,
     )

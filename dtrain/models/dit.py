@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtrain.models.fourier import channels_with_waves, with_waves
 from dtrain.models.layers import (
     Attention,
     BottleneckPatchEmbedder,
@@ -95,6 +96,7 @@ class DiT(nn.Module):
     Further options of JiT: norm and mlp of `DiTBlock`; rotary: queries and keys are turned by their places, beside the
     positions that are added, as both are there; bottleneck: channels that a patch goes through, None: none;
     context_tokens: so many tokens made of the class stand in front of the picture's from block context_from on.
+    fourier: octaves of the waves that it sees beside each channel (`fourier.with_waves`).
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class DiT(nn.Module):
         bottleneck: int | None = None,
         context_tokens: int = 0,
         context_from: int = 0,
+        fourier: Sequence[int] = (),
     ):
         super().__init__()
         assert image_size % patch == width % heads == width % 4 == 0
@@ -127,10 +130,12 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.activation_checkpointing = False  # recompute each block's activations in backward
         self.head = width // heads if rotary else None  # channels that are turned
+        self.fourier = tuple(fourier)
+        seen = channels_with_waves(channels, self.fourier)
         if bottleneck is None:
-            self.x_embedder = PatchEmbedder(channels, patch, width)
+            self.x_embedder = PatchEmbedder(seen, patch, width)
         else:
-            self.x_embedder = BottleneckPatchEmbedder(channels, patch, bottleneck, width)
+            self.x_embedder = BottleneckPatchEmbedder(seen, patch, bottleneck, width)
         self.t_embedder = TimestepEmbedder(width, shift=frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, width)
@@ -169,7 +174,7 @@ class DiT(nn.Module):
         self, x: Tensor, t: Tensor, y: Tensor | None, condition: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tokens | None]:
         """What the blocks take: the patches as tokens (N, T, D), time and vectors (N, D), tokens of conditions."""
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(with_waves(x, self.fourier)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t)  # (N, D)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, D)

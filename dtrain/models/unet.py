@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.models.dropout import dropout
+from dtrain.models.fourier import channels_with_waves, with_waves
 from dtrain.models.layers import (
     Attention,
     ConditionNetworks,
@@ -158,7 +159,8 @@ class UNet(nn.Module):
     the model is unconditional and ignores them. learn_sigma doubles the output channels: the second half describes
     the variance. resblock_updown: residual blocks change the side between levels, as ADM's do, instead of single
     convolutions. group_norm_eps: 1e-5 in ADM. cross: where it attends, each place attends to the tokens of `conditions`
-    too, of which one at least makes some.
+    too, of which one at least makes some. fourier: octaves of the waves that it sees beside each channel
+    (`fourier.with_waves`).
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class UNet(nn.Module):
         resblock_updown: bool = False,
         group_norm_eps: float = EPS,
         cross: bool = False,
+        fourier: Sequence[int] = (),
     ):
         super().__init__()
         assert image_size % 2 ** (len(multipliers) - 1) == width % 4 == 0
@@ -216,7 +219,8 @@ class UNet(nn.Module):
             self.y_embedder = LabelEmbedder(num_classes, embedding)
         self.condition_width = embedding
         self.conditions = ConditionNetworks()
-        self.conv_in = Conv2d(channels, width, 3, padding=1)
+        self.fourier = tuple(fourier)
+        self.conv_in = Conv2d(channels_with_waves(channels, self.fourier), width, 3, padding=1)
 
         self.down = nn.ModuleList()
         skips, here = [width], width
@@ -291,7 +295,7 @@ class UNet(nn.Module):
 
         hint: (N, width, H, W), added to what the first convolution gives.
         """
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (N, width, H, W)
+        h = self.conv_in(with_waves(x, self.fourier).to(self.conv_in.weight.dtype))  # (N, width, H, W)
         if hint is not None:
             h = h + hint
         found = [h]

@@ -28,6 +28,8 @@ MODELS = [
     DIT | {"num_classes": 3, "context_tokens": 2},
     DIT | {"num_classes": 3, "context_tokens": 2, "context_from": 1},
     DIT | {"num_classes": 3, "context_tokens": 4},
+    DIT | {"fourier": [7]},
+    DIT | {"fourier": [7, 8]},
     MMDIT,
     MMDIT | {"depth": 3},
     MMDIT | {"width": 64},
@@ -46,6 +48,7 @@ MODELS = [
     UNET | {"scale_shift": True},
     UNET | {"dropout": 0.5},
     UNET | {"num_classes": 3},
+    UNET | {"fourier": [7, 8]},
 ]
 OTHERS = [("data", {"image_size": 32}), ("data", {"channels": 1}), ("data", {"flip": True})]
 OTHERS += [("diffusion", {"variance": "learned_range", "loss": "hybrid"}), ("diffusion", {"variance": "fixed_large"})]
