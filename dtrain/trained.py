@@ -13,6 +13,8 @@ from dtrain import config as configuration
 from dtrain import distributed
 from dtrain.checkpoint.export import class_names_of, open_weights
 from dtrain.checkpoint.frozen_base import allocate_whole, load_whole, open_base
+from dtrain.checkpoint.parameters import BACKBONE, split_name
+from dtrain.checkpoint.process_networks import objective_in, objective_with
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
 from dtrain.diffusion.process import Process
@@ -32,7 +34,6 @@ from dtrain.evaluation.start import of_files as start_of_files
 from dtrain.files import read_json
 from dtrain.first_stage.build import of_checkpoint
 from dtrain.first_stage.pixels import FirstStage
-from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 
 WEIGHTS = "model.safetensors"  # an exported folder has this and config.json
@@ -218,11 +219,12 @@ def load(
     config = directory.config()
     checkpoint, key = open_weights(directory, config, ema, step)
     model = load_whole(checkpoint, config, key, where)
+    process = objective_in(checkpoint, config, key).process
     meta = checkpoint.meta
     names = class_names_of(config.data, config.model.num_classes)
     first_stage = of_checkpoint(config, meta.get("first_stage"), where)
     build_conditions(config).check(meta.get("text_encoders"))
-    return _trained(model, config, meta["step"], meta["images"], names, where, first_stage)
+    return _trained(model, process, config, meta["step"], meta["images"], names, where, first_stage)
 
 
 def _exported(folder: Path, ema: int | None, step: int | None, device: torch.device) -> Trained:
@@ -254,12 +256,15 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     model = allocate_whole(config, device)
     if (base := open_base(config, device)) is not None:
         base.check_of_checkpoint({"base": source["base"]})
+    beside = {name: state.pop(name) for name in list(state) if split_name(name)[0] != BACKBONE}
+    process = objective_with(beside, config, f"{folder}/{WEIGHTS}").process
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
         raise UserError(f"{folder}/{WEIGHTS} is of another model than config.json: {str(e).splitlines()[-1]}") from None
     first_stage = of_checkpoint(config, source["trained_with"], device)
-    return _trained(model, config, source["step"], source["images"], source["class_names"], device, first_stage)
+    about = source["step"], source["images"], source["class_names"]
+    return _trained(model, process, config, *about, device, first_stage)
 
 
 def _listed(places: str | Path | Iterable[str | Path] | None) -> list[str | Path]:
@@ -272,6 +277,7 @@ def _profile(weights: str) -> int | None:
 
 def _trained(
     model,
+    process: Process,
     config: Config,
     step: int,
     images: int,
@@ -279,5 +285,4 @@ def _trained(
     device: torch.device,
     first_stage: FirstStage,
 ) -> Trained:
-    process = build_objective(config).process
     return Trained(model.to(device).eval(), process, config, step, images, names, device, first_stage)

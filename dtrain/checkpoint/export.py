@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -12,6 +14,7 @@ from dtrain.checkpoint.averages import KEY as AVERAGE
 from dtrain.checkpoint.averages import Combination, combination
 from dtrain.checkpoint.directory import complete, step_of, step_path
 from dtrain.checkpoint.format import Checkpoint, Damaged
+from dtrain.checkpoint.parameters import BACKBONE, full_name
 from dtrain.config import Config, Data, EMAProfile
 from dtrain.errors import UserError
 from dtrain.files import replacing
@@ -40,13 +43,16 @@ def open_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Checkpoint | Combination, module: torch.nn.Module, key: str) -> torch.nn.Module:
+def load_weights(
+    checkpoint: Checkpoint | Combination, module: torch.nn.Module, key: str, network: str = BACKBONE
+) -> torch.nn.Module:
     """Fill a module with a checkpoint's "fp32" weights or one of its EMAs ("ema_0"); frozen parameters have only fp32.
 
-    Raises UserError when the checkpoint is damaged or holds no such weights.
+    network: which of the checkpoint's it is. Raises UserError when the checkpoint is damaged or holds no such weights.
     """
     values = {}
-    for name, p in module.named_parameters():
+    for local, p in module.named_parameters():
+        name = full_name(network, local)
         tensor = f"{name}:{key if p.requires_grad else 'fp32'}"
         values[tensor] = p, torch.empty(p.shape, dtype=torch.float32)
         if checkpoint.tensors.get(tensor, p.numel()) != p.numel():
@@ -149,6 +155,8 @@ def export(
             module, config = merge(checkpoint, config, key).to(DTYPES[dtype]), config.base
         else:
             module = load_weights(checkpoint, allocate(config), key).to(DTYPES[dtype])
+        if of_process := _of_process(checkpoint, config, key):
+            write = partial(write, beside=of_process)
         left_out = write(module, config, source | {"weights": weights}, out)
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e.strerror}") from None
@@ -161,6 +169,17 @@ def export(
     if config.model.num_classes and not class_names_of(config.data, config.model.num_classes):
         lines.append(f"classes go by their numbers: {config.data.manifest_path} has no names of them, or is not here")
     return "\n".join(lines)
+
+
+def _of_process(checkpoint: Checkpoint | Combination, config: Config, key: str) -> dict[str, torch.Tensor]:
+    """Full name → float32 weight of the networks that the process is made of, such as a learned schedule."""
+    from dtrain.objectives.build import build
+
+    objective, found = build(config), {}
+    for name in objective.of_process:
+        network = load_weights(checkpoint, objective.networks[name](), key, name)
+        found |= {full_name(name, local): p.detach() for local, p in network.named_parameters()}
+    return found
 
 
 def _without_base(config: Config, format: str) -> Callable[..., list[str]]:
@@ -185,7 +204,14 @@ def _why_not_controlled(config: Config, format: str) -> str:
     )
 
 
-def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, out: Path) -> list[str]:
+def _write_safetensors(
+    module: torch.nn.Module,
+    config: Config,
+    source: dict,
+    out: Path,
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> list[str]:
+    """beside: weights of further networks, by their full names."""
     tree, names = config.model_dump(mode="json"), class_names_of(config.data, config.model.num_classes)
     sections = {name: section for name, section in tree.items() if name not in ("run", "tracking")}  # `run`: its name
     sections["generator"] = config.run.generator
@@ -193,13 +219,16 @@ def _write_safetensors(module: torch.nn.Module, config: Config, source: dict, ou
     (out / "README.md").write_text(readme.of_safetensors(config, source, names), encoding="utf-8")
     _save_json(source | sections | {"class_names": names}, out / "config.json")
     own = source | {WRITTEN_BY: PROGRAM}
-    _save_weights({n: p.detach() for n, p in module.named_parameters()}, own, out / "model.safetensors")
+    weights = {n: p.detach() for n, p in module.named_parameters()}
+    _save_weights({**weights, **beside}, own, out / "model.safetensors")
     return []
 
 
 def _check_published(config: Config, format: str) -> None:
     """Raises UserError where the network has a part that the published one, and diffusers', has not."""
     if part := getattr(config.model, "unlike_published", None):
+        if config.model.name == "unet":
+            raise UserError(f"--format {format} has no place for {part} of a UNet; take --format safetensors")
         raise UserError(f"--format {format} is of the published DiT, which has no {part}; take --format safetensors")
 
 

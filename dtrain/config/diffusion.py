@@ -151,8 +151,10 @@ class EDM(_Process):
 class Variational(_Process):
     process: Literal["vdm"]
     """noise by the log of signal to noise, trained on the bound in bits/dim (variational diffusion)"""
-    schedule: Literal["linear"] = "linear"
-    """of γ(t) = −log SNR, from gamma_min at t = 0 to gamma_max at t = 1"""
+    schedule: Literal["linear", "learned"] = "linear"
+    """of γ(t) = −log SNR, from gamma_min at t = 0 to gamma_max at t = 1; learned: for a quiet estimate of the bound"""
+    schedule_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """of schedule learned: its learning rate is so many times optim.lr"""
     gamma_min: float = -13.3
     """γ of clean data; -13.3 leaves a sixth of a grey level of noise"""
     gamma_max: float = 5.0
@@ -166,5 +168,10 @@ class Variational(_Process):
             raise ValueError(
                 f"gamma_min {self.gamma_min} must be below gamma_max {self.gamma_max}: γ grows with the noise; take "
                 "-13.3 and 5"
+            )
+        if self.schedule_lr_factor != 1 and self.schedule == "linear":
+            raise ValueError(
+                f"schedule_lr_factor {self.schedule_lr_factor} has no effect with schedule linear, which is not "
+                "learned; take schedule learned, or leave it out"
             )
         return self

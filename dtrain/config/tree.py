@@ -87,6 +87,10 @@ class Config(Section):
             raise ValueError("first_stage.cached: a cache holds one crop of each picture; take data.crop centre")
         if self.model.name == "unet":
             self._levels_fit()
+        if getattr(self.diffusion, "schedule", None) == "learned":
+            self._schedule_can_learn()
+        if octaves := getattr(self.model, "fourier", []):
+            self._waves_fit(octaves)
         _, height, width = self.shape
         if height != width:
             raise ValueError(f"first_stage.kind {self.first_stage.kind} gives {height} × {width}; models take squares")
@@ -196,6 +200,31 @@ class Config(Section):
             if side not in sides:
                 known = ", ".join(str(s) for s in sides)
                 raise ValueError(f"model.attention {side} is the side of no level; the levels have {known}")
+
+    def _schedule_can_learn(self) -> None:
+        named = "diffusion.schedule learned, a network beside the backbone,"
+        if self.base_source:
+            key = "adapt" if getattr(self.model, "adapt", None) else "control_of"
+            raise ValueError(f"{named} cannot go with model.{key}, whose base had its own; take schedule linear")
+        if self.deepspeed.precision == "bf16":
+            raise ValueError(
+                f"{named} cannot go with deepspeed.precision bf16, which would round its weights; take bf16_autocast"
+            )
+
+    def _waves_fit(self, octaves: list[int]) -> None:
+        named = f"model.fourier {octaves}, waves of grey levels,"
+        if self.first_stage.is_continuous:
+            kind = self.first_stage.kind
+            raise ValueError(f"{named} cannot go with first_stage.kind {kind}, whose latents have no levels; take []")
+        if self.diffusion.process == "edm":
+            raise ValueError(
+                f"{named} cannot go with diffusion.process edm, whose network sees a picture scaled by 1/σ_data; "
+                "take []"
+            )
+        if self.deepspeed.precision == "bf16":
+            raise ValueError(
+                f"{named} cannot go with deepspeed.precision bf16, whose rounding is many of them; take bf16_autocast"
+            )
 
     def _sampler_fits(self) -> None:
         e, process = self.eval, self.diffusion.process

@@ -97,11 +97,16 @@ class VariationalDiffusion:
         """What the model is told of a γ."""
         return MODEL_TIME * ((gamma - self.gamma_0) / (self.gamma_1 - self.gamma_0))
 
+    def told_as(self, gamma: Tensor, like: Tensor) -> Tensor:
+        """The same in the dtype of `like`, in float32 at least."""
+        return self.told(gamma).to(torch.promote_types(torch.float32, like.dtype))
+
     def model_time(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """The model's time for the rows of x (N, …), float32 (N,), from t (N,) or one float for all."""
+        """The model's time for the rows of x (N, …), (N,) in its dtype or float32, from t (N,) or one float for all."""
         if isinstance(t, Tensor):
-            return self.told(self.gamma(t)).float()
-        return time_of_all(self.told(self.gamma(t)), len(x), torch.float32, x.device)
+            return self.told_as(self.gamma(t), x)
+        exact = torch.promote_types(torch.float32, x.dtype)
+        return time_of_all(self.told(self.gamma(t)), len(x), exact, x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
         """1, 1 − 1/S, …, 1/S: equal steps, the only spacing."""

@@ -86,7 +86,7 @@ def sums(
         alpha, sigma = process.levels(gamma, x0)
         eps = noise(i)
         x_t = alpha * x0 + sigma * eps
-        output = denoiser(x_t, process.told(gamma).float()).to(x0.dtype)
+        output = denoiser(x_t, process.told_as(gamma, x0)).to(x0.dtype)
         if clip:
             clean = ((x_t - sigma * output) / alpha).clamp(-1, 1)
             error = squared_error(alpha / sigma * clean, alpha / sigma * x0)

@@ -12,6 +12,7 @@ from dtrain.checkpoint.averages import Combination
 from dtrain.checkpoint.directory import manifest_hash
 from dtrain.checkpoint.export import open_checkpoint, open_weights
 from dtrain.checkpoint.frozen_base import load_whole
+from dtrain.checkpoint.process_networks import objective_in
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.errors import UserError, from_where
@@ -70,6 +71,8 @@ def open_published(config: Config, file: str, which: Which | None, device: torch
     from dtrain.models.published import load_published
 
     def opened() -> Opened:
+        if of_process := build_objective(config).of_process:
+            raise UserError(f"--init takes a backbone's weights, and the {of_process[0]} is learned too; name a run")
         if config.base_source:
             raise UserError("--init takes a whole model's weights, and this one has a frozen base beside; name a run")
         if not Path(file).is_file():
@@ -96,7 +99,8 @@ def open_generator(run: RunDirectory, config: Config, device: torch.device, step
             raise UserError(f"{checkpoint.path} cannot be read: {e.strerror}") from None
         model = load_whole(checkpoint, config, key, device)
         first_stage = of_checkpoint(config, checkpoint.meta.get("first_stage"), device)
-        generator = generator_of(model, build_objective(config).process, config, device, first_stage)
+        process = objective_in(checkpoint, config, key).process
+        generator = generator_of(model, process, config, device, first_stage)
         build_conditions(config).check(checkpoint.meta.get("text_encoders"))
         if config.eval.guide_with is not None:
             name += f"+{generator.guide.checkpoint}"

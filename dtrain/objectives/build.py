@@ -1,5 +1,7 @@
 """The objective a configuration asks for."""
 
+from dataclasses import replace
+
 from dtrain.config import EDM, Config, Flow, Gaussian, Variational
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
@@ -7,7 +9,7 @@ from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.objective import Objective
 from dtrain.objectives.uncertainty import UncertainDenoising
-from dtrain.objectives.variational import VariationalBound
+from dtrain.objectives.variational import VariationalBound, beginning
 
 
 def build(config: Config) -> Objective:
@@ -32,7 +34,10 @@ def denoising(
     decoder: of the bound; continuous for data that are not 8-bit pixels.
     """
     if config.process == "vdm":
-        return VariationalBound(process.build(config, decoder))
+        made = process.build(config, decoder)
+        if config.schedule == "linear":
+            return VariationalBound(made)
+        return VariationalBound(replace(made, curve=beginning()), config.schedule_lr_factor)
     if config.process == "edm":
         return (UncertainDenoising if config.uncertainty == "learned" else Denoising)(process.build(config))
     if config.process == "flow":

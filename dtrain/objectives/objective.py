@@ -66,6 +66,7 @@ class Objective:
     networks: name → what allocates it, beside the backbone; each has `initial_value(name, shape, seed)` as backbones
     have. parts: names of the further means that `losses` reports. sums: name → number of elements of the vectors that
     `losses` gives to `on_reduced`; where there are any, a step begins when the ranks have summed those of the last.
+    of_process: those of `networks` that the process is made of, such as a learned schedule: whoever samples needs them.
     """
 
     process: object
@@ -73,6 +74,11 @@ class Objective:
     networks: Mapping[str, Callable[[], nn.Module]] = {}
     parts: tuple[str, ...] = ()
     sums: Mapping[str, int] = {}
+    of_process: tuple[str, ...] = ()
+
+    def standing_on(self, networks: Mapping[str, nn.Module]) -> "Objective":
+        """The same with the process that these networks make, those of `of_process`, for whoever no longer trains."""
+        return self
 
     def open(self, device: torch.device) -> None:
         """Read the frozen networks that `losses` computes with beside the players'; a training does, on every rank.

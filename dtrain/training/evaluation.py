@@ -146,15 +146,25 @@ class Evaluation:
         started = time.perf_counter()
         device, config, weights = distributed.device(), self._config, weights_name(self._config.eval)
         module = distributed.agree(allocate_whole, config, device)
-        model = players.gather("fp32" if weights == "raw" else weights, module)
-        generator = distributed.agree(generator_of, model, self._objective.process, config, device, self._first_stage)
+        key = "fp32" if weights == "raw" else weights
+        model, objective = players.gather(key, module), self._standing(players, key, device)
+        generator = distributed.agree(generator_of, model, objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
         if not generator.reconstructs:
             held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
-            levels = losses_by_level(generator, self._objective, *held_out)
+            levels = losses_by_level(generator, objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.
         distributed.on_rank_0(self._conclude, generator, position, started, metrics, levels, context)
+
+    def _standing(self, players: Players, key: str, device: torch.device) -> Objective:
+        """The objective with a process of these weights, where networks make it. A collective."""
+        networks = {}
+        for name in self._objective.of_process:
+            with device:
+                network = self._objective.networks[name]()
+            networks[name] = players.gather(key, network, name).cpu().eval()  # walks ask for levels as numbers
+        return self._objective.standing_on(networks)
 
     def _conclude(
         self, generator: Generator, position: Position, started: float, metrics, levels, context: dict

@@ -123,6 +123,8 @@ NOT_OF_DIFFUSERS = (
     "imagenet",
     "digits-text",
     "digits-control",
+    "digits-vdm",
+    "digits-edm",
     "digits-jit",
     "cifar10-latent",
     "cifar10-captions",

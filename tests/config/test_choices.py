@@ -8,6 +8,7 @@ from dtrain.conditions.build import build
 from dtrain.config import EDM, Config, DiT, Flow, Gaussian, UNet, Variational, validate
 from dtrain.errors import UserError
 
+DIT = {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 2}
 BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
 LEARNED = {"process": "edm", "uncertainty": "learned"}
 KIND = {"model": {"name": "dit", "size": "S/2", "num_classes": 10}}
@@ -58,6 +59,18 @@ def config(**sections):
         ({"eval": {"spacing": [5, 9], "steps": 2}}, "must list timesteps that fall"),
         ({"eval": {"spacing": [1000, 9], "steps": 2}}, "from at most 999"),
         ({"eval": {"guidance_interval": [0.6, 0.2]}}, "low < high"),
+        ({"diffusion": {"process": "vdm", "schedule_lr_factor": 3}}, "has no effect with schedule linear"),
+        (
+            {"diffusion": {"process": "vdm", "schedule": "learned"}, "deepspeed": {"precision": "bf16"}},
+            "schedule learned, a network beside the backbone, cannot go with deepspeed.precision bf16",
+        ),
+        (
+            {"diffusion": {"process": "vdm", "schedule": "learned"}, "model": DIT | {"adapt": {"of": "runs/x"}}},
+            "cannot go with model.adapt, whose base had its own; take schedule linear",
+        ),
+        ({"model": DIT | {"fourier": [7, 7]}}, "[7, 7] names an octave twice"),
+        ({"model": DIT | {"fourier": [7]}, "diffusion": {"process": "edm"}}, "sees a picture scaled by 1/σ_data; take"),
+        ({"model": DIT | {"fourier": [7]}, "deepspeed": {"precision": "bf16"}}, "take bf16_autocast"),
         ({"eval": {"metrics": ["bpd_ode"]}}, "is by the ODE of a flow, and diffusion.process is gaussian; take bpd"),
         ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "flow"}}, "diffusion.process is flow; take bpd_ode"),
         ({"eval": {"metrics": ["bpd_ode"]}, "diffusion": {"process": "flow", "prediction": "x0"}}, "has no bound"),

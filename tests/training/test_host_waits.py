@@ -11,7 +11,9 @@ from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import SecondMoment
+from dtrain.diffusion.variational import VariationalDiffusion
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.variational import VariationalBound
 from dtrain.position import Position
 from dtrain.training.record.levels import StepLosses, named_sums
 from dtrain.training.reduction import StepReduction
@@ -35,7 +37,8 @@ def add_up(objective: Denoising, device: torch.device) -> None:
     reduction = StepReduction(0, 1, 8, named_sums(objective))
     for part in split(batch_on(device), 4):
         told = condition.dropped(condition.given(part), part)
-        losses = objective.losses("main", {"backbone": lambda x, t, y: 0.5 * x}, part, told, Position())
+        networks = {"backbone": lambda x, t, y: 0.5 * x, "schedule": lambda t: (t, torch.ones_like(t))}
+        losses = objective.losses("main", networks, part, told, Position())
         seen.add("main", part, losses)
     seen.observe(1)
     none = dict.fromkeys(("stop", "written", "failed", "no_room"), False)
@@ -43,9 +46,17 @@ def add_up(objective: Denoising, device: torch.device) -> None:
     reduction.start(Position(1, 8), seen.sum, 0.5, seen.by_level(), **none, **times, named=seen.named)
 
 
-@pytest.mark.parametrize("times", [None, SecondMoment(50)], ids=["uniform", "importance"])
-def test_losses_and_what_is_reported_of_them_never_make_the_host_wait(times):
-    objective = Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0, times=times or Denoising.times)
+OBJECTIVES = {
+    "uniform": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0),
+    "importance": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0, times=SecondMoment(50)),
+    "variational": lambda: VariationalBound(VariationalDiffusion(), 1.0),
+    "variational chain": lambda: VariationalBound(VariationalDiffusion(timesteps=9), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_and_what_is_reported_of_them_never_make_the_host_wait(name):
+    objective = OBJECTIVES[name]()
     add_up(objective, META)  # takes the tables there
     with HostWaits() as waits:
         add_up(objective, META)
