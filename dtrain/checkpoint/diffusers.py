@@ -20,6 +20,7 @@ from dtrain.config import Eval
 from dtrain.config.guidance import CLASS, scale_of
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import MODEL_TIME, RectifiedFlow
+from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.process import Process
 from dtrain.errors import UserError
@@ -84,7 +85,8 @@ def to_diffusers(
         index["num_inference_steps"] = steps
         index["guidance_scale"] = scale_of(how.guidance, CLASS)
         index["eta"] = 0.0 if flow else _eta(how)
-    return Exported(folder, config, weights, scheduler, index, steps, _left_out(how, flow, steps))
+    left_out = _left_out(how, flow, steps) + ["diffusion.noise gamma"] * isinstance(process, GammaDiffusion)
+    return Exported(folder, config, weights, scheduler, index, steps, left_out)
 
 
 def _eta(how: Eval) -> float:

@@ -42,6 +42,10 @@ class Gaussian(_LogitNormal):
     """stretch the schedule until the last timestep holds no signal"""
     timesteps: Annotated[int, Field(ge=2)] = 1000
     """T, the length of the chain in training"""
+    noise: Literal["normal", "gamma"] = "normal"
+    """the law of the noise; gamma is skewed, of the same mean and variance (Nachmani et al. 2021)"""
+    theta_0: Annotated[float, Field(gt=0)] = 0.001
+    """of noise gamma: how skewed it is, by 2 θ_0 √SNR"""
     prediction: Literal["eps", "x0", "v"] = "eps"
     """what the model's output stands for; v is the better one after few steps"""
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
@@ -91,10 +95,31 @@ class Gaussian(_LogitNormal):
                 "take times importance, which corrects for what it does",
             ),
         ]
-        for wrong, message in problems:
+        for wrong, message in [*problems, *self._of_gamma()]:
             if wrong:
                 raise ValueError(message)
         return self
+
+    def _of_gamma(self) -> list[tuple[bool, str]]:
+        if self.noise == "normal":
+            unused = f"theta_0 {self.theta_0} has no effect on noise normal; take noise gamma, or leave it out"
+            return [(self.theta_0 != 0.001, unused)]
+        return [
+            (
+                self.variance != "fixed_small",
+                f"variance {self.variance} has no effect on noise gamma, whose steps are drawn from a beta law; leave "
+                "it out",
+            ),
+            (
+                self.loss != "simple",
+                f"loss {self.loss} cannot go with noise gamma: the bound is of normal noise; take loss simple",
+            ),
+            (
+                self.zero_terminal_snr,
+                "zero_terminal_snr cannot go with noise gamma, whose shape would be infinite at the last timestep; "
+                "leave it out",
+            ),
+        ]
 
 
 class Flow(_LogitNormal):

@@ -51,6 +51,8 @@ EARLIER: dict[str, Earlier] = {
     "model.group_norm_eps": Earlier(1e-6, _UNET),
     "diffusion.stratified": Earlier(False),
     "diffusion.zero_terminal_snr": Earlier(False, _GAUSSIAN),
+    "diffusion.noise": Earlier("normal", _GAUSSIAN),
+    "diffusion.theta_0": Earlier(0.001, _GAUSSIAN),
     "diffusion.variance": Earlier("fixed_small", _GAUSSIAN),
     "diffusion.loss": Earlier("simple", _GAUSSIAN),
     "diffusion.weighting": Earlier("none", _GAUSSIAN),

@@ -29,6 +29,10 @@ def _check_bound(metric: str, config: Any) -> None:
             f"eval.metrics {metric} is the bound of a gaussian process, which has timesteps to sum over, or of vdm, "
             f"and diffusion.process is {process}; {instead}"
         )
+    if getattr(config.diffusion, "noise", "normal") == "gamma":
+        raise ValueError(
+            f"eval.metrics {metric} is a bound of normal noise, and diffusion.noise is gamma; leave it out"
+        )
     if metric == "bpd" and kind != "pixels":
         more = "; the bound on the density of latents is nats_per_dim_latent" if kind == "kl" else ""
         raise ValueError(f"eval.metrics bpd is of pixels, which have levels, and first_stage.kind is {kind}{more}")

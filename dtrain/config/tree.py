@@ -189,6 +189,18 @@ class Config(Section):
         side, pixels = self.shape[1], self.data.image_size
         return f"data.image_size {pixels}" if side == pixels else f"the side {side} that first_stage makes of {pixels}"
 
+    def _gamma_fits(self) -> None:
+        e = self.eval
+        if e.sampler in ("dpmpp_2m", "heun"):
+            raise ValueError(
+                f"eval.sampler {e.sampler} follows the ODE of normal noise, and diffusion.noise is gamma; "
+                "take ancestral or ddim"
+            )
+        if e.eta != 0:
+            raise ValueError(
+                f"eval.eta {e.eta} adds normal noise, and diffusion.noise is gamma; take sampler ancestral, or eta 0"
+            )
+
     def _levels_fit(self) -> None:
         halvings = len(self.model.multipliers) - 1
         if self.shape[1] % 2**halvings:
@@ -234,6 +246,8 @@ class Config(Section):
             raise ValueError(f"eval.sampler {e.sampler} does not walk a {process} process; take {' or '.join(walks)}")
         if e.eta != 0 and e.sampler != "ddim":
             raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
+        if getattr(self.diffusion, "noise", "normal") == "gamma":
+            self._gamma_fits()
         if e.sde_noise is not None and e.sampler != "sde":
             raise ValueError(f"eval.sde_noise {e.sde_noise} has no effect on sampler {e.sampler}; take sampler sde")
         if e.churn and (process, e.sampler) != ("edm", "heun"):

@@ -4,6 +4,7 @@ from dtrain.config import EDM as EDMSection
 from dtrain.config import Flow, Gaussian, Variational
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.schedule import named
 from dtrain.diffusion.variational import VariationalDiffusion
@@ -30,9 +31,7 @@ def build(config: Gaussian | Flow | EDMSection | Variational, decoder: str = "di
             config.noise_mean,
             config.noise_std,
         )
-    return GaussianDiffusion(
-        named(config.schedule, config.timesteps, config.zero_terminal_snr),
-        config.prediction,
-        config.variance,
-        decoder,
-    )
+    schedule = named(config.schedule, config.timesteps, config.zero_terminal_snr)
+    if config.noise == "gamma":
+        return GammaDiffusion(schedule, config.prediction, config.variance, decoder, config.theta_0)
+    return GaussianDiffusion(schedule, config.prediction, config.variance, decoder)

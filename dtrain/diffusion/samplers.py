@@ -19,6 +19,7 @@ from dtrain.config import SAMPLERS
 from dtrain.diffusion import resampled, solvers
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gamma import GammaDiffusion, ancestral_gamma
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
 from dtrain.diffusion.process import Process
 from dtrain.diffusion.solvers import Denoiser, checked, predict
@@ -82,6 +83,8 @@ def sample(
     if sampler in ("ddim", "euler"):  # on y = x_0 + σ n Euler's step is DDIM's
         return ddim(denoiser, process, x_T, timesteps, eta, step_noise, clip)
     if sampler == "ancestral":
+        if isinstance(process, GammaDiffusion):
+            return ancestral_gamma(denoiser, process, x_T, timesteps, step_noise, clip)
         return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
     solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler]
     return solver(denoiser, process, x_T, timesteps, clip)

@@ -14,11 +14,12 @@ from dtrain.conditions.build import NOTHING, Conditions, Said
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.device_draws import normals_on
+from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.projection import projection
 from dtrain.diffusion.samplers import network_evaluations, sample, times
 from dtrain.diffusion.solvers import Churn, Denoiser
-from dtrain.errors import NotFinite
+from dtrain.errors import NotFinite, UserError
 from dtrain.evaluation.guide import Guide, open_guide
 from dtrain.evaluation.start import Start
 from dtrain.first_stage.pixels import FirstStage, Pixels
@@ -113,15 +114,13 @@ class Generator:
         """
         faults.at("eval:draw")
         normals = self.normals(how.seed, ids)
-        x_T, denoiser = (
-            normals(Purpose.SAMPLE_NOISE),
-            self.denoiser(self.condition(ids, labels, said), how, on_evaluation),
-        )
-        last = None
+        denoiser = self.denoiser(self.condition(ids, labels, said), how, on_evaluation)
+        last = None if start is None else start.last(how.steps)
+        first = times(self.process, how.sampler, how.steps, how.spacing, last)[0]
+        x_T = self._noise(normals(Purpose.SAMPLE_NOISE), first, start)
         if start is not None:
-            last, known = start.last(how.steps), encoded(self.first_stage, start.pixels(self.device), 0)
+            known = encoded(self.first_stage, start.pixels(self.device), 0)
             if last < how.steps:
-                first = times(self.process, how.sampler, how.steps, how.spacing, last)[0]
                 x_T = self.process.noised(known, x_T, first)
             denoiser = start.keeping(denoiser, known)
         x_0 = sample(
@@ -147,6 +146,16 @@ class Generator:
             )
         drawn = self.first_stage.decode(x_0).cpu()
         return drawn if start is None else start.kept(drawn)
+
+    def _noise(self, normals: torch.Tensor, first: float, start: Start | None) -> torch.Tensor:
+        """ε of the first time, in the dtype of these standard normals: themselves, but of gamma noise."""
+        if not isinstance(self.process, GammaDiffusion):
+            return normals
+        if start is not None and start.repeats > 1:
+            raise UserError(
+                f"repeats {start.repeats} noises back with normal noise, and diffusion.noise is gamma; take repeats 1"
+            )
+        return self.process.noise(normals, first).to(normals.dtype)
 
     def normals(self, seed: int, ids: Sequence[int]) -> Callable[..., torch.Tensor]:
         """(purpose, sub=0) → standard normals of these ids, float32 (n, C, H, W) on the model's device."""

@@ -52,7 +52,14 @@ class Inversion:
 
 
 def settings_of_inversion(diffusion: Gaussian | Flow | EDM | Variational) -> dict:
-    """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance."""
+    """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance.
+
+    Raises UserError for gamma noise.
+    """
+    if getattr(diffusion, "noise", "normal") == "gamma":
+        raise UserError(
+            "a run with diffusion.noise gamma inverts no pictures: what is walked backwards is the ODE of normal noise"
+        )
     euler = diffusion.process == "flow"
     without_noise = {"eta": 0.0, "churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
     return {"sampler": "euler" if euler else "ddim", **without_noise, "clip": False, "guidance": 1.0}

@@ -7,6 +7,7 @@ from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.gamma import GammaDenoising
 from dtrain.objectives.objective import Objective
 from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound, beginning
@@ -43,7 +44,8 @@ def denoising(
     if config.process == "flow":
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None
-    return Denoising(process.build(config, decoder), config.loss, gamma, _times(config))
+    kind = GammaDenoising if config.noise == "gamma" else Denoising
+    return kind(process.build(config, decoder), config.loss, gamma, _times(config))
 
 
 def _times(config: Gaussian | Flow) -> Uniform | LogitNormal | SecondMoment:

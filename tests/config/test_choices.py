@@ -10,6 +10,7 @@ from dtrain.errors import UserError
 
 DIT = {"name": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 2}
 BASE = {"data": {"shards": "d", "image_size": 8, "channels": 1, "batch_size": 8}, "train": {"steps": 1}}
+GAMMA = {"noise": "gamma"}
 LEARNED = {"process": "edm", "uncertainty": "learned"}
 KIND = {"model": {"name": "dit", "size": "S/2", "num_classes": 10}}
 
@@ -40,6 +41,14 @@ def config(**sections):
         ({"diffusion": {"variance": "learned_range"}}, "take loss hybrid"),
         ({"diffusion": {"loss": "vlb", "weighting": "min_snr"}}, "the bound has weights of its own"),
         ({"diffusion": {"loss": "vlb", "times": "logit_normal"}}, "no longer be the bound"),
+        ({"diffusion": {"theta_0": 0.002}}, "theta_0 0.002 has no effect on noise normal; take noise gamma"),
+        ({"diffusion": GAMMA | {"variance": "fixed_large"}}, "whose steps are drawn from a beta law"),
+        ({"diffusion": GAMMA | {"variance": "learned_range", "loss": "hybrid"}}, "no effect on noise gamma"),
+        ({"diffusion": GAMMA | {"loss": "vlb"}}, "loss vlb cannot go with noise gamma: the bound is of normal noise"),
+        ({"diffusion": GAMMA | {"prediction": "v", "zero_terminal_snr": True}}, "whose shape would be infinite"),
+        ({"diffusion": GAMMA, "eval": {"sampler": "heun"}}, "the ODE of normal noise, and diffusion.noise is gamma"),
+        ({"diffusion": GAMMA, "eval": {"eta": 0.5}}, "eval.eta 0.5 adds normal noise, and diffusion.noise is gamma"),
+        ({"diffusion": GAMMA, "eval": {"metrics": ["bpd"]}}, "of normal noise, and diffusion.noise is gamma"),
         ({"eval": {"sampler": "euler"}}, "eval.sampler euler does not walk a gaussian process"),
         ({"eval": {"sampler": "ddim"}, "diffusion": {"process": "flow"}}, "take euler or heun"),
         ({"eval": {"sampler": "heun", "eta": 0.5}}, "eval.eta 0.5 has no effect on sampler heun"),

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import dtrain
+from dtrain.config import Gaussian
 from dtrain.data.fields.picture import normalize, quantize
 from dtrain.diffusion.process import build as build_process
 from dtrain.diffusion.samplers import encode, sample
@@ -57,6 +58,11 @@ def test_on_gaussian_data_noise_and_round_trip_near_the_closed_form_as_one_over_
     for noise, round_trip in zip(*map(np.array, (errors[:-1], errors[1:])), strict=True):
         np.testing.assert_allclose(round_trip / noise, 0.5, atol=0.13)  # both errors, halved by twice the steps
     assert max(errors[-1]) < 0.05
+
+
+def test_gamma_noise_has_no_ode_to_walk_backwards():
+    with pytest.raises(UserError, match=r"diffusion.noise gamma inverts no pictures"):
+        settings_of_inversion(Gaussian(noise="gamma"))
 
 
 def test_euler_backwards_on_gaussian_data_is_the_closed_product(tmp_path):

@@ -18,6 +18,7 @@ CHOICES = {
     "hybrid": ["diffusion.loss=hybrid", "diffusion.variance=learned_range"],
     "importance": ["diffusion.loss=vlb", "diffusion.times=importance", "diffusion.timesteps=25", "eval.steps=5"],
     "flow": ["diffusion={process: flow, times: logit_normal}", "eval.sampler=heun"],
+    "gamma": ["diffusion={noise: gamma, stratified: true}", "eval.sampler=ancestral"],
     "edm": ["diffusion={process: edm, stratified: true, sigma_data: 0.75}", "eval.churn=10"],
     "edm, uncertain": ["diffusion={process: edm, uncertainty: learned}", "deepspeed.zero_stage=3"],
     "unet with dropout": [UNET, "optim.lr=1e-3"],
