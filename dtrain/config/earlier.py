@@ -63,6 +63,8 @@ EARLIER: dict[str, Earlier] = {
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
     "conditions": Earlier({}),
+    "optim.name": Earlier("adamw"),
+    "optim.momentum": Earlier(0.95),
     "optim.schedule": Earlier("constant"),
     "optim.decay_start": Earlier(None),
     "optim.decay_end": Earlier(None),

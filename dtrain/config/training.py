@@ -18,6 +18,10 @@ SCHEDULES = {
 
 
 class Optim(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of transformer blocks move by momentum made orthogonal, all else by AdamW at the same rate"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """of muon"""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """learning rate after the warm-up, where `schedule` begins"""
     schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "trapezoid"] = "constant"
@@ -39,8 +43,14 @@ class Optim(Section):
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0
     """global L2 norm; 0: none"""
 
+    def identity_keys(self) -> list[str]:
+        """What the moments in a checkpoint are."""
+        return ["name"]
+
     @model_validator(mode="after")
     def _schedule_is_whole(self):
+        if self.name == "adamw" and self.momentum != 0.95:
+            raise ValueError(f"momentum {self.momentum} is muon's, and name is adamw; set betas, or leave it out")
         needed, taken = SCHEDULES[self.schedule]
         for key in ("decay_start", "decay_end", "decay_share"):
             given = getattr(self, key)

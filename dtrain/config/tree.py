@@ -55,7 +55,7 @@ class Config(Section):
     )
     """what training descends"""
     optim: Optim = Optim()
-    """AdamW"""
+    """AdamW, or Muon beside it"""
     ema: list[EMAProfile] = Field(default_factory=lambda: [EMAProfile()])
     """averages of the weights: a list, each sharded with the optimizer"""
     deepspeed: DeepSpeed = DeepSpeed()
@@ -109,6 +109,8 @@ class Config(Section):
         on_base.check(self)
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
             self._uncertainty_fits()
+        if self.optim.name == "muon":
+            self._muon_fits()
         return self
 
     def _uncertainty_fits(self) -> None:
@@ -184,6 +186,20 @@ class Config(Section):
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
         self.objective.check(self.data.image_size)
+
+    def _muon_fits(self) -> None:
+        name, offload = self.model.name, self.deepspeed.offload
+        if not isinstance(self.model, DiT | MMDiT):
+            raise ValueError(
+                f"optim.name muon moves the matrices of transformer blocks, and model.name is {name}; take adamw"
+            )
+        if getattr(self.model, "adapt", None):
+            raise ValueError("optim.name muon cannot go with model.adapt, whose factors are no layers; take adamw")
+        if offload != "none":
+            raise ValueError(
+                f"optim.name muon puts matrices together on the device, and deepspeed.offload {offload} keeps their "
+                "parts off it; take offload none, or adamw"
+            )
 
     def _side(self) -> str:
         side, pixels = self.shape[1], self.data.image_size

@@ -23,7 +23,7 @@ from dtrain.models.compiled import compile_blocks
 from dtrain.models.layers import initialize
 from dtrain.objectives.objective import Held
 from dtrain.randomness import key_of
-from dtrain.training import ema, zero_norm
+from dtrain.training import ema, muon, zero_norm
 from dtrain.training.deepspeed_import import deepspeed
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
@@ -45,7 +45,7 @@ class Networks(nn.Module):
 
 
 class Player:
-    """Networks under DeepSpeed ZeRO with one AdamW, a group of parameters a network, and with EMAs.
+    """Networks under DeepSpeed ZeRO with one AdamW (or Muon and it), a group of parameters a network, and with EMAs.
 
     `network(name)` is called for a forward, `backward` takes each micro-batch's loss, then comes `step`.
 
@@ -105,7 +105,7 @@ class Player:
         named = {n: list(self.networks[n].named_parameters()) for n in moved}
         groups = [[(full_name(n, local), p) for local, p in named[n] if p.requires_grad] for n in named]
         frozen = [(full_name(n, local), p) for n in named for local, p in named[n] if not p.requires_grad]
-        self._factors = list(factors.values())
+        groups, self._factors = muon.split(optim, groups, factors.values(), self.shapes)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for _, p in group], "lr": optim.lr * factor}
@@ -133,6 +133,7 @@ class Player:
         if stage == 3 or config.deepspeed.precision == "bf16":
             self._write_initial_weights()
         self._refusal = Refusal(self.optimizer, self._norm)
+        muon.attach(self.optimizer, self.state, optim, self.shapes)
         ema.attach(self.optimizer, self.profiles, self._refusal.refuses, self._step_of)
         if config.train.compile == "blocks":
             compile_blocks(self.networks.values())

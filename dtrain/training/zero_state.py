@@ -51,6 +51,13 @@ class ZeroState:
             return list(self.zero.fp32_partitioned_groups_flat)
         return list(self.zero.single_partition_of_fp32_groups)
 
+    def parameters_of(self, master: torch.Tensor) -> list[torch.nn.Parameter]:
+        """Those whose elements one of the tensors that the optimizer steps has a part of, the same on all ranks."""
+        if self.stage == 0:
+            return [master]
+        (number,) = (i for i, one in enumerate(self.masters()) if one is master)
+        return list((self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups)[number])
+
     @torch.no_grad()
     def _allocate(self) -> None:
         """Make Adam's moments and the averages now; the averages begin as the initial weights.
@@ -159,21 +166,20 @@ class ZeroState:
 
         A collective, tensor by tensor. Frozen parameters are copied as they are.
         """
-        key = None if key == "fp32" else key
         for name, p in self.trainable:
-            if name not in targets:
-                continue
-            if self.stage == 0:
-                value = p.data if key is None else self.optimizer.state[p][key]
-            elif self.stage == 3:
-                value = self.zero.get_full_hp_param(p, key)
-            else:
-                value = p.get_full_hp_param(key)
-            targets[name].copy_(value.view(targets[name].shape))
+            if name in targets:
+                targets[name].copy_(self.whole(p, key).view(targets[name].shape))
         for name, p in self.frozen + self._held:
             if name in targets:
                 with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
                     targets[name].copy_(p)
+
+    def whole(self, p: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """All elements of a trainable parameter's weights (key "fp32"), moment or average. A collective."""
+        key = None if key == "fp32" else key
+        if self.stage == 0:
+            return p.data if key is None else self.optimizer.state[p][key]
+        return self.zero.get_full_hp_param(p, key) if self.stage == 3 else p.get_full_hp_param(key)
 
 
 def _copy(name: str, values: torch.Tensor, whole: bool) -> Piece:

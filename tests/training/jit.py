@@ -17,7 +17,8 @@ ALL = ("model.qk_norm=true", *(key for keys in OPTIONS.values() for key in keys)
 
 
 def of_jit(digits, folder, *overrides):
-    """A run of 6 steps of a DiT of two blocks, saved after 3 and 6 and evaluated after 6."""
-    own = ("model.depth=2", "train.steps=6", "train.checkpoint_every=3", "train.keep_last=9", "eval.every=6")
+    """A run of 16 steps of a DiT of two blocks, saved after each 4 and evaluated at its end."""
+    own = ("model.depth=2", "train.steps=16", "train.checkpoint_every=4", "train.keep_last=9", "eval.every=16")
+    own += ("optim.warmup_steps=0",)  # whatever moves the blocks is to be seen in the losses
     own += ("ema.0.decay=0.5", "eval.num_samples=24", "eval.steps=3", "eval.guidance=2", "eval.validation_images=24")
     return tiny(digits, folder, *own, *X0, *overrides)
