@@ -38,6 +38,7 @@ _OF_TRAINING = (
     "min_snr_gamma",
     "times",
     "least_time",
+    "schedule_lr_factor",
 )
 
 _OPENED: "dict[tuple[str, str, str], Base]" = {}  # by source, config and device

@@ -44,7 +44,8 @@ def published(
     if missing:
         raise UserError(f"{path} has no `{missing[0]}` ({len(missing)} of {len(wanted)} missing); {_hint(found)}")
     if unknown:
-        raise UserError(f"{path} has `{unknown[0]}`, which this model lacks ({len(unknown)} such); {_hint(found)}")
+        more = "it has a network beside the backbone: name its run's checkpoint" if "/" in unknown[0] else _hint(found)
+        raise UserError(f"{path} has `{unknown[0]}`, which this model lacks ({len(unknown)} such); {more}")
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise UserError(

@@ -12,6 +12,9 @@ from dtrain.diffusion.likelihood import BITS
 from dtrain.diffusion.process import build
 from dtrain.diffusion.samplers import ancestral, ddim, encode, sample
 from dtrain.diffusion.variational import VariationalDiffusion
+from dtrain.models.layers import initialize
+from dtrain.models.monotone import MonotoneCurve
+from dtrain.objectives.variational import learned_curve
 from tests.diffusion.gaussian_data import affine_std, closed_std, exact_eps, normals
 
 STD = 0.4
@@ -24,7 +27,22 @@ def cubic(t):
     return 0.3 * t + 0.7 * t**3, 0.3 + 2.1 * t**2
 
 
-CURVES = {"linear": VariationalDiffusion(), "cubic": VariationalDiffusion(curve=cubic)}
+def learned():
+    """A curve with weights as a training may leave them."""
+    network = MonotoneCurve()
+    initialize(network, 0)
+    rng = np.random.default_rng(7)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.from_numpy(rng.standard_normal(p.shape)))
+    return learned_curve(network)
+
+
+CURVES = {
+    "linear": VariationalDiffusion(),
+    "cubic": VariationalDiffusion(curve=cubic),
+    "learned": VariationalDiffusion(curve=learned()),
+}
 
 
 def error(process, gamma):
@@ -44,7 +62,7 @@ def nodes(n):
 
 @pytest.mark.parametrize("process", CURVES.values(), ids=CURVES)
 def test_the_diffusion_term_is_the_closed_form_whatever_the_curve(process):
-    t, share = nodes(600)
+    t, share = nodes(2000)
     gamma, weight = process.gamma_and_weight(t)
     found = (share * 0.5 * weight * error(process, gamma)).sum()
     assert float(found) == pytest.approx(CHAIN, abs=1e-10)
@@ -213,7 +231,7 @@ def test_samplers_on_gaussian_data_have_the_closed_standard_deviation(process, s
     found = affine_std(drawn, steps)
     assert found == pytest.approx(closed_std(range(steps), added, alpha_bar, STD), abs=1e-10)
     if steps == 200:
-        assert found == pytest.approx(STD, abs=0.015)
+        assert found == pytest.approx(STD, abs=0.03)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])

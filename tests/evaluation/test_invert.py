@@ -30,6 +30,7 @@ PROCESSES = [
     ["diffusion.prediction=v", "diffusion.zero_terminal_snr=true"],
     ["diffusion={process: flow, prediction: x0}", "eval.sampler=euler"],
     ["diffusion={process: edm, sigma_data: 0.4}", "eval.churn=40", "eval.churn_noise=1.01"],
+    ["diffusion={process: vdm}"],
     ["diffusion={process: flow}", "eval.sampler=euler"],
 ]
 

@@ -145,6 +145,14 @@ class Standard(torch.nn.Module):
         return self.sigma[t].view(-1, 1, 1, 1) * x
 
 
+class StandardOfVariational(torch.nn.Module):
+    """The same, told γ: σ² = sigmoid(γ)."""
+
+    def forward(self, x, t, y):
+        gamma = -13.3 + 18.3 * t.double() / 1000
+        return torch.sigmoid(gamma).sqrt().float().view(-1, 1, 1, 1) * x
+
+
 class Given:
     """A first stage whose latents are what it is given."""
 
@@ -165,3 +173,13 @@ def test_the_bound_on_latents_of_unit_variance_is_their_density(digits, tmp_path
     ratio = process.schedule.beta[0] / process.log_beta_tilde[0].exp()  # the last step alone has a narrower variance
     expected = -Normal(0.0, 1.0).log_prob(x_0).mean() + 0.5 * (ratio - 1 - ratio.log())
     assert found["nats_per_dim_latent"] == pytest.approx(float(expected), abs=0.01)  # of 131,072 values
+
+
+def test_the_bound_of_variational_diffusion_on_latents_of_unit_variance_is_their_density(digits, tmp_path):
+    config = tiny(digits, tmp_path, "diffusion={process: vdm}")
+    process = build_process(config.diffusion, "continuous")
+    x_0 = torch.randn(512, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = Generator.of(StandardOfVariational(), process, config, torch.device("cpu"), Given())
+    found = nats_per_dim(generator, x_0, torch.zeros(512, dtype=torch.int64), seed=0)
+    expected = -Normal(0.0, 1.0).log_prob(x_0).mean()
+    assert found["nats_per_dim_latent"] == pytest.approx(float(expected), abs=0.01)  # of 32,768 values

@@ -14,7 +14,9 @@ from dtrain.errors import UserError
 from dtrain.evaluation.evaluate import evaluate
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
+from dtrain.models.build import build
 from dtrain.models.monotone import MonotoneCurve
+from dtrain.models.published import load_published
 from dtrain.run import RunDirectory
 from dtrain.tracking.journal import read
 from tests.digits import tiny
@@ -114,6 +116,8 @@ def test_whoever_samples_takes_the_learned_schedule_with_the_same_weights_as_the
     run_images = dtrain.load(run.path, ema=ema).sample(4, steps=5, seed=3)
     export(run, tmp_path / "out", None, ema, "fp32", "safetensors")
     assert np.array_equal(dtrain.load(tmp_path / "out", ema=ema).sample(4, steps=5, seed=3), run_images)
+    with pytest.raises(UserError, match="it has a network beside the backbone: name its run's checkpoint"):
+        load_published(build(config), tmp_path / "out" / "model.safetensors")
 
 
 def test_a_learned_schedule_has_no_place_in_others_formats(tmp_path, learned_run):

@@ -5,8 +5,7 @@
      "classes": ["airplane", …] or null,
      "members": {"file": "manifest.members", "sha256": "…"},
      "latents": {…},  of a latent cache alone (`latents.py`)
-     "embeddings": [{…}, …],  where there are cached words (`embeddings.py`)
-     "pairs": {…}}  of pairs of noise and samples alone (`pairs.py`)
+     "embeddings": [{…}, …]}  where there are cached words (`embeddings.py`)
 
 The side file is a (samples, fields) table in the manifest's order of one 16-byte little-endian record a member: offset
 uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
@@ -28,7 +27,6 @@ from dtrain.config import Data
 from dtrain.data.shards.checked import checked
 from dtrain.data.shards.embeddings import Embeddings
 from dtrain.data.shards.latents import Latents
-from dtrain.data.shards.pairs import Pairs
 from dtrain.data.shards.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
 
@@ -86,11 +84,10 @@ class Document(_Record):
     members: SideFile
     latents: Latents | None = None
     embeddings: list[Embeddings] = []
-    pairs: Pairs | None = None
 
     def as_json(self) -> bytes:
         tree = self.model_dump()
-        for key in ("latents", "embeddings", "pairs"):
+        for key in ("latents", "embeddings"):
             if not tree[key]:
                 del tree[key]
         return json.dumps(tree, indent=1).encode() + b"\n"
@@ -109,7 +106,6 @@ class Manifest:
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
     latents: Latents | None = None  # what a latent cache was made of
     embeddings: tuple[Embeddings, ...] = ()  # and cached words, of each condition that has some
-    pairs: Pairs | None = None  # and what pairs of noise and samples were drawn from
     complete: bool = False  # whether it is known that no sample lacks a field
     remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
@@ -252,7 +248,7 @@ def glance(path: str | Path) -> Manifest | None:
 
 def _of(document: Document, path: Path) -> Manifest:
     side = path.parent / document.members.file
-    caches = {"latents": document.latents, "embeddings": tuple(document.embeddings), "pairs": document.pairs}
+    caches = {"latents": document.latents, "embeddings": tuple(document.embeddings)}
     return Manifest(path, document.fields, document.shards, document.classes, side, **caches)
 
 
