@@ -20,7 +20,7 @@ from dtrain.training.record.output import clean_tracebacks, forgive_output, say_
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
 # What a launcher may start on all ranks.
-DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "invert", "doctor", "encode")
+DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "pairs", "invert", "doctor", "encode")
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ EXAMPLES = {
     evaluation.sweep: "dtrain sweep digits --steps 5,10 --eta 0,1 --n 500",
     evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
     sampling.sample: "dtrain sample digits --label 3 --guidance 2 --out threes/",
+    sampling.pairs: "dtrain pairs digits data/digits-pairs --n 1000 --steps 20 --guidance 1.5",
     sampling.invert: "dtrain invert digits threes/ --label 3",
     evaluation.report: "dtrain report digits",
     running.sync: "dtrain sync digits",

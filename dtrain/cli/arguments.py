@@ -44,7 +44,7 @@ Metrics = Annotated[
     str | None,
     typer.Option(
         help="fd,fd_infinity,kid,precision,recall,density,coverage,memorisation,is,bpd,nats_per_dim_latent,bpd_ode,"
-        "nats_per_dim_latent_ode,clip_score,agreement"
+        "nats_per_dim_latent_ode,straightness,clip_score,agreement"
     ),
 ]
 ClipModel = Annotated[str | None, typer.Option(help="the folder of a CLIPModel, for clip_score")]

@@ -1,4 +1,4 @@
-"""`dtrain sample | invert`."""
+"""`dtrain sample | pairs | invert`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,6 +144,44 @@ def sample(
         draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said, pictures, start)
     if distributed.rank() == 0:
         say(f"{n} images in {out}")
+    distributed.finalize()
+
+
+def pairs(
+    run: RunName,
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="a new folder for the shards")],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="number of pairs")],
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    guide_with: GuideWith = None,
+    ema: Ema = None,
+    sigma: Sigma = None,
+    raw: Raw = False,
+    prompts: Annotated[Path | None, typer.Option(help="a text file with a prompt a line, in turn")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the noise")] = None,
+    step: Step = None,
+) -> None:
+    """Draw pairs of noise and samples, for a flow that trains on them (diffusion.coupling data).
+
+    Alone, or on every rank a launcher started; the shards have the same bytes at any number of ranks. Guidance is in
+    the samples then: a run on pairs is sampled with guidance 1.
+    """
+    from dtrain import distributed
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory.find(run)
+    chosen = {"steps": steps, "sampler": sampler, "guidance": guidance, "guide_with": guide_with, "ema": ema}
+    settings = with_eval(directory.config(), chosen | {"sigma": sigma, "seed": seed}, raw)
+    said = lines_of(prompts) if prompts else []
+    ctrl_c.kept(f"shards that are whole are kept; go on with: {this_command()}")
+    distributed.prepare()
+    from dtrain.evaluation.pairs import draw_pairs
+
+    with progress("drawing pairs, evaluations of the network") as on_progress:
+        done = draw_pairs(directory, settings, n, step, destination, on_progress, said)
+    if distributed.rank() == 0:
+        say(printable(done))
     distributed.finalize()
 
 

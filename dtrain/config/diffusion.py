@@ -125,8 +125,10 @@ class Gaussian(_LogitNormal):
 class Flow(_LogitNormal):
     process: Literal["flow"]
     """images and noise on a straight line (rectified flow)"""
-    times: Literal["uniform", "logit_normal"] = "uniform"
-    """which times are trained; logit_normal: more of those in the middle"""
+    coupling: Literal["independent", "data"] = "independent"
+    """which noise an image is paired with; data: the one that it was drawn from, of `dtrain pairs` (reflow)"""
+    times: Literal["uniform", "logit_normal", "one"] = "uniform"
+    """which times are trained; logit_normal: more of those in the middle; one: noise alone, for a single step"""
     time_scale: Literal[1, 1000] = 1000
     """what the model is told of t is this times t; 1 as in SiT, whose weight files run.init_from then turns round"""
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -136,6 +138,10 @@ class Flow(_LogitNormal):
 
     @model_validator(mode="after")
     def _possible(self):
+        if self.times == "one" and self.coupling == "independent":
+            raise ValueError(
+                "times one needs coupling data: from noise alone, of any image, a network learns the mean of all images"
+            )
         if self.least_time != 0.05 and self.prediction == "velocity":
             raise ValueError(
                 f"least_time {self.least_time} has no effect on prediction velocity, whose loss divides by no time; "

@@ -57,6 +57,7 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.loss": Earlier("simple", _GAUSSIAN),
     "diffusion.weighting": Earlier("none", _GAUSSIAN),
     "diffusion.times": Earlier("uniform", ("process", "gaussian", "flow")),
+    "diffusion.coupling": Earlier("independent", _FLOW),
     "diffusion.time_scale": Earlier(1000, _FLOW),
     "diffusion.prediction": Earlier("velocity", _FLOW),
     "diffusion.least_time": Earlier(0.05, _FLOW),

@@ -14,7 +14,7 @@ PIN = "#sha256="  # between a TorchScript file and the hash that it must have
 
 _OfSets = Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "memorisation", "is"]
 # The bound on held-out images, in bits/dim, or on the density of their latents; the same by the ODE of a flow.
-_OfTheModel = Literal["bpd", "nats_per_dim_latent", "bpd_ode", "nats_per_dim_latent_ode"]
+_OfTheModel = Literal["bpd", "nats_per_dim_latent", "bpd_ode", "nats_per_dim_latent_ode", "straightness"]
 Metric = Literal[_OfSets, _OfTheModel, "clip_score", "agreement"]
 FEATURES = ("auto", "inception", "dinov2", "effnet_lite0", "pixels")  # plug-ins bring further ones
 FILES = (".pt", ".pth", ".ts")  # of TorchScript
@@ -29,7 +29,7 @@ HIGHER_IS_BETTER = {
     "control",
 }
 BOUNDS, DENSITIES = {"bpd", "nats_per_dim_latent"}, {"bpd_ode", "nats_per_dim_latent_ode"}
-OF_THE_MODEL = BOUNDS | DENSITIES  # without samples and features; `evaluate` asks the model itself
+OF_THE_MODEL = BOUNDS | DENSITIES | {"straightness"}  # without samples and features; `evaluate` asks the model itself
 OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of samples alone → key of their network
 
 

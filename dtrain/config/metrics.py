@@ -12,11 +12,16 @@ def check(config: Any) -> None:
             _check_bound(metric, config)
         elif metric in DENSITIES:
             _check_density(metric, config)
+        elif metric == "straightness" and config.diffusion.process != "flow":
+            raise ValueError(
+                f"eval.metrics straightness is of a flow's paths, and diffusion.process is {config.diffusion.process}; "
+                "leave it out"
+            )
         elif metric in OF_WHAT_IS_ASKED:
             _check_asked(metric, config)
-        elif metric == "memorisation" and config.first_stage.reads_cache:
+        elif metric == "memorisation" and not config.reads_pictures:
             raise ValueError(
-                "eval.metrics memorisation compares samples with training pictures, and first_stage.cached has none; "
+                "eval.metrics memorisation compares samples with training pictures, and this config reads none; "
                 "leave it out"
             )
 

@@ -101,7 +101,7 @@ class KL(FirstStageSection):
         return self.latent_channels, side, side
 
     def draws(self, config: Any) -> list[Draw]:
-        return [Draw("posterior", Purpose.POSTERIOR, "normal", config.shape)]
+        return [] if config.is_coupled else [Draw("posterior", Purpose.POSTERIOR, "normal", config.shape)]
 
 
 class Denoising(PartSection):

@@ -6,8 +6,8 @@ import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from dtrain import plugins
+from dtrain.config import coupling, metrics, on_base
 from dtrain.config import guidance as guidances
-from dtrain.config import metrics, on_base
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
@@ -107,6 +107,7 @@ class Config(Section):
             patch = self.model.sizes["patch"]
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         on_base.check(self)
+        coupling.check(self)
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
             self._uncertainty_fits()
         if self.optim.name == "muon":
@@ -124,6 +125,16 @@ class Config(Section):
                 f"diffusion.uncertainty learned is of objective.kind denoising, and it is {self.objective.kind}; "
                 "leave it out"
             )
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether each sample comes with the noise that it was drawn from."""
+        return getattr(self.diffusion, "coupling", "independent") == "data"
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether a training decodes pictures: not from a cache of latents, nor of pairs."""
+        return not (self.first_stage.reads_cache or self.is_coupled)
 
     @property
     def keeps_snapshots(self) -> bool:

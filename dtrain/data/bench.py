@@ -55,7 +55,7 @@ def _stages(config: Config, dataset: StepDataset, seconds: float) -> dict[str, f
             drawn(draw, dataset._draws, k.tolist(), k, 0, len(k))
 
     stages = {"read": read, "randomness": randomness}
-    if not config.first_stage.reads_cache:
+    if config.reads_pictures:
         stages |= _of_pictures(config.data, read())
     rates = {name: _rate(stages[name], len(k), seconds) for name in STAGES if name in stages}
     steps, without_draws = iter(range(10**9)), iter(range(10**9))

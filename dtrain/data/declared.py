@@ -11,6 +11,7 @@ from dtrain.data.fields.caption import Caption
 from dtrain.data.fields.embedded import Embedded, TokenCounts
 from dtrain.data.fields.field import Field, Label, Picture, arrays_of
 from dtrain.data.fields.moments import Moments
+from dtrain.data.fields.pairs import Drawn, NoiseOfKey
 from dtrain.data.fields.tokens import Bytes, OfFolder
 from dtrain.draws import Draw, Purpose, purpose_of
 from dtrain.errors import UserError
@@ -51,7 +52,10 @@ def declared(config: Config) -> Declared:
     draws: list[Draw] = []
     if config.objective.diffuses:
         draws.append(Draw("time", Purpose.TIME, "stratified" if diffusion.stratified else "uniform"))
-        draws.append(Draw("noise", Purpose.NOISE, "normal", config.shape))
+        if config.is_coupled:
+            fields += [NoiseOfKey("noise", config.shape), Drawn("drawn", config.shape)]
+        else:
+            draws.append(Draw("noise", Purpose.NOISE, "normal", config.shape))
     if config.model.num_classes:
         fields.append(Label("label", config.model.num_classes))
         draws.append(Draw("drop", Purpose.LABEL_DROP, "uniform"))
@@ -64,7 +68,7 @@ def declared(config: Config) -> Declared:
         draws += _draws_of(name, section, config)
     if config.first_stage.reads_cache:
         fields.append(Moments("moments", config.shape))
-    else:
+    elif config.reads_pictures:
         fields.append(Picture("image", data.image_size, data.channels, data.upright))  # the dearest is read last
     names = ["k", "mirrored", *(field.name for field in fields), *(draw.name for draw in draws)]
     if twice := {name for name in names if names.count(name) > 1}:

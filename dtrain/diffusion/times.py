@@ -41,6 +41,17 @@ class LogitNormal:
         return None
 
 
+@dataclass(frozen=True)
+class One:
+    """Noise alone, t = 1 of a flow: what a network needs that is asked once (Liu et al. 2024, InstaFlow)."""
+
+    def place(self, u: Tensor) -> Tensor:
+        return torch.ones_like(u)
+
+    def weights(self, place: Tensor) -> Tensor | None:
+        return None
+
+
 UNIFORM = Uniform()
 
 

@@ -109,7 +109,7 @@ def encode(
     for line in distributed.on_rank_0(_before, request, source, folder):
         if distributed.rank() == 0:
             on_line(line)
-    with _unfinished(folder, asked):
+    with unfinished(folder, asked):
         work = _Work(source, request, folder)
         distributed.agree(work.do, on_progress)
         return distributed.on_rank_0(_finish, work, asked, target)
@@ -291,7 +291,7 @@ def _is_there(target: Path, asked: dict, statistics_only: bool) -> bool:
 
 
 @contextmanager
-def _unfinished(folder: Path, asked: dict) -> Iterator[None]:
+def unfinished(folder: Path, asked: dict) -> Iterator[None]:
     """The folder to write into, with what an equal request left there, for this call alone. A collective.
 
     It stays after an error: the shards in it took long.

@@ -18,7 +18,7 @@ from dtrain.config import Config, Eval, Sampling
 from dtrain.config.evaluation import DENSITIES, OF_THE_MODEL
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
-from dtrain.evaluation import ode_likelihood
+from dtrain.evaluation import ode_likelihood, straightness
 from dtrain.evaluation.control import Agreement, agreement, mean_agreement
 from dtrain.evaluation.features.build import check_finite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet, which_not_finite
@@ -175,6 +175,8 @@ def evaluate(
         found |= ode_likelihood.measured(
             metric, generator, *reference.validation, e, on_progress, reference.of_validation()
         )
+    if "straightness" in e.metrics:
+        found |= straightness.measured(generator, min(e.num_samples, e.validation_images), asked, e, on_progress)
     context = {
         "ema": weights_name(e),
         "n": e.num_samples,

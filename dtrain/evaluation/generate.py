@@ -104,7 +104,21 @@ class Generator:
         said: Said = NOTHING,
         start: Start | None = None,
     ) -> torch.Tensor:
-        """uint8 (n, channels, image_size, image_size) for ids (n) and int64 labels (n,), as `how` says.
+        """uint8 (n, channels, image_size, image_size) of what `x_0` gives."""
+        drawn = self.first_stage.decode(self.x_0(ids, labels, how, on_evaluation, said, start)).cpu()
+        return drawn if start is None else start.kept(drawn)
+
+    @torch.inference_mode()
+    def x_0(
+        self,
+        ids: list[int],
+        labels: torch.Tensor,
+        how: Eval,
+        on_evaluation: Callable[[], None] = lambda: None,
+        said: Said = NOTHING,
+        start: Start | None = None,
+    ) -> torch.Tensor:
+        """float32 (n, C, H, W) as the network sees it, for ids (n) and int64 labels (n,), as `how` says.
 
         on_evaluation: called each time that the model has answered. said: n captions of each condition that has some;
         one without is told nothing. start: the n pictures that they begin at, in the place of noise.
@@ -144,8 +158,7 @@ class Generator:
                 f"x_0 is not finite in {len(bad)} of {len(ids)} samples drawn together (ids {named(bad)}): the weights "
                 "have diverged, or guidance or precision overflow; take an earlier checkpoint or other settings"
             )
-        drawn = self.first_stage.decode(x_0).cpu()
-        return drawn if start is None else start.kept(drawn)
+        return x_0
 
     def _noise(self, normals: torch.Tensor, first: float, start: Start | None) -> torch.Tensor:
         """ε of the first time, in the dtype of these standard normals: themselves, but of gamma noise."""

@@ -19,6 +19,7 @@ OF_PAIRS = ("psnr", "ssim")  # of each reconstruction and its original
 OF_LATENTS = ("latent_mean", "latent_std", "posterior_std")  # over all elements of the held-out pictures' latents
 # Metric of the model → the parts that add up to it, behind its name.
 PARTS = dict.fromkeys(BOUNDS, ("prior", "chain", "decoder")) | dict.fromkeys(DENSITIES, ("prior", "volume"))
+PARTS |= {"straightness": ()}
 SPREADS = {"fd": ("low", "high"), "fd_infinity": ("error",), "kid": ("std",), "is": ("std",)}
 SPREADS |= {"memorisation": ("held_out",)}
 

@@ -20,7 +20,14 @@ def build(config: Config, manifest: Manifest | None, device: torch.device) -> Fi
     manifest: of what is trained on; None where the latents' scale does not follow from it.
     """
     own = requirements.normalisation(config, manifest) if config.first_stage.kind == "kl" else None
-    return _built(config, own, device)
+    found = _built(config, own, device)
+    for one in (manifest, *manifest.mixed) if manifest is not None and config.is_coupled else ():
+        if one.pairs is not None and one.pairs.first_stage != found.fingerprint:
+            raise UserError(
+                f"{one.path} holds pairs of another first stage (fingerprint {one.pairs.first_stage[:12]} there, "
+                f"{found.fingerprint[:12]} here); take the first_stage of the run that drew them"
+            )
+    return found
 
 
 def of_checkpoint(config: Config, stated: Any, device: torch.device) -> FirstStage:

@@ -23,6 +23,11 @@ class FirstStage(Protocol):
         """Pictures uint8 (n, channels, image_size, image_size) of what a sampler drew."""
 
 
+def x_0_of(first_stage: FirstStage, batch: Batch) -> Tensor:
+    """x_0 float32 (n, C, H, W) of a batch in training: the first stage's, or what pairs have already drawn."""
+    return batch["drawn"] if "drawn" in batch else first_stage.of_batch(batch)
+
+
 class Pixels:
     """x_0 is the picture in [−1, 1]; what is drawn is rounded to the nearest level."""
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dtrain.config import EDM, Config, Flow, Gaussian, Variational
 from dtrain.diffusion import process
-from dtrain.diffusion.times import LogitNormal, SecondMoment, Uniform
+from dtrain.diffusion.times import LogitNormal, One, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.gamma import GammaDenoising
@@ -48,7 +48,9 @@ def denoising(
     return kind(process.build(config, decoder), config.loss, gamma, _times(config))
 
 
-def _times(config: Gaussian | Flow) -> Uniform | LogitNormal | SecondMoment:
+def _times(config: Gaussian | Flow) -> Uniform | LogitNormal | SecondMoment | One:
     if config.times == "logit_normal":
         return LogitNormal(config.logit_normal_mean, config.logit_normal_std)
+    if config.times == "one":
+        return One()
     return SecondMoment(config.timesteps) if config.times == "importance" else Uniform()

@@ -48,7 +48,7 @@ def check_start(config: Config, ranks: int) -> str:
         *lacking,
         *about_first_stage(config, manifest),
         *about_captions(config, manifest),
-        *([] if config.first_stage.reads_cache else about_pictures(config.data, config.model.num_classes, manifest)),
+        *(about_pictures(config.data, config.model.num_classes, manifest) if config.reads_pictures else []),
         *warnings(config),
     ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from dtrain import faults
 from dtrain.batch import Batch, Condition, split
 from dtrain.conditions.build import Conditions
 from dtrain.draws import Draw
-from dtrain.first_stage.pixels import FirstStage
+from dtrain.first_stage.pixels import FirstStage, x_0_of
 from dtrain.objectives.objective import Losses, Objective
 from dtrain.position import Position
 from dtrain.training.players import Players
@@ -74,7 +74,7 @@ class Step:
         """Each micro-batch; the same with x_0; what its rows are told."""
         for part in split(batch, self.players.micro_batch):
             condition = self.conditions.of_batch(part)
-            yield part, part | {"x_0": self.first_stage.of_batch(part)}, condition
+            yield part, part | {"x_0": x_0_of(self.first_stage, part)}, condition
 
     def _drawing(self, networks: Mapping[str, Callable], part: Batch) -> Mapping[str, Callable]:
         """The networks, the backbone with the random numbers that it is to compute with."""

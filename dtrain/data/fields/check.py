@@ -23,7 +23,7 @@ def check_fields(config: Config, manifest: Manifest) -> None:
     """Raises UserError where a data set, or one that is mixed into it, lacks a field that the run reads."""
     wanted = declared(config).fields
     for one in (manifest, *manifest.mixed):
-        if not set(IMAGE_FIELDS) & set(one.fields) and not config.first_stage.reads_cache:
+        if not set(IMAGE_FIELDS) & set(one.fields) and config.reads_pictures:
             fields, hint = ", ".join(one.fields), _hint(one.fields, IMAGE_FIELDS)
             raise UserError(f"{one.path} has fields {fields}, none of them jpg, jpeg, png or webp{hint}")
         if config.model.num_classes and LABEL_FIELD not in one.fields:
@@ -36,6 +36,11 @@ def check_fields(config: Config, manifest: Manifest) -> None:
                 key = f"data.arrays.{field.name}" if field.name in config.data.arrays else field.name
                 hint = _hint(one.fields, field.extensions)
                 raise UserError(f"{key}: {one.path} has no field {' or '.join(field.extensions)}{hint}")
+        if config.is_coupled and one.pairs is not None and tuple(one.pairs.shape) != config.shape:
+            raise UserError(
+                f"{one.path} holds pairs of {one.pairs.shape}, and this config's x_0 is {list(config.shape)}; take the "
+                "data.image_size and first_stage of the run that drew them"
+            )
         check_classes(config.model.num_classes, one, f"set it to {len(one.classes or ())}, or to 0 to train without")
 
 

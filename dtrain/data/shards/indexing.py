@@ -34,6 +34,7 @@ from dtrain.data.shards.manifest import (
     load,
     replacing,
 )
+from dtrain.data.shards.pairs import Pairs
 from dtrain.data.shards.parallel import each
 from dtrain.data.shards.sample_files import DOT_RULE, IMAGE_FIELDS, LABEL_FIELD, dotted
 from dtrain.data.shards.tar import MAX_FIELDS, MEMBER, Scan, scan
@@ -52,6 +53,7 @@ def index_shards(
     processes: int | None = None,
     latents: Latents | None = None,
     embeddings: Sequence[Embeddings] = (),
+    pairs: Pairs | None = None,
 ) -> Manifest:
     """Scan tar shards, paths or URLs, and write their manifest to `destination`, its side file beside it.
 
@@ -106,6 +108,7 @@ def index_shards(
         members=SideFile(file=side.name, sha256=digest.hexdigest()),
         latents=latents,
         embeddings=list(embeddings),
+        pairs=pairs,
     )
     with replacing(destination) as file:
         file.write(document.as_json())

@@ -5,7 +5,8 @@
      "classes": ["airplane", …] or null,
      "members": {"file": "manifest.members", "sha256": "…"},
      "latents": {…},  of a latent cache alone (`latents.py`)
-     "embeddings": [{…}, …]}  where there are cached words (`embeddings.py`)
+     "embeddings": [{…}, …],  where there are cached words (`embeddings.py`)
+     "pairs": {…}}  of pairs of noise and samples alone (`pairs.py`)
 
 The side file is a (samples, fields) table in the manifest's order of one 16-byte little-endian record a member: offset
 uint64, size uint32, crc32 uint32. A field that a sample lacks has size 0xFFFFFFFF.
@@ -27,6 +28,7 @@ from dtrain.config import Data
 from dtrain.data.shards.checked import checked
 from dtrain.data.shards.embeddings import Embeddings
 from dtrain.data.shards.latents import Latents
+from dtrain.data.shards.pairs import Pairs
 from dtrain.data.shards.remote import is_pipe, is_url
 from dtrain.errors import UserError, from_where
 
@@ -84,10 +86,11 @@ class Document(_Record):
     members: SideFile
     latents: Latents | None = None
     embeddings: list[Embeddings] = []
+    pairs: Pairs | None = None
 
     def as_json(self) -> bytes:
         tree = self.model_dump()
-        for key in ("latents", "embeddings"):
+        for key in ("latents", "embeddings", "pairs"):
             if not tree[key]:
                 del tree[key]
         return json.dumps(tree, indent=1).encode() + b"\n"
@@ -106,6 +109,7 @@ class Manifest:
     shards_at: str | None = None  # folder or URL of a held-out split's shards, where it is not the manifest's own
     latents: Latents | None = None  # what a latent cache was made of
     embeddings: tuple[Embeddings, ...] = ()  # and cached words, of each condition that has some
+    pairs: Pairs | None = None  # and what pairs of noise and samples were drawn from
     complete: bool = False  # whether it is known that no sample lacks a field
     remarks: tuple[str, ...] = ()  # what indexing saw that a training would stumble over; not kept in the file
 
@@ -248,7 +252,7 @@ def glance(path: str | Path) -> Manifest | None:
 
 def _of(document: Document, path: Path) -> Manifest:
     side = path.parent / document.members.file
-    caches = {"latents": document.latents, "embeddings": tuple(document.embeddings)}
+    caches = {"latents": document.latents, "embeddings": tuple(document.embeddings), "pairs": document.pairs}
     return Manifest(path, document.fields, document.shards, document.classes, side, **caches)
 
 

@@ -6,6 +6,7 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
 CAPTION_FIELD = "txt"
 MOMENTS_FIELD = "moments.npy"  # of a latent cache
+DRAWN_FIELD, NOISE_KEY_FIELD = "x0.npy", "noise.npy"  # of pairs: what was drawn, and the key of its noise
 EMBEDDINGS_ENDING = "safetensors"  # of cached words
 DOT_RULE = "all that follows the first dot of a file's name is its extension, so rename files with dots in their names"
 

@@ -9,7 +9,7 @@ from dtrain.batch import Batch, split
 from dtrain.config import Config
 from dtrain.data.order.names import SampleNames
 from dtrain.errors import BadSample
-from dtrain.first_stage.pixels import FirstStage, Pixels
+from dtrain.first_stage.pixels import FirstStage, Pixels, x_0_of
 from dtrain.first_stage.requirements import about_scale
 
 NAMED = 4  # samples in a message
@@ -41,4 +41,4 @@ def about_first(first_stage: FirstStage, config: Config, batch: Batch, micro_bat
 
 
 def _x_0(first_stage: FirstStage, batch: Batch, micro_batch: int) -> torch.Tensor:
-    return torch.cat([first_stage.of_batch(part) for part in split(batch, micro_batch)])
+    return torch.cat([x_0_of(first_stage, part) for part in split(batch, micro_batch)])
