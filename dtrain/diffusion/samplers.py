@@ -79,7 +79,7 @@ def sample(
             return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "away")
         return solvers.heun_flow(denoiser, process, x_T, timesteps, clip)
     if churn is not None:
-        return solvers.heun_churned(denoiser, process, x_T, timesteps, step_noise, churn, clip)
+        return solvers.heun_churned(denoiser, process, x_T, timesteps, step_noise, churn, clip, steps)
     if sampler in ("ddim", "euler"):  # on y = x_0 + σ n Euler's step is DDIM's
         return ddim(denoiser, process, x_T, timesteps, eta, step_noise, clip)
     if sampler == "ancestral":

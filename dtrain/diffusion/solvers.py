@@ -124,14 +124,16 @@ def heun_churned(
     step_noise: Callable[[int], Tensor],
     churn: Churn,
     clip: bool = False,
+    of: int | None = None,
 ) -> Tensor:
     """x_0 from x_T by EDM's stochastic sampler, on a process whose times are σ (Karras et al. 2022, algorithm 2).
 
-    It draws in its last step too, where σ_min lies within the churn's range.
+    of: the steps of the whole walk, where these are the last of them. It draws in its last step too, where σ_min lies
+    within the churn's range.
     """
     x = x_T
     for i, (t, p) in enumerate(steps(process, sigmas)):
-        if gamma := churn.added(t, len(sigmas)):
+        if gamma := churn.added(t, of or len(sigmas)):
             raised = t * (1 + gamma)
             alpha_t, alpha_r = process.level(t)[0], process.level(raised)[0]
             x = alpha_r / alpha_t * x + alpha_r * math.sqrt(raised**2 - t**2) * churn.noise * step_noise(i)

@@ -169,6 +169,20 @@ def test_the_stochastic_sampler_is_algorithm_2(steps, churn):
     assert asked == drawn == [i for i, s in enumerate(sigmas) if churn.low <= s <= churn.high]
 
 
+def test_the_last_steps_alone_churn_as_much_as_they_do_in_the_whole_walk():
+    churn, seen = Churn(1.5), []
+
+    def watched(x, t):
+        seen.append(t[0].item())
+        return bent(x, t)
+
+    for last in (None, 4):
+        sample(watched, process, normals(2, 1, 4, 4), "heun", 9, step_noise=lambda i: 0.0, churn=churn, last=last)
+    whole, part = seen[: 2 * 9 - 1], seen[2 * 9 - 1 :]
+    assert part == whole[-len(part) :]
+    assert len(part) == 2 * 4 - 1
+
+
 def test_churn_of_nothing_is_heun_bit_for_bit():
     x_T = normals(2, 1, 4, 4)
     found = heun_churned(bent, process, x_T, process.walk(6), None, Churn(30.0, low=100.0))

@@ -8,6 +8,7 @@ import torch
 
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.prediction import Partly, target
 from dtrain.diffusion.samplers import network_evaluations, sample, times
@@ -28,6 +29,7 @@ WALKS = [
     (FLOW, "sde", {}),
     (EDM(), "heun", {}),
     (EDM(), "heun", {"churn": Churn(20.0)}),
+    (GammaDiffusion(linear(1000), theta_0=0.005), "ancestral", {}),
     (VariationalDiffusion(), "ancestral", {}),
     (VariationalDiffusion(), "heun", {}),
 ]

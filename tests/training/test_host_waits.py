@@ -6,6 +6,8 @@ import torch
 from dtrain.batch import split
 from dtrain.conditions.classes import Classes
 from dtrain.config import load
+from dtrain.diffusion.edm import EDM
+from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.samplers import sample
@@ -13,6 +15,8 @@ from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import SecondMoment
 from dtrain.diffusion.variational import VariationalDiffusion
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.gamma import GammaDenoising
+from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound
 from dtrain.position import Position
 from dtrain.training.record.levels import StepLosses, named_sums
@@ -38,6 +42,7 @@ def add_up(objective: Denoising, device: torch.device) -> None:
     for part in split(batch_on(device), 4):
         told = condition.dropped(condition.given(part), part)
         networks = {"backbone": lambda x, t, y: 0.5 * x, "schedule": lambda t: (t, torch.ones_like(t))}
+        networks["uncertainty"] = lambda t: 0.1 * t
         losses = objective.losses("main", networks, part, told, Position())
         seen.add("main", part, losses)
     seen.observe(1)
@@ -49,6 +54,8 @@ def add_up(objective: Denoising, device: torch.device) -> None:
 OBJECTIVES = {
     "uniform": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0),
     "importance": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0, times=SecondMoment(50)),
+    "edm, uncertain": lambda: UncertainDenoising(EDM()),
+    "gamma": lambda: GammaDenoising(GammaDiffusion(linear(50))),
     "variational": lambda: VariationalBound(VariationalDiffusion(), 1.0),
     "variational chain": lambda: VariationalBound(VariationalDiffusion(timesteps=9), 1.0),
 }
