@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.training.control import evaluations, newest
 from tests.training.elastic import rewritten
 from tests.training.jit import ALL, of_jit
+from tests.training.networks import pack_pairs, told_in_words
 from tests.training.players import build_player, differing, run_steps, state
 from tests.training.runs import train, trained
 
@@ -125,6 +126,17 @@ def test_losses_and_distances_are_the_same_on_other_ranks_and_stages(digits, tmp
     adam = of_jit(digits, tmp_path / "adam", *ALL, "optim.weight_decay=0.1", f"deepspeed.zero_stage={stage}")
     if ranks == 2 and stage == 3:
         assert trained(adam, ranks)[-1] != pytest.approx(losses(reference)[-1], rel=1e-4)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 1)])
+def test_joint_attention_is_trained_alike_on_other_ranks_and_stages(tmp_path, ranks, stage):
+    pairs, own = pack_pairs(tmp_path / "pairs"), (*MUON, "train.steps=16", "optim.warmup_steps=0")
+    alone, other = (
+        trained(told_in_words(pairs, tmp_path / name, "mmdit", *own, f"deepspeed.zero_stage={of}"), of_ranks)
+        for name, of_ranks, of in (("alone", 1, 0), ("other", ranks, stage))
+    )
+    assert other == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), mostly_longer(SHAPES, [(2, 2)]))
