@@ -5,16 +5,14 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dtrain import plugins
-from dtrain.config import coupling, metrics, on_base
-from dtrain.config import guidance as guidances
+from dtrain.config import coupling, on_base, samplers
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
 from dtrain.config.diffusion import EDM, Flow, Gaussian, Variational
-from dtrain.config.evaluation import OWN_DEFAULT, SAMPLERS, Eval
+from dtrain.config.evaluation import OWN_DEFAULT, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
@@ -82,7 +80,7 @@ class Config(Section):
         self._average_is_there()
         if self.eval.every and not self.data.holdout:
             raise ValueError("eval.every needs data.holdout, the manifest of the split to compare with")
-        self._sampler_fits()
+        samplers.check(self)
         if self.first_stage.reads_cache and self.data.crop == "random":
             raise ValueError("first_stage.cached: a cache holds one crop of each picture; take data.crop centre")
         if self.model.name == "unet":
@@ -216,18 +214,6 @@ class Config(Section):
         side, pixels = self.shape[1], self.data.image_size
         return f"data.image_size {pixels}" if side == pixels else f"the side {side} that first_stage makes of {pixels}"
 
-    def _gamma_fits(self) -> None:
-        e = self.eval
-        if e.sampler in ("dpmpp_2m", "heun"):
-            raise ValueError(
-                f"eval.sampler {e.sampler} follows the ODE of normal noise, and diffusion.noise is gamma; "
-                "take ancestral or ddim"
-            )
-        if e.eta != 0:
-            raise ValueError(
-                f"eval.eta {e.eta} adds normal noise, and diffusion.noise is gamma; take sampler ancestral, or eta 0"
-            )
-
     def _levels_fit(self) -> None:
         halvings = len(self.model.multipliers) - 1
         if self.shape[1] % 2**halvings:
@@ -264,57 +250,6 @@ class Config(Section):
             raise ValueError(
                 f"{named} cannot go with deepspeed.precision bf16, whose rounding is many of them; take bf16_autocast"
             )
-
-    def _sampler_fits(self) -> None:
-        e, process = self.eval, self.diffusion.process
-        processes = SAMPLERS.get(e.sampler) or plugins.find("sampler", e.sampler).processes
-        if process not in processes:
-            walks = [name for name, walked in SAMPLERS.items() if process in walked]
-            raise ValueError(f"eval.sampler {e.sampler} does not walk a {process} process; take {' or '.join(walks)}")
-        if e.eta != 0 and e.sampler != "ddim":
-            raise ValueError(f"eval.eta {e.eta} has no effect on sampler {e.sampler}; take sampler ddim, or eta 0")
-        if getattr(self.diffusion, "noise", "normal") == "gamma":
-            self._gamma_fits()
-        if e.sde_noise is not None and e.sampler != "sde":
-            raise ValueError(f"eval.sde_noise {e.sde_noise} has no effect on sampler {e.sampler}; take sampler sde")
-        if e.churn and (process, e.sampler) != ("edm", "heun"):
-            raise ValueError(
-                f"eval.churn {e.churn} has no effect on sampler {e.sampler} of diffusion.process {process}; it is of "
-                "heun on edm: leave it out"
-            )
-        for key, unset in (("churn_min", 0.0), ("churn_max", 0.0), ("churn_noise", 1.0)):
-            if getattr(e, key) != unset and not e.churn:
-                raise ValueError(f"eval.{key} {getattr(e, key)} has no effect with eval.churn 0; leave it out")
-        if 0 < e.churn_max <= e.churn_min:
-            raise ValueError(f"eval.churn_max {e.churn_max} must be above eval.churn_min {e.churn_min}, or 0 for any σ")
-        if e.spacing != "trailing" and process != "gaussian":
-            how = {
-                "flow": "a flow, whose steps are equal",
-                "edm": "edm, whose steps diffusion.rho spaces",
-                "vdm": "vdm, whose steps are equal",
-            }[process]
-            raise ValueError(f"eval.spacing {e.spacing} has no effect on {how}; leave it out")
-        if process == "gaussian" and e.steps > self.diffusion.timesteps:
-            raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
-        if isinstance(e.spacing, list):
-            if len(e.spacing) != e.steps:
-                raise ValueError(f"eval.spacing lists {len(e.spacing)} timesteps, but eval.steps is {e.steps}")
-            if e.spacing != sorted(set(e.spacing), reverse=True) or e.spacing[0] >= self.diffusion.timesteps:
-                raise ValueError(
-                    "eval.spacing must list timesteps that fall, "
-                    f"from at most {self.diffusion.timesteps - 1} to at least 0"
-                )
-        metrics.check(self)
-        if e.clip and self.first_stage.is_continuous:
-            raise ValueError(
-                f"eval.clip holds pixels within [−1, 1], and first_stage.kind is {self.first_stage.kind}; leave it out"
-            )
-        if e.decode_batch is not None and self.first_stage.kind == "pixels":
-            raise ValueError("eval.decode_batch has no effect on first_stage.kind pixels; leave it out")
-        for key in ("prompts", "negative_prompt"):
-            if getattr(e, key) and not self.texts:
-                raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
-        guidances.check(self)
 
     def dump(self) -> str:
         """The whole tree as YAML, defaults filled in; `load` reads it back."""
