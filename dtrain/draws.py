@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     DEQUANTISATION = 22
     TRACE_PROBE = 23
     VALIDATION_TIME = 24
+    OTHER_TIME = 25
+    SPAN = 26
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}

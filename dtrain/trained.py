@@ -17,6 +17,7 @@ from dtrain.checkpoint.parameters import BACKBONE, split_name
 from dtrain.checkpoint.process_networks import objective_in, objective_with
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config
+from dtrain.config.guidance import chosen_over
 from dtrain.diffusion.process import Process
 from dtrain.errors import UserError
 from dtrain.evaluation.control import in_turn, of_files
@@ -172,7 +173,7 @@ class Trained:
     def _with_eval(self, chosen: dict, where: str) -> Config:
         """The config with other `eval` settings, None leaving one as it is. where: they come from, for a UserError."""
         tree = self.config.model_dump(mode="json")
-        tree["eval"] |= {key: value for key, value in chosen.items() if value is not None}
+        tree["eval"] = chosen_over(tree["eval"], {key: value for key, value in chosen.items() if value is not None})
         return configuration.validate(tree, where)
 
     def _labels(self, n: int | None, labels: int | str | Iterable[int | str] | None) -> torch.Tensor:

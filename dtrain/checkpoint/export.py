@@ -128,6 +128,10 @@ def export(
     if format not in WRITERS:
         raise UserError(f"--format {format} is not one of {', '.join(WRITERS)}")
     config, write = run.config(), WRITERS[format]
+    if config.diffusion.process == "meanflow" and format != "safetensors":
+        raise UserError(
+            f"--format {format} has no place for MeanFlow, whose model is told two times; take --format safetensors"
+        )
     if config.diffusion.process == "vdm" and config.objective.diffuses and format != "safetensors":
         raise UserError(
             f"--format {format} has no place for variational diffusion, whose model is told its own γ instead of a "

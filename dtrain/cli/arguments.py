@@ -64,6 +64,7 @@ def with_eval(config, chosen: dict, raw: bool):
     chosen: by a key of `eval`, or as the option is called: n, and metrics as one text.
     """
     from dtrain import config as configuration
+    from dtrain.config.guidance import chosen_over
     from dtrain.evaluation.requirements import check_guidance
 
     chosen = {"num_samples" if k == "n" else k: v for k, v in chosen.items() if v is not None}
@@ -74,7 +75,7 @@ def with_eval(config, chosen: dict, raw: bool):
     if "metrics" in chosen:
         chosen["metrics"] = chosen["metrics"].split(",")
     tree = config.model_dump(mode="json")
-    tree["eval"] |= chosen | ({"ema": None} if raw else {})
+    tree["eval"] = chosen_over(tree["eval"], chosen | ({"ema": None} if raw else {}))
     config = configuration.validate(tree, "the command line", [f"eval.{k}" for k in chosen])
     check_guidance(config)
     return config

@@ -162,4 +162,5 @@ def typical_forward(model: nn.Module, config: Config, rows: int, training: bool 
     condition = build(config).typical(rows)
     draws = config.model.draws() if training else {}
     drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in draws}
-    return partial(model, x, torch.zeros(rows), **condition, **drawn)
+    times = torch.zeros(rows, 2) if config.diffusion.process == "meanflow" else torch.zeros(rows)
+    return partial(model, x, times, **condition, **drawn)

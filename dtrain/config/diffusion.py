@@ -1,4 +1,4 @@
-"""The `diffusion` section: a Gaussian process, a flow, EDM or variational diffusion.
+"""The `diffusion` section: a Gaussian process, a flow, MeanFlow, EDM or variational diffusion.
 
 A string below a key says what the key does.
 """
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dtrain.config.sections import IdentitySection, Positive, Probability
+from dtrain.draws import Draw, Purpose
 
 
 class _Process(IdentitySection):
@@ -17,6 +18,15 @@ class _Process(IdentitySection):
     """share of the images trained without their label, so that guidance works"""
     stratified: bool = False
     """spread the times of a global batch evenly"""
+
+    def draws(self) -> list[Draw]:
+        """Random numbers of each row beside its time and noise."""
+        return []
+
+    @property
+    def further_forwards(self) -> int:
+        """Forwards of each row in training without a gradient."""
+        return 0
 
     @property
     def data_at_one(self) -> str | None:
@@ -152,6 +162,28 @@ class Flow(_LogitNormal):
     @property
     def data_at_one(self) -> str | None:
         return self.prediction if self.time_scale == 1 else None
+
+
+class MeanFlow(_Process):
+    process: Literal["meanflow"]
+    """a flow whose network gives the mean velocity from one time to another, and so draws in one step (MeanFlow)"""
+    span_share: Probability = 0.25
+    """share of the rows with two times; of the others the network learns the velocity itself"""
+    logit_normal_mean: float = -0.4
+    """of both times, which are logit-normal"""
+    logit_normal_std: Annotated[float, Field(gt=0)] = 1.0
+    """of both times, their normal's standard deviation"""
+    along: Literal["data", "network"] = "data"
+    """the velocity along which the mean changes: of the row's own path, or the network's (improved MeanFlow)"""
+    weight_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """p of a row's weight 1/(its squared error + 1e-3)^p; 0: none"""
+
+    def draws(self) -> list[Draw]:
+        return [Draw("other_time", Purpose.OTHER_TIME, "uniform"), Draw("span", Purpose.SPAN, "uniform")]
+
+    @property
+    def further_forwards(self) -> int:
+        return 2 if self.along == "data" else 3
 
 
 class EDM(_Process):

@@ -38,11 +38,15 @@ SAMPLERS = {
     "ddim": ("gaussian", "edm", "vdm"),
     "ancestral": ("gaussian", "vdm"),
     "dpmpp_2m": ("gaussian", "edm", "vdm"),
-    "euler": ("flow", "edm"),
+    "euler": ("flow", "meanflow", "edm"),
     "heun": ("gaussian", "flow", "edm", "vdm"),
     "sde": ("flow",),
 }
-OWN_DEFAULT = {"flow": "euler", "edm": "heun"}  # process → the sampler that a config of it means unless it says so
+OWN_DEFAULT = {
+    "flow": "euler",
+    "meanflow": "euler",
+    "edm": "heun",
+}  # process → the sampler that a config of it means unless it says so
 
 
 class Sampling(Section):

@@ -80,6 +80,16 @@ def chain(guidance: float | str) -> Chain:
     return Chain(begun, tuple(steps))
 
 
+OF_GUIDANCE = ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with")
+OF_GUIDANCE += ("guidance_renoise", "guess_mode")  # keys of `eval` that mean nothing without guidance
+
+
+def chosen_over(own: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """A run's own `eval` with other values; where these take guidance away, what belongs to it alone goes too."""
+    gone = OF_GUIDANCE if str(chosen.get("guidance")) in ("1", "1.0") else ()
+    return {key: value for key, value in own.items() if key not in gone} | chosen
+
+
 def check(config: Any) -> None:
     """Raises ValueError for guidance that a config's model or sampler cannot have, or that has no effect."""
     e, told = config.eval, [*([CLASS] if config.model.num_classes else []), *config.conditions]

@@ -36,6 +36,7 @@ def check(config: Any) -> None:
             "flow": "a flow, whose steps are equal",
             "edm": "edm, whose steps diffusion.rho spaces",
             "vdm": "vdm, whose steps are equal",
+            "meanflow": "meanflow, whose steps are equal",
         }[process]
         raise ValueError(f"eval.spacing {e.spacing} has no effect on {how}; leave it out")
     if process == "gaussian" and e.steps > config.diffusion.timesteps:
@@ -48,6 +49,8 @@ def check(config: Any) -> None:
                 "eval.spacing must list timesteps that fall, "
                 f"from at most {config.diffusion.timesteps - 1} to at least 0"
             )
+    if process == "meanflow":
+        _check_mean_flow(config)
     metrics.check(config)
     if e.clip and config.first_stage.is_continuous:
         raise ValueError(
@@ -59,6 +62,17 @@ def check(config: Any) -> None:
         if getattr(e, key) and not config.texts:
             raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
     guidances.check(config)
+
+
+def _check_mean_flow(config: Any) -> None:
+    e = config.eval
+    if e.guidance != 1:
+        raise ValueError(
+            f"eval.guidance {e.guidance} cannot go with diffusion.process meanflow, whose steps have no velocity to "
+            "lead; take 1"
+        )
+    if e.clip:
+        raise ValueError("eval.clip has no effect on meanflow, whose steps make no estimate of x_0; leave it out")
 
 
 def _check_gamma(config: Any) -> None:

@@ -11,7 +11,7 @@ from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
-from dtrain.config.diffusion import EDM, Flow, Gaussian, Variational
+from dtrain.config.diffusion import EDM, Flow, Gaussian, MeanFlow, Variational
 from dtrain.config.evaluation import OWN_DEFAULT, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
@@ -43,6 +43,7 @@ class Config(Section):
     diffusion: Annotated[
         Annotated[Gaussian, Tag("gaussian")]
         | Annotated[Flow, Tag("flow")]
+        | Annotated[MeanFlow, Tag("meanflow")]
         | Annotated[EDM, Tag("edm")]
         | Annotated[Variational, Tag("vdm")],
         Discriminator(_process_of),
@@ -106,6 +107,8 @@ class Config(Section):
             raise ValueError(f"{self._side()} does not divide into patches of {patch} (model.patch)")
         on_base.check(self)
         coupling.check(self)
+        if self.diffusion.process == "meanflow":
+            self._mean_flow_fits()
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
             self._uncertainty_fits()
         if self.optim.name == "muon":
@@ -195,6 +198,22 @@ class Config(Section):
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
         self.objective.check(self.data.image_size)
+
+    def _mean_flow_fits(self) -> None:
+        if not isinstance(self.model, DiT | MMDiT):
+            raise ValueError(
+                f"diffusion.process meanflow tells a transformer two times, and model.name is {self.model.name}; take "
+                "dit or mmdit"
+            )
+        if self.base_source:
+            raise ValueError(
+                "diffusion.process meanflow cannot go with a frozen base, which is told one time; take process flow"
+            )
+        if self.deepspeed.precision == "bf16":
+            raise ValueError(
+                "diffusion.process meanflow takes a difference of two answers, which deepspeed.precision bf16 would "
+                "round to noise; take bf16_autocast"
+            )
 
     def _muon_fits(self) -> None:
         name, offload = self.model.name, self.deepspeed.offload
@@ -288,4 +307,6 @@ def architecture(config: Config) -> dict[str, Any]:
         "data.channels": config.shape[0],
         "diffusion.variance": "learned" if getattr(config.diffusion, "variance", "") == "learned_range" else "fixed",
     }
+    if config.diffusion.process == "meanflow":
+        keys["diffusion.process"] = "meanflow"  # whose model is told two times
     return keys | model.architecture(config.shape[1])

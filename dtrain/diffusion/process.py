@@ -2,17 +2,21 @@
 
 from dtrain.config import EDM as EDMSection
 from dtrain.config import Flow, Gaussian, Variational
+from dtrain.config import MeanFlow as MeanFlowSection
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
+from dtrain.diffusion.mean_flow import MeanFlow
 from dtrain.diffusion.schedule import named
 from dtrain.diffusion.variational import VariationalDiffusion
 
 Process = GaussianDiffusion | RectifiedFlow | EDM | VariationalDiffusion
 
 
-def build(config: Gaussian | Flow | EDMSection | Variational, decoder: str = "discretised") -> Process:
+def build(
+    config: Gaussian | Flow | MeanFlowSection | EDMSection | Variational, decoder: str = "discretised"
+) -> Process:
     """The process of the `diffusion` section. Raises UserError for a schedule that cannot be.
 
     decoder: of its bound; discretised for pixels, continuous for data without levels.
@@ -20,6 +24,8 @@ def build(config: Gaussian | Flow | EDMSection | Variational, decoder: str = "di
     if config.process == "vdm":
         of_levels = "softmax" if decoder == "discretised" else decoder
         return VariationalDiffusion(config.gamma_min, config.gamma_max, config.timesteps, of_levels)
+    if config.process == "meanflow":
+        return MeanFlow()
     if config.process == "flow":
         return RectifiedFlow(config.time_scale, config.prediction, config.least_time)
     if config.process == "edm":

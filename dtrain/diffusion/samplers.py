@@ -21,6 +21,7 @@ from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion, ancestral_gamma
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
+from dtrain.diffusion.mean_flow import MeanFlow, mean_flow
 from dtrain.diffusion.process import Process
 from dtrain.diffusion.solvers import Denoiser, checked, predict
 
@@ -74,6 +75,8 @@ def sample(
         return plugins.find("sampler", sampler).walk(denoiser, process, x_T, timesteps, clip, step_noise)
     if sampler == "sde":
         return solvers.sde_flow(denoiser, process, x_T, timesteps, step_noise, clip, sde_noise or "2t")
+    if isinstance(process, MeanFlow):
+        return mean_flow(denoiser, process, x_T, timesteps)
     if isinstance(process, RectifiedFlow):
         if sampler == "euler":
             return solvers.euler_flow(denoiser, process, x_T, timesteps, clip, apart=renoise == "away")

@@ -6,6 +6,7 @@ from typing import Any
 from dtrain import config as configuration
 from dtrain.checkpoint.directory import complete, step_of
 from dtrain.config import Config
+from dtrain.config.guidance import chosen_over
 from dtrain.errors import UserError
 from dtrain.run import RunDirectory
 
@@ -39,5 +40,5 @@ def configured(config: Config, setting: Setting) -> Config:
     if isinstance(weights := chosen.get("ema"), str):
         kind, _, width = weights.partition("_")
         chosen["ema"] = {"sigma_rel": width} if kind == "sigma" else None if kind == "raw" else weights
-    tree["eval"] |= chosen
+    tree["eval"] = chosen_over(tree["eval"], chosen)
     return configuration.validate(tree, "the command line", [f"eval.{key}" for key in chosen])

@@ -60,7 +60,7 @@ def settings_of_inversion(diffusion: Gaussian | Flow | EDM | Variational) -> dic
         raise UserError(
             "a run with diffusion.noise gamma inverts no pictures: what is walked backwards is the ODE of normal noise"
         )
-    euler = diffusion.process == "flow"
+    euler = diffusion.process in ("flow", "meanflow")
     without_noise = {"eta": 0.0, "churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
     return {"sampler": "euler" if euler else "ddim", **without_noise, "clip": False, "guidance": 1.0}
 

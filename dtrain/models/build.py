@@ -10,7 +10,7 @@ from dtrain.models.adapted import Adapted, adapted_layers
 from dtrain.models.control import Controlled, DiTCopy, UNetCopy
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
-from dtrain.models.layers import initialize
+from dtrain.models.layers import SpanEmbedder, initialize
 from dtrain.models.mmdit import MMDiT
 from dtrain.models.text import TextNetwork, TokenEncoder
 from dtrain.models.unet import UNet
@@ -59,6 +59,9 @@ def _backbone(config: Config, kind: type | None = None, **more) -> DiT | MMDiT |
     learn_sigma = getattr(config.diffusion, "variance", None) == "learned_range"
     allocated, words = _BACKBONES[config.model.name], bool(config.texts)
     backbone = allocated(config.model, config.shape, learn_sigma, words, *([kind] if kind else []), **more)
+    if config.diffusion.process == "meanflow":
+        own = backbone.t_embedder
+        backbone.t_embedder = SpanEmbedder(backbone.condition_width, own.frequencies, own.shift)
     for name, section in config.conditions.items():
         if (network := _network(section, backbone.condition_width)) is not None:
             backbone.conditions[name] = network

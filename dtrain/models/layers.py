@@ -88,6 +88,17 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves)  # (N, D)
 
 
+class SpanEmbedder(TimestepEmbedder):
+    """Two times (N, 2), t and the span to an earlier one, as one vector: the sum of both."""
+
+    def __init__(self, width: int, frequencies: int = 256, shift: int = 0):
+        super().__init__(width, frequencies, shift)
+        self.span = TimestepEmbedder(width, frequencies, shift)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(t[:, 0]) + self.span(t[:, 1])  # (N, D)
+
+
 class LabelEmbedder(nn.Module):
     """A class as a vector; the row after the classes is the null label, which stands for "no class"."""
 

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from dtrain.config import EDM, Config, Flow, Gaussian, Variational
+from dtrain.config import EDM, Config, Flow, Gaussian, MeanFlow, Variational
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, One, SecondMoment, Uniform
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.gamma import GammaDenoising
+from dtrain.objectives.mean_flow import MeanVelocity
 from dtrain.objectives.objective import Objective
 from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound, beginning
@@ -28,8 +29,8 @@ def build(config: Config) -> Objective:
 
 
 def denoising(
-    config: Gaussian | Flow | EDM | Variational, decoder: str = "discretised"
-) -> Denoising | VariationalBound:
+    config: Gaussian | Flow | MeanFlow | EDM | Variational, decoder: str = "discretised"
+) -> Denoising | MeanVelocity | VariationalBound:
     """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
 
     decoder: of the bound; continuous for data that are not 8-bit pixels.
@@ -39,6 +40,9 @@ def denoising(
         if config.schedule == "linear":
             return VariationalBound(made)
         return VariationalBound(replace(made, curve=beginning()), config.schedule_lr_factor)
+    if config.process == "meanflow":
+        times = LogitNormal(config.logit_normal_mean, config.logit_normal_std)
+        return MeanVelocity(process.build(config), times, config.span_share, config.along, config.weight_power)
     if config.process == "edm":
         return (UncertainDenoising if config.uncertainty == "learned" else Denoising)(process.build(config))
     if config.process == "flow":

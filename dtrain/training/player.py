@@ -158,14 +158,15 @@ class Player:
         """A network's forward in this player's own turn: what descends from it goes into `backward`.
 
         `torch.autograd.grad` of it is wrong at stages 1 and 3 now and then: take it of a detached copy, and give
-        `backward` a surrogate.
+        `backward` a surrogate. Without gradient it goes past the engine and its autocast: differences would be noise.
         """
         assert name in self.networks, f"{name} is not a network of {self.name}"
 
         def forward(*args, **kwargs):
-            if torch.is_grad_enabled():
+            called = self.engine if torch.is_grad_enabled() else self.engine.module
+            if called is self.engine:
                 self._idle.discard(name)
-            return self.engine(*args, **kwargs) if len(self.networks) == 1 else self.engine(name, *args, **kwargs)
+            return called(*args, **kwargs) if len(self.networks) == 1 else called(name, *args, **kwargs)
 
         return forward
 

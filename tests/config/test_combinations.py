@@ -14,7 +14,7 @@ BASE = ROOT / "configs" / "digits-dit.yaml"
 CLASSES = "num_classes: 10"
 # Column → what a config says for it, beside the digits' own data. A network replaces the whole section.
 COLUMNS = {
-    **{name: {"diffusion.process": name} for name in ("gaussian", "flow", "edm", "vdm")},
+    **{name: {"diffusion.process": name} for name in ("gaussian", "flow", "meanflow", "edm", "vdm")},
     "dit": {},
     "mmdit": {
         "model": "{name: mmdit, depth: 1, width: 32, heads: 2, patch: 2, num_classes: 10}",

@@ -6,8 +6,10 @@ import torch
 
 import dtrain
 from dtrain.checkpoint.directory import manifest_hash
+from dtrain.cli.arguments import with_eval
 from dtrain.diffusion.samplers import sample
 from dtrain.errors import UserError
+from dtrain.evaluation.combinations import configured
 from dtrain.randomness import Purpose
 from dtrain.tracking.journal import read
 from tests.command_line import command, failing
@@ -62,6 +64,18 @@ def test_an_evaluation_says_by_which_weights_it_was_guided(runs):
     assert code == 0, said
     (line,) = [one for path in run.glob("*.jsonl") for one in read(path) if "guide" in one.get("context", {})]
     assert line["context"]["guide"] == manifest_hash(small / "checkpoints" / "step-00000040")
+
+
+def test_without_guidance_a_run_leaves_out_what_belongs_to_it(digits, tmp_path):
+    """As `dtrain invert`, and a sweep that begins at guidance 1, take it."""
+    own = tiny(digits, tmp_path, "eval.guidance=2", "eval.guidance_norm=3", "eval.guidance_orthogonal=1")
+    for chosen in ({"guidance": 1}, {"guidance": 1.0, "steps": 3}):
+        now = with_eval(own, chosen, raw=False).eval
+        assert (now.guidance, now.guidance_norm, now.guidance_orthogonal) == (1.0, None, 0.0)
+    assert configured(own, {"guidance": 1}).eval.guidance_norm is None
+    assert with_eval(own, {"guidance": 3}, raw=False).eval.guidance_norm == 3
+    with pytest.raises(UserError, match="has no effect with"):
+        with_eval(own, {"guidance": 1, "guide_with": "runs/small"}, raw=False)
 
 
 def test_a_model_that_answers_otherwise_or_is_not_there_is_refused(runs, tmp_path):
