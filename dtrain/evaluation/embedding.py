@@ -43,8 +43,8 @@ def embedded(
     for done, number in enumerate(mine):
         first, end = starts[number], starts[number] + sizes[done]
         found, _ = read_split(manifest, place, image_size, channels, first, end, cache, upright, scaling)
-        kinds = [found, found.flip(-1)] if mirrored else [found]
-        yield number, first, torch.cat([features(kind.to(device)) for kind in kinds])
+        own = features(found.to(device))
+        yield number, first, torch.cat([own, features(found.flip(-1).to(device))]) if mirrored else own
         on_block(sum(sizes[: done + 1]), sum(sizes))
 
 

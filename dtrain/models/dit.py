@@ -174,7 +174,7 @@ class DiT(nn.Module):
         self, x: Tensor, t: Tensor, y: Tensor | None, condition: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tokens | None]:
         """What the blocks take: the patches as tokens (N, T, D), time and vectors (N, D), tokens of conditions."""
-        x = self.x_embedder(with_waves(x, self.fourier)) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(with_waves(x, self.fourier) if self.fourier else x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t)  # (N, D)
         if self.num_classes:
             c = c + self.y_embedder(y)  # (N, D)
