@@ -118,18 +118,21 @@ def test_a_frozen_player_passes_a_gradient_on_and_keeps_none(digits, tmp_path):
 
 def beside_and_through(config):
     players, t = players_of(ADVERSARIAL, config), torch.rand(4)
-    x = torch.randn(4, 16)
-    with torch.no_grad():
-        outputs = [players.networks_for(turn)["critic"](x, t) for turn in ("main", "critic")]
+    x, outputs = torch.randn(4, 16), []
+    for turn, gradient in (("main", False), ("critic", True), ("critic", False)):
+        with torch.set_grad_enabled(gradient):
+            outputs.append(players.networks_for(turn)["critic"](x, t).detach())
     return [(output.dtype, output.float().numpy()) for output in outputs]
 
 
 def test_beside_another_player_a_network_computes_in_the_precision_of_its_own_turn(digits, tmp_path):
     for stage in (0, 3):
         config = config_of(digits, tmp_path, stage, "deepspeed.precision=bf16_autocast")
-        ((theirs, beside), (own, through)), _ = run_ranks(beside_and_through, 2, config)
+        ((theirs, beside), (own, through), (without, exact)), _ = run_ranks(beside_and_through, 2, config)
         assert theirs == own == torch.bfloat16
         assert np.array_equal(beside, through)
+        assert without == torch.float32  # of which differences can be taken
+        assert np.abs(exact - through).max() < 0.05 * np.abs(exact).max()
 
 
 def begun_from(config, path):
