@@ -33,6 +33,7 @@ SHORT = {
     "init": ("--size=8", "--gpus=1"),  # for another machine than this one: no steps are timed
     "evaluate": ("--n=8", "--steps=2", "--features=pixels", "--metrics=fd"),
     "sample": ("--n=8", "--steps=2"),
+    "pairs": ("--n=8", "--steps=2"),
     "submit": ("--dry-run",),
     "data bench": ("--seconds=0.1",),
     "encode": ("--block=32",),

@@ -126,6 +126,7 @@ NOT_OF_DIFFUSERS = (
     "digits-vdm",
     "digits-edm",
     "digits-jit",
+    "digits-meanflow",
     "cifar10-latent",
     "cifar10-captions",
     "t2i",
