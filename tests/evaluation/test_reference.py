@@ -201,7 +201,7 @@ def test_what_could_not_end_well_is_refused_before_sampling(digits, tmp_path, ov
 
 
 def test_an_unknown_extractor_is_refused_with_those_there_are(digits, tmp_path):
-    with pytest.raises(UserError, match=r"'inceptoin' is no extractor .* .auto, inception, dinov2, effnet_lite0, pixels"):
+    with pytest.raises(UserError, match=r"'inceptoin' is no extractor .*auto, inception, dinov2, effnet_lite0, pix"):
         tiny(digits, tmp_path, "eval.features=inceptoin")
 
 
