@@ -66,4 +66,6 @@ class Tracking(Section):
     experiment: str = Field("dtrain", min_length=1, max_length=500)
     """of MLflow, where the run is listed"""
     system_every: Annotated[float, Field(ge=0)] = 30.0
-    """seconds between looks at a node's CPU, memory, GPUs; 0: none"""
+    """seconds between looks at a node's CPU, memory, GPUs and their energy; 0: none"""
+    carbon_intensity: Annotated[float, Field(gt=0)] | None = None
+    """g of CO₂ that a kWh makes where the run is, for the report; null: not told"""

@@ -3,6 +3,7 @@
 from dtrain.report.markup import escaped, table
 from dtrain.report.numbers import duration
 from dtrain.report.runs import Run
+from dtrain.tracking import energy
 
 # In the order of the bar. What a journal says beyond these goes behind them under its own name.
 NAMES = {
@@ -48,4 +49,15 @@ def _one(run: Run, several: bool) -> str:
     key = "".join(f'<span class="key"><i class="g{i % 8}"></i>{name}</span>' for i, name in enumerate(shown))
     title = f"<h3>{escaped(run.name)}</h3>" if several else ""
     head = ["", *shown, "steps lost", "goodput"]
-    return f'<div class="goodput">{title}{"".join(bars)}<div class="legend">{key}</div>{table(head, rows)}</div>'
+    times = f'{"".join(bars)}<div class="legend">{key}</div>{table(head, rows)}'
+    return f'<div class="goodput">{title}{times}{_energy(run)}</div>'
+
+
+def _energy(run: Run) -> str:
+    """What it took in all, and in each attempt where there are several; nothing where no node could tell."""
+    attempts = energy.by_attempt(run.directory.journal_file)
+    carbon = (run.config.get("tracking") or {}).get("carbon_intensity")
+    lines = [energy.said(energy.total(attempts.values()), carbon)]
+    if len(attempts) > 1:
+        lines += [f"attempt {number}: {energy.said(own, carbon)}" for number, own in sorted(attempts.items())]
+    return f"<p>{escaped('Energy: ' + '; '.join(lines))}.</p>" if lines[0] else ""

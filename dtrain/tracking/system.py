@@ -3,12 +3,14 @@
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from dtrain.position import Position
+from dtrain.tracking.energy import Meter
 from dtrain.tracking.journal import SYSTEM, Journal, last_line
 
 MEGABYTE = 1e6
@@ -46,12 +48,19 @@ class SystemSampler:
         except OSError:  # a folder or a FIFO is there: nobody waits for what a node does
             return
         journal, last = Journal(self._path), False
+        meter, taken = Meter(), {}  # watt-hours of the attempt so far
+        meter.take(time.monotonic(), watts_of(gpus()))
         while not last:
             last = self._closing.wait(self._seconds)
             number += 1
-            journal.attempt, position = self._where()
+            attempt, position = self._where()
+            if attempt != journal.attempt:
+                journal.attempt, taken = attempt, {}
             try:
-                metrics = machine(before[1], self._path.parent) | gpus()
+                of_gpus = gpus()
+                energy = meter.take(time.monotonic(), watts_of(of_gpus))
+                taken = {key: taken.get(key, 0.0) + value for key, value in energy.items()}
+                metrics = machine(before[1], self._path.parent) | of_gpus | taken
                 context = self._context | {"sample": number}
                 journal.append("system", position.step, position.images, metrics, context)
             except OSError:
@@ -90,6 +99,12 @@ def gpus() -> dict[str, float]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return parse_gpus(answer)
+
+
+def watts_of(found: dict[str, float]) -> float | None:
+    """The power of all GPUs that tell theirs; None where none does."""
+    told = [value for name, value in found.items() if name.endswith("_power_usage_watts")]
+    return sum(told) if told else None
 
 
 def parse_gpus(answer: str) -> dict[str, float]:

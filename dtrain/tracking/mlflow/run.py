@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.files import within
+from dtrain.tracking import energy
 from dtrain.tracking.mlflow.address import alone_with, milliseconds, open_client
 from dtrain.tracking.mlflow.curves import Curves
 from dtrain.tracking.mlflow.datasets import Datasets
@@ -19,7 +20,7 @@ from dtrain.tracking.mlflow.sweeps import RUN_KEY, Sweeps
 METRICS_PER_BATCH = 1000  # MLflow's limits for one request
 PARAMS_PER_BATCH = 100
 LONGEST_TAG = 5000
-CONFIG, GOODPUT = "config.yaml", "dtrain.goodput"
+CONFIG, GOODPUT, ENERGY = "config.yaml", "dtrain.goodput", "dtrain.energy"
 AT_THE_END = "report.html"  # uploaded when a run ends, or is synced, where there is one
 
 
@@ -125,6 +126,9 @@ class Run:
         tags = {}
         if landmarks.totals:
             tags[GOODPUT] = goodput(landmarks.totals.values())
+        taken = energy.total(energy.by_attempt(self._to.journal_path).values())
+        if told := energy.said(taken, self._to.params.get("tracking.carbon_intensity")):
+            tags[ENERGY] = told
         there = self._client.get_run(self.id).data.tags
         tags[NOTE] = merged(description(landmarks, self._links()), there.get(NOTE))
         for key, value in tags.items():
