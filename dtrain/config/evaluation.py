@@ -38,6 +38,7 @@ SAMPLERS = {
     "ddim": ("gaussian", "edm", "vdm"),
     "ancestral": ("gaussian", "vdm"),
     "dpmpp_2m": ("gaussian", "edm", "vdm"),
+    "dpmpp_3m": ("gaussian", "edm", "vdm"),
     "euler": ("flow", "meanflow", "edm"),
     "heun": ("gaussian", "flow", "edm", "vdm"),
     "sde": ("flow",),
@@ -53,7 +54,7 @@ class Sampling(Section):
     """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
 
     sampler: str = "ddim"
-    """ddim, ancestral, dpmpp_2m, heun; flow: euler (default), heun, sde; edm: heun (default), euler, ddim, dpmpp_2m"""
+    """ddim, ancestral, dpmpp_2m, dpmpp_3m, heun; flow: euler (default), heun, sde; edm: heun (default), euler, …"""
     steps: Positive = 50
     """of the sampler for one image"""
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0

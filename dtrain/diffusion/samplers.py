@@ -61,12 +61,12 @@ def sample(
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
-    sampler: ddim | ancestral | dpmpp_2m | heun for a Gaussian process, euler | heun | sde for a flow, heun | euler |
-    ddim | dpmpp_2m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of heun on EDM; clip
-    holds every x̂_0 within [−1, 1], for pixels only. renoise: away where the denoiser gives `Apart` answers, to ddim and
-    euler only. last: of the steps the last so many alone; x_T is then a state at the first of `times`. repeats: of
-    each step, by `resampled` instead of the sampler where above 1. Raises UserError for steps that do not fit the
-    process.
+    sampler: ddim | ancestral | dpmpp_2m | dpmpp_3m | heun for a Gaussian process, euler | heun | sde for a flow, heun |
+    euler | ddim | dpmpp_2m | dpmpp_3m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of
+    heun on EDM; clip holds every x̂_0 within [−1, 1], for pixels only. renoise: away where the denoiser gives `Apart`
+    answers, to ddim and euler only. last: of the steps the last so many alone; x_T is then a state at the first of
+    `times`. repeats: of each step, by `resampled` instead of the sampler where above 1. Raises UserError for steps that
+    do not fit the process.
     """
     timesteps = times(process, sampler, steps, spacing, last)
     if repeats > 1:
@@ -89,7 +89,7 @@ def sample(
         if isinstance(process, GammaDiffusion):
             return ancestral_gamma(denoiser, process, x_T, timesteps, step_noise, clip)
         return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
-    solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler]
+    solver = {"dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m, "heun": solvers.heun}[sampler]
     return solver(denoiser, process, x_T, timesteps, clip)
 
 

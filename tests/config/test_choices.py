@@ -54,7 +54,7 @@ def config(**sections):
         ({"eval": {"sampler": "heun", "eta": 0.5}}, "eval.eta 0.5 has no effect on sampler heun"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "flow"}}, "eval.spacing quad has no effect on a flow"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "edm"}}, "no effect on edm, whose steps diffusion.rho"),
-        ({"eval": {"sampler": "ancestral"}, "diffusion": {"process": "edm"}}, "take ddim or dpmpp_2m or euler"),
+        ({"eval": {"sampler": "ancestral"}, "diffusion": {"process": "edm"}}, "take ddim or dpmpp_2m or dpmpp_3m or"),
         ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "edm"}}, "has timesteps to sum over, or of vdm, and"),
         ({"eval": {"churn": 40}}, "eval.churn 40.0 has no effect on sampler ddim of diffusion.process gaussian"),
         ({"eval": {"churn": 40, "sampler": "euler"}, "diffusion": {"process": "edm"}}, "no effect on sampler euler"),

@@ -11,7 +11,7 @@ import torch
 
 from dtrain.diffusion.prediction import to_eps, to_x0
 from dtrain.diffusion.samplers import ddim
-from dtrain.diffusion.solvers import dpmpp_2m, euler_flow, heun, heun_flow
+from dtrain.diffusion.solvers import dpmpp_2m, dpmpp_3m, euler_flow, heun, heun_flow
 from tests.diffusion.gaussian_data import MEAN, STD
 
 
@@ -72,3 +72,51 @@ def test_ddim_and_flow_euler_are_of_first_order(solver, flow):
 @pytest.mark.parametrize(("solver", "flow"), [(heun, False), (dpmpp_2m, False), (heun_flow, True)])
 def test_heun_and_dpm_solver_are_of_second_order(solver, flow):
     assert fitted_order(solver, Interior(flow)) >= 1.8
+
+
+class Parabola(Interior):
+    """x̂_0 = 0.3 + 0.2 λ − 0.1 λ² whatever x is, λ = log α/σ: the ODE is an integral that can be written out."""
+
+    def __init__(self):
+        super().__init__(flow=False)
+        self.prediction = "x0"
+
+    def log_ratio(self, t):
+        alpha, sigma = self.level(t)
+        return math.log(alpha / sigma)
+
+    def denoiser(self, x, t):
+        at = self.log_ratio(float(t[0]))
+        return torch.full_like(x, 0.3 + 0.2 * at - 0.1 * at**2)
+
+    def exactly(self, x, t, p):
+        """x_p/σ_p = x_t/σ_t + ∫ e^λ x̂_0 dλ; its antiderivative is e^λ (0.3 − 0.2 − 0.2 + (0.2 + 0.2) λ − 0.1 λ²)."""
+        whole = lambda at: math.exp(at) * (-0.1 + 0.4 * at - 0.1 * at**2)  # noqa: E731
+        (_, here), (_, there) = self.level(t), self.level(p)
+        return there * (x / here + whole(self.log_ratio(p)) - whole(self.log_ratio(t)))
+
+
+def test_with_three_points_the_third_order_is_exact_for_a_parabola():
+    """The first two steps have fewer; every further one adds no error to what these have left."""
+    process, x = Parabola(), torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    times = process.walk(9)
+    begun = dpmpp_3m(process.denoiser, _until(process, times[2]), x, times[:2])
+    found = dpmpp_3m(process.denoiser, process, x, times)
+    torch.testing.assert_close(found, process.exactly(begun, times[2], process.clean), rtol=0, atol=1e-12)
+    assert (found - process.exactly(x, times[0], process.clean)).abs().max() > 1e-4  # of the first two steps
+
+
+def _until(process, time):
+    """The process whose walks end at this time."""
+    other = Parabola()
+    other.clean = time
+    return other
+
+
+def test_dpm_solver_of_three_points_is_nearer_than_of_two():
+    process = Interior(flow=False)
+    x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    for steps in (20, 40):
+        off = [(solver(process.denoiser, process, x, process.walk(steps)) - process.truth(x)).abs().max()
+               for solver in (dpmpp_2m, dpmpp_3m)]  # fmt: skip
+        assert off[1] < off[0]

@@ -23,6 +23,7 @@ WALKS = [
     (DDPM, "ddim", {"eta": 1.0}),
     (V, "ancestral", {}),
     (V, "dpmpp_2m", {}),
+    (V, "dpmpp_3m", {}),
     (DDPM, "heun", {}),
     (FLOW, "euler", {}),
     (FLOW, "heun", {}),
