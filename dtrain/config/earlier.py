@@ -110,6 +110,7 @@ EARLIER: dict[str, Earlier] = {
     "eval.clip_model": Earlier(None),
     "eval.classifier": Earlier(None),
     "eval.precision": Earlier("fp32"),
+    "tracking.carbon_intensity": Earlier(None),
     "eval.decode_batch": Earlier(None),
 }
 
