@@ -110,8 +110,8 @@ EARLIER: dict[str, Earlier] = {
     "eval.clip_model": Earlier(None),
     "eval.classifier": Earlier(None),
     "eval.precision": Earlier("fp32"),
-    "tracking.carbon_intensity": Earlier(None),
     "eval.decode_batch": Earlier(None),
+    "tracking.carbon_intensity": Earlier(None),
 }
 
 # Key → its former default, where only the default has changed: a run that began with it keeps it.

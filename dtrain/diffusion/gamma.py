@@ -48,7 +48,7 @@ class GammaDiffusion(GaussianDiffusion):
 
     @cached_property
     def law(self) -> GammaLaw:
-        """Of every timestep's noise, by its number."""
+        """The law of every timestep's noise, by the timestep's number."""
         return GammaLaw(self.shapes)
 
     def noise(self, normals: Tensor, t: Tensor | int) -> Tensor:

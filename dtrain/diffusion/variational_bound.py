@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dtrain.diffusion.likelihood import BITS
+from dtrain.diffusion.likelihood import BITS, HALF_BIN
 from dtrain.diffusion.variational import VariationalDiffusion
 
 TIMES = 256  # of an image, in continuous time: one in each equal part of [0, 1]
 LEVELS = 256
-SPACING = 2 / (LEVELS - 1)  # of two levels, in [−1, 1]
+SPACING = 2 * HALF_BIN  # of two levels, in [−1, 1]
 FAR = 9.0  # deviations from the nearest level beyond which another one has no share: e^(−½ 9²)
 
 

@@ -47,12 +47,8 @@ UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
 UNSAID |= {"churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
 
-OF_METRICS = (
-    "bpd_clip",
-    "ode_tolerance",
-    "ode_probes",
-    "training_images",
-)  # what else determines some of them; in the context of these
+# What else determines some metrics; in the context of these.
+OF_METRICS = ("bpd_clip", "ode_tolerance", "ode_probes", "training_images")
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:

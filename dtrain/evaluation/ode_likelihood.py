@@ -8,7 +8,7 @@ from torch import Tensor
 from dtrain import distributed
 from dtrain.conditions.build import NOTHING, Said
 from dtrain.config import Eval
-from dtrain.diffusion.likelihood import BITS
+from dtrain.diffusion.likelihood import BITS, HALF_BIN
 from dtrain.diffusion.ode_likelihood import log_density
 from dtrain.errors import NotFinite
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
@@ -16,7 +16,7 @@ from dtrain.evaluation.likelihood import held_out, rows_of_a_rank, summed
 from dtrain.evaluation.names import PARTS
 from dtrain.randomness import Purpose
 
-LEVEL = 2 / 255  # between neighbouring values of an 8-bit channel mapped to [−1, 1]
+LEVEL = 2 * HALF_BIN  # between neighbouring values of an 8-bit channel mapped to [−1, 1]
 
 
 def dequantised(x0: Tensor, normals: Tensor) -> Tensor:
@@ -48,7 +48,6 @@ def measured(
     total, blocks = torch.zeros(2, dtype=torch.float64), rows_of_a_rank(len(images), how.batch_size)
 
     def add_up() -> None:
-        nonlocal total
         for done, rows in enumerate(blocks):
             with torch.inference_mode():
                 x0, condition = held_out(generator, images, labels, rows, said)
@@ -71,7 +70,7 @@ def measured(
                 found = log_density(denoiser, process, x0, probes, how.ode_tolerance, show)
             except ValueError as e:
                 raise NotFinite(f"{metric} of held-out images {rows.start} to {rows.stop - 1}: {e}") from None
-            total += torch.stack([found.prior.sum(), found.volume.sum()]).cpu()
+            total.add_(torch.stack([found.prior.sum(), found.volume.sum()]).cpu())
 
     distributed.agree(add_up)
     nats = -summed(total) / len(images) / math.prod(generator.shape)

@@ -21,12 +21,13 @@ def build(config: Config, manifest: Manifest | None, device: torch.device) -> Fi
     """
     own = requirements.normalisation(config, manifest) if config.first_stage.kind == "kl" else None
     found = _built(config, own, device)
-    for one in (manifest, *manifest.mixed) if manifest is not None and config.is_coupled else ():
-        if one.pairs is not None and one.pairs.first_stage != found.fingerprint:
-            raise UserError(
-                f"{one.path} holds pairs of another first stage (fingerprint {one.pairs.first_stage[:12]} there, "
-                f"{found.fingerprint[:12]} here); take the first_stage of the run that drew them"
-            )
+    if manifest is not None and config.is_coupled:
+        for one in (manifest, *manifest.mixed):
+            if one.pairs is not None and one.pairs.first_stage != found.fingerprint:
+                raise UserError(
+                    f"{one.path} holds pairs of another first stage (fingerprint {one.pairs.first_stage[:12]} there, "
+                    f"{found.fingerprint[:12]} here); take the first_stage of the run that drew them"
+                )
     return found
 
 

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from dtrain.models.layers import MLP, Attention, CrossAttention, Linear, SwiGLU, normal
 from dtrain.models.on_base import OnBase
 
-ADAPTED = (
-    Attention,
-    CrossAttention,
-    MLP,
-    SwiGLU,
-)  # whose linear layers are, but for those of a condition's own network
+# The modules whose linear layers are adapted, but for those of a condition's own network.
+ADAPTED = (Attention, CrossAttention, MLP, SwiGLU)
 
 
 class LowRank(nn.Module):

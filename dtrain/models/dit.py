@@ -185,7 +185,7 @@ class DiT(nn.Module):
         return x, c, told
 
     def rotation(self, x: Tensor) -> Tensor | None:
-        """Of the class's tokens and the picture's x (N, T, D); None where nothing is turned."""
+        """The rotations of the class's tokens and of the picture's x (N, T, D); None where nothing is turned."""
         return None if self.head is None else rotations(math.isqrt(x.shape[1]), self.head, self.context_tokens, x)
 
     def called(

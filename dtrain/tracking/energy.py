@@ -87,7 +87,7 @@ def by_attempt(journal_file: Path) -> dict[int, dict[str, float]]:
 
 
 def total(attempts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Of several attempts."""
+    """The energy of several attempts together."""
     found: dict[str, float] = {}
     for one in attempts:
         for key, value in one.items():
