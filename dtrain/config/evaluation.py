@@ -42,6 +42,7 @@ SAMPLERS = {
     "euler": ("flow", "meanflow", "edm"),
     "heun": ("gaussian", "flow", "edm", "vdm"),
     "sde": ("flow",),
+    "lcm": ("gaussian", "flow", "meanflow"),
 }
 OWN_DEFAULT = {
     "flow": "euler",
@@ -54,7 +55,7 @@ class Sampling(Section):
     """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
 
     sampler: str = "ddim"
-    """ddim, ancestral, dpmpp_2m, dpmpp_3m, heun; flow: euler (default), heun, sde; edm: heun (default), euler, …"""
+    """ddim, ancestral, dpmpp_2m, dpmpp_3m, heun, lcm; flow: euler (default), heun, sde, lcm; edm: heun (default), …"""
     steps: Positive = 50
     """of the sampler for one image"""
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0

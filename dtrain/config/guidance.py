@@ -101,8 +101,8 @@ def check(config: Any) -> None:
         _check_weak(e)
     if e.guidance_renoise == "away" and e.sampler not in ("ddim", "euler"):
         raise ValueError(
-            f"eval.guidance_renoise away cannot go with sampler {e.sampler}, whose steps hold a velocity or several "
-            "noises; take ddim or euler"
+            f"eval.guidance_renoise away cannot go with sampler {e.sampler}, whose steps hold a velocity, several "
+            "noises or a new one; take ddim or euler"
         )
     for key in ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with"):
         if getattr(e, key) and not e.asked.steps:

@@ -71,8 +71,11 @@ def _check_mean_flow(config: Any) -> None:
             f"eval.guidance {e.guidance} cannot go with diffusion.process meanflow, whose steps have no velocity to "
             "lead; take 1"
         )
-    if e.clip:
-        raise ValueError("eval.clip has no effect on meanflow, whose steps make no estimate of x_0; leave it out")
+    if e.clip and e.sampler != "lcm":
+        raise ValueError(
+            "eval.clip has no effect on meanflow, whose steps make no estimate of x_0; take sampler lcm, or leave it "
+            "out"
+        )
 
 
 def _check_gamma(config: Any) -> None:
@@ -82,6 +85,8 @@ def _check_gamma(config: Any) -> None:
             f"eval.sampler {e.sampler} follows the ODE of normal noise, and diffusion.noise is gamma; "
             "take ancestral or ddim"
         )
+    if e.sampler == "lcm":
+        raise ValueError("eval.sampler lcm adds normal noise, and diffusion.noise is gamma; take ancestral or ddim")
     if e.eta != 0:
         raise ValueError(
             f"eval.eta {e.eta} adds normal noise, and diffusion.noise is gamma; take sampler ancestral, or eta 0"

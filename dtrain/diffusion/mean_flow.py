@@ -35,12 +35,15 @@ def mean_flow(denoiser: Denoiser, process: MeanFlow, x_T: Tensor, timesteps: lis
     """x_0 from x_T: x_r = x_t − (t − r) u(x_t, r, t) from each time to the next, the last of them 0."""
     x = x_T
     for t, p in solvers.steps(process, timesteps):
-        here, there = (torch.full((len(x),), at, dtype=torch.float64, device=x.device) for at in (t, p))
-        answer, part = denoiser(x, process.told(here, there)), None
-        if isinstance(answer, Partly):
-            answer, part = answer.answer, answer
-        ahead = x - (t - p) * answer.to(x.dtype)
-        if part is not None:  # where x_0 is known it is the straight way to it
-            ahead = ahead.where(part.anew, x + (t - p) / t * (part.x0 - x))
-        x = ahead
+        x = ahead(denoiser, process, x, t, p)
     return x
+
+
+def ahead(denoiser: Denoiser, process: MeanFlow, x: Tensor, t: float, p: float) -> Tensor:
+    """x_p of x = x_t (N, C, H, W), in one step. Where x_0 is known it lies on the straight way to it."""
+    here, there = (torch.full((len(x),), at, dtype=torch.float64, device=x.device) for at in (t, p))
+    answer = denoiser(x, process.told(here, there))
+    if isinstance(answer, Partly):
+        drawn = x - (t - p) * answer.answer.to(x.dtype)
+        return drawn.where(answer.anew, x + (t - p) / t * (answer.x0 - x))
+    return x - (t - p) * answer.to(x.dtype)

@@ -21,7 +21,7 @@ from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion, ancestral_gamma
 from dtrain.diffusion.gaussian import GaussianDiffusion, Reverse, variance_between
-from dtrain.diffusion.mean_flow import MeanFlow, mean_flow
+from dtrain.diffusion.mean_flow import MeanFlow, ahead, mean_flow
 from dtrain.diffusion.process import Process
 from dtrain.diffusion.solvers import Denoiser, checked, predict
 
@@ -61,12 +61,11 @@ def sample(
 ) -> Tensor:
     """x_0 from x_T (N, C, H, W) by the sampler a configuration names, in `steps` steps.
 
-    sampler: ddim | ancestral | dpmpp_2m | dpmpp_3m | heun for a Gaussian process, euler | heun | sde for a flow, heun |
-    euler | ddim | dpmpp_2m | dpmpp_3m for EDM, or a plug-in's. eta is ddim's alone, sde_noise the sde's, churn that of
-    heun on EDM; clip holds every x̂_0 within [−1, 1], for pixels only. renoise: away where the denoiser gives `Apart`
-    answers, to ddim and euler only. last: of the steps the last so many alone; x_T is then a state at the first of
-    `times`. repeats: of each step, by `resampled` instead of the sampler where above 1. Raises UserError for steps that
-    do not fit the process.
+    sampler: one of `config.SAMPLERS` that walks this process, or a plug-in's. eta is ddim's alone, sde_noise the sde's,
+    churn that of heun on EDM; clip holds every x̂_0 within [−1, 1], for pixels only. renoise: away where the denoiser
+    gives `Apart` answers, to ddim and euler only. last: of the steps the last so many alone; x_T is then a state at the
+    first of `times`. repeats: of each step, by `resampled` instead of the sampler where above 1. Raises UserError for
+    steps that do not fit the process.
     """
     timesteps = times(process, sampler, steps, spacing, last)
     if repeats > 1:
@@ -75,6 +74,8 @@ def sample(
         return plugins.find("sampler", sampler).walk(denoiser, process, x_T, timesteps, clip, step_noise)
     if sampler == "sde":
         return solvers.sde_flow(denoiser, process, x_T, timesteps, step_noise, clip, sde_noise or "2t")
+    if sampler == "lcm":
+        return lcm(denoiser, process, x_T, timesteps, step_noise, clip)
     if isinstance(process, MeanFlow):
         return mean_flow(denoiser, process, x_T, timesteps)
     if isinstance(process, RectifiedFlow):
@@ -154,6 +155,33 @@ def ddim(
         x = alpha_p * x0 + math.sqrt(max(direction, 0.0)) * eps
         if eta > 0 and p != process.clean:
             x = x + math.sqrt(beta if larger else variance) * step_noise(i)
+    return x
+
+
+@torch.no_grad()
+def lcm(
+    denoiser: Denoiser,
+    process: GaussianDiffusion | RectifiedFlow,
+    x_T: Tensor,
+    timesteps: list[int] | list[float],
+    step_noise: StepNoise,
+    clip: bool = False,
+) -> Tensor:
+    """x_0 from x_T by a network that answers x_0 in one step: x_p = α_p x̂_0 + σ_p ε, ε new at each time but the last.
+
+    The multistep sampler of consistency models (Song et al. 2023, algorithm 1; Luo et al. 2023, LCM). x̂_0 of a mean
+    flow is its one step to 0. Only a network that leads each x_t to a sample, not to the mean of all that it may be,
+    keeps the deviation of the data.
+    """
+    x = x_T
+    for i, (t, p) in enumerate(solvers.steps(process, timesteps)):
+        if isinstance(process, MeanFlow):
+            x0 = ahead(denoiser, process, x, t, process.clean)
+            x0 = x0.clamp(-1, 1) if clip else x0
+        else:
+            x0, _, _ = predict(denoiser, process, x, t, clip)
+        alpha, sigma = process.level(p)
+        x = x0 if p == process.clean else alpha * x0 + sigma * step_noise(i)
     return x
 
 

@@ -28,6 +28,8 @@ WALKS = [
     (FLOW, "euler", {}),
     (FLOW, "heun", {}),
     (FLOW, "sde", {}),
+    (DDPM, "lcm", {}),
+    (FLOW, "lcm", {}),
     (EDM(), "heun", {}),
     (EDM(), "heun", {"churn": Churn(20.0)}),
     (GammaDiffusion(linear(1000), theta_0=0.005), "ancestral", {}),
