@@ -38,6 +38,8 @@ _OF_TRAINING = (
     "min_snr_gamma",
     "times",
     "least_time",
+    "coupling",
+    "perceptual",
     "schedule_lr_factor",
 )
 

@@ -4,35 +4,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dtrain.config.sections import IdentitySection, NonNegative, NonNegativeFloat, PartSection, Place, Positive
+from dtrain.config.perceptual import Perceptual
+from dtrain.config.perceptual import check as check_perceptual
+from dtrain.config.sections import IdentitySection, NonNegative, NonNegativeFloat, PartSection, Positive
 from dtrain.config.training import Optim
 from dtrain.draws import Draw, Purpose
-
-SMALLEST = {"lpips": 16, "effnet_lite0": 32}  # pixels a side that a network's halvings leave one of
-
-
-class LPIPS(IdentitySection):
-    kind: Literal["lpips"]
-    """distance of VGG16's features, weighted as people see differences (Zhang et al. 2018)"""
-    file: Place
-    """state dict of torchvision's VGG16 and LPIPS' linear weights together, .safetensors or torch.save's"""
-    weight: NonNegativeFloat = 1.0
-    """beside the error of the picture, which is the mean over its elements"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the network, whatever deepspeed.precision is"""
-
-    def identity_keys(self) -> list[str]:
-        """Where the weights lie may change; what they are is held by their fingerprint."""
-        return [key for key in super().identity_keys() if key != "file"]
-
-
-class EfficientNetLite0(IdentitySection):
-    kind: Literal["effnet_lite0"]
-    """distance of EfficientNet-Lite0's features at the picture's own size, all channels alike; no LPIPS"""
-    weight: NonNegativeFloat = 1.0
-    """beside the error of the picture, which is the mean over its elements"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the network, whatever deepspeed.precision is"""
 
 
 class Critic(IdentitySection):
@@ -58,9 +34,6 @@ class Critic(IdentitySection):
         return backbone.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
-Perceptual = Annotated[LPIPS | EfficientNetLite0, Field(discriminator="kind")]
-
-
 class Autoencoding(PartSection):
     kind: Literal["autoencoding"]
     """an autoencoder learns to give back the picture, through a Gaussian over latents"""
@@ -76,9 +49,8 @@ class Autoencoding(PartSection):
 
     def check(self, image_size: int) -> None:
         """Raises ValueError where a part does not fit pictures of this side."""
-        if self.perceptual is not None and image_size < (least := SMALLEST[self.perceptual.kind]):
-            kind = f"objective.perceptual {self.perceptual.kind}"
-            raise ValueError(f"data.image_size {image_size} is too small for {kind}, which takes {least} and more")
+        if self.perceptual is not None:
+            check_perceptual(self.perceptual, "objective.perceptual", image_size)
         if self.critic is not None and image_size >> self.critic.layers < 3:  # two convolutions take a pixel each
             layers = f"objective.critic.layers {self.critic.layers}"
             raise ValueError(f"{layers} leaves no patch of data.image_size {image_size}; take less")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dtrain.config import perceptual
+
 
 def check(config: Any) -> None:
     """Raises ValueError for what pairs of a `Config` cannot have."""
@@ -26,3 +28,10 @@ def check(config: Any) -> None:
             f"eval.guidance {e.guidance} cannot go with diffusion.coupling data: the pairs were drawn with guidance, "
             "which the network has learned; take 1"
         )
+    if (section := config.diffusion.perceptual) is not None:
+        if config.first_stage.kind != "pixels":
+            raise ValueError(
+                f"diffusion.perceptual {section.kind} sees pictures, and first_stage.kind {config.first_stage.kind} "
+                "gives latents; leave it out, or take first_stage.kind pixels"
+            )
+        perceptual.check(section, "diffusion.perceptual", data.image_size)

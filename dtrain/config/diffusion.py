@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dtrain.config.perceptual import Perceptual
 from dtrain.config.sections import IdentitySection, Positive, Probability
 from dtrain.draws import Draw, Purpose
 
@@ -27,6 +28,11 @@ class _Process(IdentitySection):
     def further_forwards(self) -> int:
         """Forwards of each row in training without a gradient."""
         return 0
+
+    @property
+    def file_of_weights(self) -> str | None:
+        """Of a frozen network that the loss computes with; None where it has none of the user's."""
+        return None
 
     @property
     def data_at_one(self) -> str | None:
@@ -145,12 +151,19 @@ class Flow(_LogitNormal):
     """what the model's output stands for; x0 for large patches of pixels (JiT); the loss is the velocity's for both"""
     least_time: Annotated[float, Field(gt=0, le=1)] = 0.05
     """of prediction x0: the loss divides by t, and by no less than this"""
+    perceptual: Perceptual | None = None
+    """of times one: a distance of a frozen network's features beside the error of the picture drawn; null: none"""
 
     @model_validator(mode="after")
     def _possible(self):
         if self.times == "one" and self.coupling == "independent":
             raise ValueError(
                 "times one needs coupling data: from noise alone, of any image, a network learns the mean of all images"
+            )
+        if self.perceptual is not None and self.times != "one":
+            raise ValueError(
+                f"perceptual {self.perceptual.kind} cannot go with times {self.times}: before the end of its walk a "
+                "network's estimate of a picture is a mean of many; take times one, or leave it out"
             )
         if self.least_time != 0.05 and self.prediction == "velocity":
             raise ValueError(
@@ -162,6 +175,10 @@ class Flow(_LogitNormal):
     @property
     def data_at_one(self) -> str | None:
         return self.prediction if self.time_scale == 1 else None
+
+    @property
+    def file_of_weights(self) -> str | None:
+        return getattr(self.perceptual, "file", None)
 
 
 class MeanFlow(_Process):

@@ -61,6 +61,7 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.time_scale": Earlier(1000, _FLOW),
     "diffusion.prediction": Earlier("velocity", _FLOW),
     "diffusion.least_time": Earlier(0.05, _FLOW),
+    "diffusion.perceptual": Earlier(None, _FLOW),
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
     "conditions": Earlier({}),

@@ -138,6 +138,13 @@ class Config(Section):
         return not (self.first_stage.reads_cache or self.is_coupled)
 
     @property
+    def weight_files(self) -> dict[str, str]:
+        """Key → the user's file of a frozen network that losses compute with."""
+        sections = {"objective": self.objective, "diffusion": self.diffusion}
+        files = {f"{name}.perceptual.file": section.file_of_weights for name, section in sections.items()}
+        return {key: file for key, file in files.items() if file is not None}
+
+    @property
     def keeps_snapshots(self) -> bool:
         """Whether averages of other widths can be made after the training: some profile is a power function."""
         return any(profile.sigma_rel is not None for profile in self.ema)

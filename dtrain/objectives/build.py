@@ -10,6 +10,7 @@ from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.gamma import GammaDenoising
 from dtrain.objectives.mean_flow import MeanVelocity
 from dtrain.objectives.objective import Objective
+from dtrain.objectives.one_step import PerceptualOneStep
 from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound, beginning
 
@@ -30,7 +31,7 @@ def build(config: Config) -> Objective:
 
 def denoising(
     config: Gaussian | Flow | MeanFlow | EDM | Variational, decoder: str = "discretised"
-) -> Denoising | MeanVelocity | VariationalBound:
+) -> Denoising | PerceptualOneStep | MeanVelocity | VariationalBound:
     """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
 
     decoder: of the bound; continuous for data that are not 8-bit pixels.
@@ -46,6 +47,8 @@ def denoising(
     if config.process == "edm":
         return (UncertainDenoising if config.uncertainty == "learned" else Denoising)(process.build(config))
     if config.process == "flow":
+        if config.perceptual is not None:
+            return PerceptualOneStep(process.build(config), config.perceptual)
         return Denoising(process.build(config), times=_times(config))
     gamma = config.min_snr_gamma if config.weighting == "min_snr" else None
     kind = GammaDenoising if config.noise == "gamma" else Denoising

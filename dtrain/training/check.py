@@ -133,8 +133,9 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
     if config.base_source:
         check_base(config)
     check_fields(config, manifest)
-    if (weights := config.objective.file_of_weights) and not os.path.isfile(weights):
-        raise UserError(f"objective.perceptual.file names {weights}{from_where(weights)}, which is no file")
+    for key, weights in config.weight_files.items():
+        if not os.path.isfile(weights):
+            raise UserError(f"{key} names {weights}{from_where(weights)}, which is no file")
     lacking = check_training(config, manifest)
     if config.eval.every:
         if isinstance(config.eval.ema, dict):

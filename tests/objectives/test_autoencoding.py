@@ -75,7 +75,7 @@ def test_the_divergence_moves_the_weights(networks, batch):
 
 
 def test_the_perceptual_distance_moves_the_weights(networks, batch):
-    from dtrain.config.autoencoding import EfficientNetLite0
+    from dtrain.config.perceptual import EfficientNetLite0
     from dtrain.objectives.perceptual import build
 
     keys = {"kind": "effnet_lite0", "weight": 3.0}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dtrain.config.autoencoding import LPIPS, EfficientNetLite0
+from dtrain.config.perceptual import LPIPS, EfficientNetLite0
 from dtrain.errors import UserError
 from dtrain.objectives.perceptual import build
 from tests.objectives.perceptual import linear, torchmetrics_own, vgg16_features

@@ -21,7 +21,7 @@ from dtrain.first_stage.requirements import encoder_of, normalisation
 # Where the same thing may lie elsewhere on another node. What lies there is compared by its content.
 PLACES = ("data.shards", "data.manifest", "data.mix", "data.holdout", "data.holdout_shards", "data.cache_dir")
 PLACES += ("run.init_from", "eval.weights", "eval.reference", "first_stage.source", "first_stage.statistics")
-PLACES += ("objective.perceptual.file",)
+PLACES += ("objective.perceptual.file", "diffusion.perceptual.file")
 _GLANCE = 1 << 20  # bytes at both ends of a file of weights that stand for it
 
 
@@ -51,8 +51,7 @@ def given(config: Config, manifest: Manifest) -> dict[str, str]:
         found[f"side file of the {name}"] = _side(one)
     if config.run.init_from:
         found["run.init_from"] = _weights(Path(config.run.init_from))
-    if path := config.objective.file_of_weights:
-        found["objective.perceptual.file"] = _weights(Path(path))
+    found |= {key: _weights(Path(path)) for key, path in config.weight_files.items()}
     if config.first_stage.kind == "kl":
         found |= {
             f"{what} of first_stage.source": str(value)[:12] for what, value in encoder_of(config.first_stage).items()
