@@ -43,6 +43,7 @@ PARSED_ONLY = {
     "plan": "lays out a model of 674 M parameters; tests/cluster/test_plan.py runs it",
     "doctor": "measures disks and network; tests/cluster/test_doctor.py runs it",
     "sweep": "evaluates many times; tests/evaluation/test_sweep.py runs it",
+    "compare": "evaluates several runs many times; tests/evaluation/test_comparison.py runs it",
     "sync": "needs MLflow; tests/tracking runs it",
 }
 ROOT_OPTIONS = ("--version", "--help", "--install-completion", "--show-completion")

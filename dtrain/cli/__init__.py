@@ -13,14 +13,26 @@ if Path(sys.argv[0]).name == "dtrain":  # the command itself, and not somebody w
 import typer
 
 from dtrain import __version__, distributed, launcher, plugins
-from dtrain.cli import chaos, checkpoints, cluster, configuration, data, evaluation, init, planning, running, sampling
+from dtrain.cli import (
+    chaos,
+    checkpoints,
+    cluster,
+    comparison,
+    configuration,
+    data,
+    evaluation,
+    init,
+    planning,
+    running,
+    sampling,
+)
 from dtrain.errors import FAILED, USER_ERROR, SharedError, SharedFailure, UserError, message_of
 from dtrain.training.record.output import clean_tracebacks, forgive_output, say_error
 
 UsageError = typer.BadParameter.__base__  # typer has a click of its own and does not export this class
 
 # What a launcher may start on all ranks.
-DISTRIBUTED = ("train", "evaluate", "sweep", "reference", "sample", "pairs", "invert", "doctor", "encode")
+DISTRIBUTED = ("train", "evaluate", "sweep", "compare", "reference", "sample", "pairs", "invert", "doctor", "encode")
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 app = typer.Typer(
@@ -30,7 +42,7 @@ app = typer.Typer(
 )
 
 # Command → the example that ends its help. All of them run as they stand after `make demo`, in this order; encode needs
-# the folder of an autoencoder.
+# the folder of an autoencoder, and compare what `make trilemma` trains.
 EXAMPLES = {
     init.init: "dtrain init sklearn:digits > digits.yaml",
     running.train: "dtrain train configs/digits-dit.yaml --check",
@@ -40,6 +52,7 @@ EXAMPLES = {
     data.verify: "dtrain verify data/digits/train",
     evaluation.evaluate: "dtrain evaluate digits --n 1000 --steps 20",
     evaluation.sweep: "dtrain sweep digits --steps 5,10 --eta 0,1 --n 500",
+    comparison.compare: "dtrain compare digits digits-flow digits-meanflow",
     evaluation.reference: "dtrain reference data/digits/holdout --features pixels",
     sampling.sample: "dtrain sample digits --label 3 --guidance 2 --out threes/",
     sampling.pairs: "dtrain pairs digits data/digits-pairs --n 1000 --steps 20 --guidance 1.5",

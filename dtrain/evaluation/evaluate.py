@@ -80,10 +80,15 @@ def blocks_of_a_rank(e: Eval) -> tuple[range, range]:
 
 def evaluations_of_a_rank(config: Config) -> int:
     """How often this rank asks the network for the samples of an evaluation."""
-    e, (_, mine) = config.eval, blocks_of_a_rank(config.eval)
+    return len(blocks_of_a_rank(config.eval)[1]) * evaluations_of_a_block(config)
+
+
+def evaluations_of_a_block(config: Config) -> int:
+    """How often the network is asked for a block of samples. Raises UserError for steps that it cannot take."""
+    e = config.eval
     if not config.objective.diffuses:
-        return len(mine)
-    return len(mine) * network_evaluations(build_objective(config).process, e.sampler, e.steps, e.spacing)
+        return 1
+    return network_evaluations(build_objective(config).process, e.sampler, e.steps, e.spacing)
 
 
 def evaluate(

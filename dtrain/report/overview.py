@@ -41,7 +41,7 @@ def comparison(runs: list[Run]) -> str:
         of = "<br>".join(f"{escaped(b.setting)}, step {b.line['step']:,}" for b in best)
         state, images = STATES.get(run.state, escaped(run.state)), f"{run.last['images']:,}"
         row = [_named(run, number), state, _steps(run), images, f"<b>{shown}</b>", of, _speed(run)]
-        rows.append([*row, duration(_seconds(run))])
+        rows.append([*row, duration(run.seconds)])
     head = ["run", "state", "steps", "images", "best distance", "of", "images/s", "time in attempts"]
     return table(head, rows, "left") + _differences(runs)
 
@@ -76,7 +76,7 @@ def _card(run: Run, number: int, several: bool) -> str:
     losses = [line["metrics"]["loss"] for line in run.of("train") if "loss" in line["metrics"]]
     facts += [("loss", short(losses[-1]))] if losses else []
     facts += [("images/s", f"{_speed(run)}<small>median</small>")] if losses else []
-    facts.append(("time", f"{duration(_seconds(run))}<small>in {plural(len(run.attempts), 'attempt')}</small>"))
+    facts.append(("time", f"{duration(run.seconds)}<small>in {plural(len(run.attempts), 'attempt')}</small>"))
     bad = sum(line["event"] == "bad_sample" for line in [*run.lines, *run.elsewhere])
     facts += [("bad samples", f"{bad:,}")] if bad else []
     faults = sum(line["event"] == "fault" for line in [*run.happened, *run.elsewhere])
@@ -128,7 +128,3 @@ def _speed(run: Run) -> str:
         line["metrics"]["images_per_second"] for line in run.of("train") if "images_per_second" in line["metrics"]
     ]
     return short(statistics.median(speeds)) if speeds else "–"
-
-
-def _seconds(run: Run) -> float:
-    return sum(part[-1]["time"] - part[0]["time"] for part in run.attempts)

@@ -56,18 +56,23 @@ def page(runs: list[Run], neighbours: str = "") -> str:
         ("Where the time went", goodput.html(runs)),
         ("Time line", timeline.html(runs)),
     ]
+    title = ", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
+    above = f'{overview.comparison(runs)}<div class="cards">{overview.cards(runs)}</div>'
+    return document(title, "dtrain report", sections, above)
+
+
+def document(title: str, kind: str, sections: list[tuple[str, str]], above: str = "") -> str:
+    """A page of sections (name, HTML), those without content left out; `above` is HTML between its head and them."""
     shown = [(name, name.lower().replace(" ", "-"), content) for name, content in sections if content]
     links = "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for name, anchor, content in shown)
-    title = ", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     here = files("dtrain.report")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escaped(title)} · dtrain report</title><style>{(here / 'page.css').read_text()}</style></head><body>"
-        f"<header><h1>{escaped(title)}</h1><nav>{links}</nav></header><main>{overview.comparison(runs)}"
-        f'<div class="cards">{overview.cards(runs)}</div>{body}</main>'
+        f"<title>{escaped(title)} · {kind}</title><style>{(here / 'page.css').read_text()}</style></head><body>"
+        f"<header><h1>{escaped(title)}</h1><nav>{links}</nav></header><main>{above}{body}</main>"
         f"<footer>dtrain {__version__}, {clock(time.time())}</footer>"
         f"<script>{(here / 'page.js').read_text()}</script></body></html>\n"
     )

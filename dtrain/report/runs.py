@@ -116,6 +116,11 @@ class Run:
         return max(self.lines, key=lambda line: line["step"])
 
     @property
+    def seconds(self) -> float:
+        """In attempts, what they waited, evaluated and did again counted."""
+        return sum(part[-1]["time"] - part[0]["time"] for part in self.attempts)
+
+    @property
     def begun(self) -> list[Line]:
         """The first line of each attempt, void ones too."""
         return [line for line in self.happened if line["event"] == "attempt"]

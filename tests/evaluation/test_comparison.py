@@ -1,0 +1,184 @@
+"""Comparisons: the numbers are those of evaluations, nothing is drawn twice, and what cannot be compared is refused."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from dtrain.evaluation.comparable import METRICS
+from dtrain.evaluation.generate import Generator
+from tests.command_line import command, failing
+from tests.digits import tiny
+from tests.ranks import run_ranks, start_ranks
+
+FEW = ("train.steps=8", "train.checkpoint_every=8", "eval.batch_size=12", "eval.num_samples=48")
+LEARNS = ("optim.lr=0.01", "optim.warmup_steps=1", "eval.ema=null")  # enough that steps and guidance matter
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """A chain of 50 timesteps, guided, and a flow in 4 Heun steps, of eight training steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    of_flow = ("diffusion.process=flow", "eval.sampler=heun", "eval.steps=4")
+    configs = [
+        tiny(digits, folder, *FEW, *LEARNS, "run.name=chain", "diffusion.timesteps=50", "eval.guidance=2"),
+        tiny(digits, folder, *FEW, *LEARNS, "run.name=flow", *of_flow),
+    ]
+    run_ranks(_train, 1, configs)
+    return [str(config.run.path) for config in configs]
+
+
+def _train(configs):
+    from dtrain.training.run_training import train
+
+    for config in configs:
+        train(config)
+
+
+def _counting(pause, *arguments):
+    """(exit code, what was written, blocks drawn) of a command."""
+    drawn, draw = [], Generator.draw
+
+    def counted(self, ids, labels, how, *more, **named):
+        drawn.append(ids[0])
+        time.sleep(pause)
+        return draw(self, ids, labels, how, *more, **named)
+
+    Generator.draw = counted
+    code, text = command(*arguments)
+    return code, text, len(drawn)
+
+
+def compared(runs, *options, world_size=1, pause=0.0) -> tuple[dict, int]:
+    """(the numbers, blocks drawn on all ranks)."""
+    told = run_ranks(_counting, world_size, pause, "compare", *runs, *options)
+    assert [code for code, _, _ in told] == [0] * world_size, told
+    return numbers(runs), sum(drawn for _, _, drawn in told)
+
+
+def numbers(runs) -> dict:
+    return json.loads((Path(runs[0]) / "comparison" / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(runs):
+    return compared(runs, "--steps", "2,4,60")
+
+
+def metrics_of(found: dict) -> list[dict[str, float]]:
+    return [point["metrics"] for run in found["runs"] for point in run["curve"]]
+
+
+def test_every_number_is_that_of_an_evaluation_with_the_same_settings(runs, found):
+    for run, one in zip(runs, found[0]["runs"], strict=True):
+        options = ("--metrics", ",".join(METRICS), "--json")
+        ((code, text),) = run_ranks(command, 1, "evaluate", run, *options)
+        assert code == 0
+        line = json.loads(text.splitlines()[-1])
+        assert one["own"]["metrics"] == line["metrics"]
+        assert one["context"] == line["context"]
+        assert {name.partition("_")[0] for name in line["metrics"]} == {*METRICS}
+        page = (Path(runs[0]) / "comparison" / "comparison.html").read_text()
+        for value in line["metrics"].values():
+            assert f'title="{value!r}"' in page
+
+
+def test_forward_passes_are_counted_with_those_of_guidance_and_of_a_second_order(found):
+    chain, flow = found[0]["runs"]
+    assert [(p["steps"], p["evaluations"]) for p in chain["curve"]] == [(2, 4), (4, 8), (5, 10)]
+    assert [(p["steps"], p["evaluations"]) for p in flow["curve"]] == [(2, 3), (4, 7), (60, 119)]
+    assert (chain["own"]["steps"], flow["own"]["steps"]) == (5, 4)
+    assert "60" in chain["left_out"]["60"]
+    for point in (*chain["curve"], *flow["curve"]):
+        assert point["seconds_per_thousand"] == pytest.approx(1000 / 12 * sorted(point["block_seconds"])[1])
+    assert chain["images"] == 8 * 24
+    assert len({point["metrics"]["fd_pixels"] for point in chain["curve"] + flow["curve"]}) == 6
+    assert chain["training"]["energy_watt_hours"] is None
+
+
+def test_a_second_start_draws_nothing_and_another_list_of_steps_what_is_new(runs, found):
+    before, drawn = found
+    of_metrics, of_times = 4, 4  # blocks of a setting
+    assert drawn == 6 * (of_metrics + of_times)
+    again, drawn = compared(runs, "--steps", "2,4,60")
+    assert drawn == 0
+    assert again["runs"] == before["runs"]
+    wider, drawn = compared(runs, "--steps", "4,2,3")
+    assert drawn == 2 * (of_metrics + of_times)
+    assert [[point["steps"] for point in run["curve"]] for run in wider["runs"]] == [[2, 3, 4, 5], [2, 3, 4]]
+
+
+def test_two_ranks_give_the_numbers_of_one(runs, found, tmp_path):
+    there = []
+    for run in runs:
+        there.append(str(shutil.copytree(run, tmp_path / Path(run).name)))
+        (tmp_path / Path(run).name / "sweep.jsonl").unlink()
+    shutil.rmtree(tmp_path / "chain" / "comparison")
+    twos, drawn = compared(there, "--steps", "2,4,60", world_size=2)
+    for own, expected in zip(metrics_of(twos), metrics_of(found[0]), strict=True):
+        assert own == pytest.approx(expected, rel=1e-9)  # moments of two ranks are added in another order
+    assert drawn == 6 * 8  # each block of samples on one of the ranks, and times on rank 0 alone
+
+
+def test_a_killed_comparison_goes_on_and_its_page_stays_until_the_new_one_is_whole(runs, tmp_path):
+    there = [str(shutil.copytree(run, tmp_path / Path(run).name)) for run in runs]
+    for run in there:
+        (Path(run) / "sweep.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "chain" / "comparison", ignore_errors=True)
+    page, measured = (tmp_path / "out" / name for name in ("comparison.html", "measured.jsonl"))
+    page.parent.mkdir()
+    page.write_text("of before")
+    options = ("--steps", "own", "--out", page.parent)
+    ((process, _),) = start_ranks(_counting, 1, 0.02, "compare", *there, *options)
+    end = time.monotonic() + 60
+    while not measured.exists():  # the first run is done
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert page.read_text() == "of before"
+    with open(measured, "a") as f:
+        f.write('{"key": "torn')
+    ((code, text, drawn),) = run_ranks(_counting, 1, 0.0, "compare", *there, *options)
+    assert code == 0, text
+    assert drawn <= 8  # of the second run's 4 blocks of samples some were kept
+    assert f"open {page}" in text
+    assert "<table" in page.read_text()
+    lines = measured.read_text().splitlines()
+    assert len([line for line in lines if line.endswith("}")]) == 2
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(digits, runs, tmp_path):
+    from dtrain.data.pack.pack import pack
+
+    chain = runs[0]
+    pack("sklearn:digits", tmp_path / "other", holdout=40)
+    other = {
+        "large": ("data.image_size=16",),
+        "held": (f"data.holdout={tmp_path}/other/holdout/manifest.json",),
+        "many": ("eval.num_samples=49",),
+        "uniform": ("eval.labels=uniform",),
+        "features": ("eval.features=effnet_lite0",),
+    }
+    for name, overrides in other.items():
+        config = tiny(digits, tmp_path, *FEW, f"run.name={name}", *overrides)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(config.dump())
+    said = {name: failing("compare", chain, tmp_path / name) for name in other}
+    begin = {name: f"{name} cannot be compared with chain: its " for name in other}
+    assert all(line.startswith(begin[name]) for name, line in said.items()), said
+    assert "images have 16 × 16 × 1, the other's 8 × 8 × 1" in said["large"]
+    assert re.search(r"held-out images are \S+other/holdout\S+ \(\w{12}\), the other's", said["held"])
+    assert said["many"].endswith("number of samples is 49, the other's 48; name it for all with --n")
+    assert "eval.labels is uniform, the other's data" in said["uniform"]
+    assert said["features"].endswith("the other's pixels; name them for all with --features")
+    assert failing("compare", chain).startswith("a comparison is of two runs or more")
+    assert failing("compare", chain, chain).startswith("a comparison is of two runs or more")
+    assert failing("compare", *runs, "--steps", "2,x").startswith("--steps 2,x: numbers of steps such as 1,2,4")
+    assert failing("compare", chain, tmp_path / "none").startswith("no run at ")
+    assert not (tmp_path / "large" / "sweep.jsonl").exists()
+    (tmp_path / "file").write_text("")
+    assert failing("compare", *runs, "--out", tmp_path / "file", "--steps", "own").startswith("cannot write ")
