@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dtrain.config.perceptual import Perceptual
-from dtrain.config.sections import IdentitySection, Positive, Probability
+from dtrain.config.sections import IdentitySection, NonNegative, NonNegativeFloat, Positive, Probability
 from dtrain.draws import Draw, Purpose
 
 
@@ -194,13 +194,27 @@ class MeanFlow(_Process):
     """the velocity along which the mean changes: of the row's own path, or the network's (improved MeanFlow)"""
     weight_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p of a row's weight 1/(its squared error + 1e-3)^p; 0: none"""
+    guidance: NonNegativeFloat = 1.0
+    """its scale, built into the velocity that is learned: samples need no null then; 1: none"""
+    guidance_mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """κ, share of the network's own answer in that velocity; ω of the row's path is then guidance · (1 − κ)"""
+    guidance_from: NonNegative = 0
+    """images seen before guidance is built in"""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        for key in ("guidance_mix", "guidance_from"):
+            if (value := getattr(self, key)) and self.guidance == 1:
+                raise ValueError(f"{key} {value} has no effect with guidance 1; take guidance 2, or leave it out")
+        return self
 
     def draws(self) -> list[Draw]:
         return [Draw("other_time", Purpose.OTHER_TIME, "uniform"), Draw("span", Purpose.SPAN, "uniform")]
 
     @property
     def further_forwards(self) -> int:
-        return 2 if self.along == "data" else 3
+        own = self.along == "network" or self.guidance_mix > 0
+        return 2 + own + (self.guidance != 1)
 
 
 class EDM(_Process):

@@ -20,7 +20,7 @@ class Earlier(NamedTuple):
 
 
 _DIT, _UNET = ("name", "dit"), ("name", "unet")
-_GAUSSIAN, _FLOW = ("process", "gaussian"), ("process", "flow")
+_GAUSSIAN, _FLOW, _MEAN_FLOW = ("process", "gaussian"), ("process", "flow"), ("process", "meanflow")
 
 EARLIER: dict[str, Earlier] = {
     "run.init_from": Earlier(None),
@@ -62,6 +62,9 @@ EARLIER: dict[str, Earlier] = {
     "diffusion.prediction": Earlier("velocity", _FLOW),
     "diffusion.least_time": Earlier(0.05, _FLOW),
     "diffusion.perceptual": Earlier(None, _FLOW),
+    "diffusion.guidance": Earlier(1.0, _MEAN_FLOW),
+    "diffusion.guidance_mix": Earlier(0.0, _MEAN_FLOW),
+    "diffusion.guidance_from": Earlier(0, _MEAN_FLOW),
     "first_stage.kind": Earlier("pixels"),
     "objective.kind": Earlier("denoising"),
     "conditions": Earlier({}),

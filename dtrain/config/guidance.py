@@ -139,6 +139,17 @@ def _check_weak(e: Any) -> None:
             )
 
 
+def untrained_null(config: Any) -> str | None:
+    """Why a network never learns an answer with nothing told, and what to do; None where it learns one."""
+    if not config.model.num_classes and not config.conditions:
+        return "model.num_classes is 0; take guidance 1"
+    dropouts = {f"conditions.{name}.dropout": getattr(one, "dropout", 1) for name, one in config.conditions.items()}
+    if config.model.num_classes:
+        dropouts["diffusion.label_dropout"] = config.diffusion.label_dropout
+    never = next((key for key, share in dropouts.items() if share == 0), None)
+    return None if never is None else f"{never} is 0, so no row is trained without; take 0.1, or guidance 1"
+
+
 def shown(guidance: Any) -> str:
     """For a line about an evaluation."""
     return f"{guidance:g}" if isinstance(guidance, int | float) else str(guidance)

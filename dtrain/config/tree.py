@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dtrain.config import coupling, on_base, samplers
+from dtrain.config import coupling, mean_flow, on_base, samplers
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
@@ -108,7 +108,7 @@ class Config(Section):
         on_base.check(self)
         coupling.check(self)
         if self.diffusion.process == "meanflow":
-            self._mean_flow_fits()
+            mean_flow.check(self)
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
             self._uncertainty_fits()
         if self.optim.name == "muon":
@@ -205,22 +205,6 @@ class Config(Section):
                 f"(model.multipliers); take a multiple of {self.model.downscale}"
             )
         self.objective.check(self.data.image_size)
-
-    def _mean_flow_fits(self) -> None:
-        if not isinstance(self.model, DiT | MMDiT):
-            raise ValueError(
-                f"diffusion.process meanflow tells a transformer two times, and model.name is {self.model.name}; take "
-                "dit or mmdit"
-            )
-        if self.base_source:
-            raise ValueError(
-                "diffusion.process meanflow cannot go with a frozen base, which is told one time; take process flow"
-            )
-        if self.deepspeed.precision == "bf16":
-            raise ValueError(
-                "diffusion.process meanflow takes a difference of two answers, which deepspeed.precision bf16 would "
-                "round to noise; take bf16_autocast"
-            )
 
     def _muon_fits(self) -> None:
         name, offload = self.model.name, self.deepspeed.offload

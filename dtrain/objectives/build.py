@@ -1,14 +1,18 @@
 """The objective a configuration asks for."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from dtrain.batch import Condition
+from dtrain.conditions.build import build as build_conditions
 from dtrain.config import EDM, Config, Flow, Gaussian, MeanFlow, Variational
 from dtrain.diffusion import process
 from dtrain.diffusion.times import LogitNormal, One, SecondMoment, Uniform
+from dtrain.errors import UserError
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.gamma import GammaDenoising
-from dtrain.objectives.mean_flow import MeanVelocity
+from dtrain.objectives.mean_flow import BuiltIn, MeanVelocity
 from dtrain.objectives.objective import Objective
 from dtrain.objectives.one_step import PerceptualOneStep
 from dtrain.objectives.uncertainty import UncertainDenoising
@@ -22,7 +26,8 @@ def build(config: Config) -> Objective:
     """
     objective = config.objective
     if objective.kind == "denoising":
-        return denoising(config.diffusion, "continuous" if config.first_stage.is_continuous else "discretised")
+        decoder = "continuous" if config.first_stage.is_continuous else "discretised"
+        return denoising(config.diffusion, decoder, build_conditions(config).null)
     if objective.kind == "autoencoding":
         width = config.model.width * config.model.multipliers[0]
         return Autoencoding(objective, config.data.channels, width, config.optim)
@@ -30,11 +35,14 @@ def build(config: Config) -> Objective:
 
 
 def denoising(
-    config: Gaussian | Flow | MeanFlow | EDM | Variational, decoder: str = "discretised"
+    config: Gaussian | Flow | MeanFlow | EDM | Variational,
+    decoder: str = "discretised",
+    null: Callable[[Condition], Condition] | None = None,
 ) -> Denoising | PerceptualOneStep | MeanVelocity | VariationalBound:
     """Denoising as the `diffusion` section describes it. Raises UserError for a schedule that cannot be.
 
-    decoder: of the bound; continuous for data that are not 8-bit pixels.
+    decoder: of the bound; continuous for data that are not 8-bit pixels. null: of a condition, what the same rows are
+    told where nothing is said; for guidance that is built in.
     """
     if config.process == "vdm":
         made = process.build(config, decoder)
@@ -42,8 +50,13 @@ def denoising(
             return VariationalBound(made)
         return VariationalBound(replace(made, curve=beginning()), config.schedule_lr_factor)
     if config.process == "meanflow":
-        times = LogitNormal(config.logit_normal_mean, config.logit_normal_std)
-        return MeanVelocity(process.build(config), times, config.span_share, config.along, config.weight_power)
+        times, guidance = LogitNormal(config.logit_normal_mean, config.logit_normal_std), None
+        if config.guidance != 1:
+            if null is None:
+                raise UserError(f"diffusion.guidance {config.guidance:g} is of objective.kind denoising; take 1")
+            guidance = BuiltIn(config.guidance, config.guidance_mix, config.guidance_from, null)
+        how = config.span_share, config.along, config.weight_power
+        return MeanVelocity(process.build(config), times, *how, guidance)
     if config.process == "edm":
         return (UncertainDenoising if config.uncertainty == "learned" else Denoising)(process.build(config))
     if config.process == "flow":

@@ -5,9 +5,16 @@
 v is the velocity ε − x_0 of the row's own path. With `along` network du/dt is taken along the network's own velocity
 u(x_t, t, t), which has not the noise of a single path (improved MeanFlow). The derivative is a central difference:
 fused attention has no forward-mode differentiation, and two more forwards need none.
+
+With guidance v is for rows that are told something
+
+    ω v + κ u(x_t, t, t | c) + (1 − ω − κ) u(x_t, t, t | null),   ω = scale · (1 − κ)
+
+without gradient, whose mean at the solution is scale · v(x_t | c) + (1 − scale) · v(x_t | null) at any κ: what guidance
+of that scale would have made of two answers, in one (section 4.3 of the paper and its appendix).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +30,18 @@ STEP = 0.005  # of time, to each side: 5e-5 of the derivative off in float32
 FLOOR = 1e-3  # beside a row's squared error in its weight
 
 
+@dataclass(frozen=True)
+class BuiltIn:
+    """Guidance that is part of the velocity learned. mix: κ. from_images: images seen before it begins. null: of a
+    condition, what the same rows are told where nothing is said, as samplers have it.
+    """
+
+    scale: float
+    mix: float
+    from_images: int
+    null: Callable[[Condition], Condition]
+
+
 @dataclass(frozen=True, eq=False)
 class MeanVelocity(Objective):
     """span_share: of rows with two times. along: data or network. power: of a row's weight. Reports the mean squared
@@ -34,6 +53,7 @@ class MeanVelocity(Objective):
     span_share: float
     along: str
     power: float
+    guidance: BuiltIn | None = None
 
     parts = ("mse",)
 
@@ -49,8 +69,9 @@ class MeanVelocity(Objective):
         has_span = batch["span"] < self.span_share
         t = torch.where(has_span, torch.maximum(one, other), one)
         r = torch.where(has_span, torch.minimum(one, other), one)
-        x_t, velocity = self.process.noised(x0, noise, t), noise - x0
-        change = self._change(network, x_t, velocity, t, r, condition)
+        x_t = self.process.noised(x0, noise, t)
+        velocity, along = self._velocities(network, x_t, noise - x0, t, condition, at)
+        change = self._change(network, x_t, along, t, r, condition)
         u = network(x_t, self.process.told(t, r), **condition).to(x0.dtype)
         squared = (u - velocity + change).square().flatten(1)
         total = squared.sum(1)  # (N,), as the paper weights it
@@ -65,16 +86,41 @@ class MeanVelocity(Objective):
         return (output - (noise - x0)).square().flatten(1).mean(1)
 
     @torch.no_grad()
+    def _velocities(
+        self, network: Network, x_t: Tensor, velocity: Tensor, t: Tensor, condition: Condition, at: Position
+    ) -> tuple[Tensor, Tensor]:
+        """(the velocity to learn, guided where it is to be; the one along which the mean changes), (N, C, H, W) each.
+
+        velocity: of the rows' own paths.
+        """
+        built_in = self.guidance if self.guidance is not None and at.images >= self.guidance.from_images else None
+        asked = [condition] if self.along == "network" or (built_in is not None and built_in.mix) else []
+        if built_in is not None:
+            asked.append(nothing := built_in.null(condition))
+        answers = self._answers(network, x_t, t, asked) if asked else []
+        if built_in is not None:
+            omega = built_in.scale * (1 - built_in.mix)
+            guided = omega * velocity + (1 - omega - built_in.mix) * answers[-1]
+            if built_in.mix:
+                guided = guided + built_in.mix * answers[0]
+            velocity = torch.where(_told(condition, nothing).view(-1, 1, 1, 1), guided, velocity)
+        return velocity, answers[0] if self.along == "network" else velocity
+
+    def _answers(self, network: Network, x_t: Tensor, t: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, ...]:
+        """The network's own velocity u(x_t, t, t) under each of these conditions, all in one batch."""
+        m = len(conditions)
+        told = {name: torch.cat([one[name] for one in conditions]) for name in conditions[0]}
+        times = torch.cat([t] * m)
+        return network(torch.cat([x_t] * m), self.process.told(times, times), **told).to(x_t.dtype).chunk(m)
+
+    @torch.no_grad()
     def _change(
-        self, network: Network, x_t: Tensor, velocity: Tensor, t: Tensor, r: Tensor, condition: Condition
+        self, network: Network, x_t: Tensor, along: Tensor, t: Tensor, r: Tensor, condition: Condition
     ) -> Tensor:
-        """(t − r) du/dt, 0 where t − r is less than a step; (N, C, H, W).
+        """(t − r) du/dt along (`along`, 0, 1), 0 where t − r is less than a step; (N, C, H, W).
 
         Divided by the way that there is between both sides: times end at 0 and 1.
         """
-        along = velocity
-        if self.along == "network":
-            along = network(x_t, self.process.told(t, t), **condition).to(x_t.dtype)
         later, earlier = (t + STEP).clamp(max=1.0), (t - STEP).clamp(min=0.0)
         states = torch.cat([x_t + _like(to - t, x_t) * along for to in (later, earlier)])
         times, twice = torch.cat([later, earlier]), {n: torch.cat([one, one]) for n, one in condition.items()}
@@ -87,3 +133,9 @@ class MeanVelocity(Objective):
 def _like(values: Tensor, x: Tensor) -> Tensor:
     """float64 (N,) as (N, 1, …) in x's dtype."""
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _told(condition: Condition, nothing: Condition) -> Tensor:
+    """Which rows are told anything: bool (N,), false where all that a row is told is the null."""
+    differs = [(value != nothing[name]).reshape(len(value), -1).any(1) for name, value in condition.items()]
+    return torch.stack(differs).any(0)

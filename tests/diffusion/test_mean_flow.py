@@ -75,7 +75,10 @@ def test_at_the_solution_what_is_left_is_the_noise_of_single_paths(along):
     t = torch.full((n,), 0.7, dtype=torch.float64)
     r = torch.full((n,), 0.2, dtype=torch.float64)
     x_t, v = PROCESS.noised(x_0, noise, t), noise - x_0
-    change = objective(along)._change(network, x_t, v, t, r, {})
+    made = objective(along)
+    learned, towards = made._velocities(network, x_t, v, t, {}, Position(0, 0))
+    assert torch.equal(learned, v)
+    change = made._change(network, x_t, towards, t, r, {})
     rest = (mean_velocity(x_t, r, t) - v + change).flatten()
     slope = float((rest * x_t.flatten()).mean() / x_t.square().mean())
     assert abs(slope) < 0.02

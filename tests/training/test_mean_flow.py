@@ -77,3 +77,41 @@ def test_what_has_no_place_for_two_times_refuses_it(digits, alone, tmp_path):
     for override, message in cases.items():
         with pytest.raises(UserError, match=message):
             tiny(digits, tmp_path, MEAN_FLOW, override)
+
+
+GUIDED = "diffusion={process: meanflow, span_share: 0.75, guidance: 2.5, guidance_mix: 0.5, guidance_from: 144}"
+BEGINS = 6  # steps of 24 images
+
+
+@pytest.mark.parametrize("name", mostly_longer(["2 ranks, stage 3", "2 ranks, stage 1"], ["2 ranks, stage 3"]))
+def test_guidance_is_built_in_from_an_image_on_at_any_ranks_and_across_a_stop(digits, alone, tmp_path, name):
+    shape = (*SHORT, "train.micro_batch=6")
+    one = tiny(digits, tmp_path / "one", GUIDED, *shape)
+    trained(one, 1)
+    assert losses(one)[:BEGINS] == losses(alone)[:BEGINS]
+    assert losses(one)[BEGINS] != losses(alone)[BEGINS]
+    world_size, stage, _ = CHOICES[name]
+    two = tiny(digits, tmp_path / "two", GUIDED, *shape, f"deepspeed.zero_stage={stage}")
+    trained(two, world_size)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
+    half = tiny(digits, tmp_path / "half", GUIDED, *shape, "train.steps=4")
+    trained(half, 1)
+    trained(tiny(digits, tmp_path / "half", GUIDED, *shape), 1)
+    assert losses(half) == losses(one)
+
+
+def test_guidance_that_cannot_be_learned_is_refused_and_its_forwards_are_counted(digits, tmp_path):
+    cases = {
+        "guidance_from: 9": "guidance_from 9 has no effect with guidance 1; take guidance 2",
+        "guidance: 2, label_dropout: 0": "diffusion.label_dropout is 0, so no row is trained without; take 0.1",
+    }
+    for more, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            tiny(digits, tmp_path, f"diffusion={{process: meanflow, {more}}}")
+    with pytest.raises(UserError, match=r"model\.num_classes is 0; take guidance 1"):
+        tiny(digits, tmp_path, "diffusion={process: meanflow, guidance: 2}", "model.num_classes=0")
+    forwards = {"guidance: 2": 3, "guidance: 2, guidance_mix: 0.5": 4, "along: network, guidance: 2": 4}
+    for more, number in forwards.items():
+        found = tiny(digits, tmp_path, f"diffusion={{process: meanflow, {more}}}")
+        assert found.diffusion.further_forwards == number
+    assert tiny(digits, tmp_path, IMPROVED).diffusion.further_forwards == 3
