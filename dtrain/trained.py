@@ -28,8 +28,10 @@ from dtrain.evaluation.invert import (
     settings_of_inversion,
     without_class,
 )
+from dtrain.evaluation.opened import generator_of
 from dtrain.evaluation.pictures import as_pictures, picture_files, read_pictures
-from dtrain.evaluation.requirements import check_generates, check_guidance
+from dtrain.evaluation.prior import Prior
+from dtrain.evaluation.requirements import check_generates, check_guidance, check_walks
 from dtrain.evaluation.sample import draw, labels_in_turn, prompts_in_turn, together
 from dtrain.evaluation.start import of_files as start_of_files
 from dtrain.files import read_json
@@ -44,8 +46,8 @@ WEIGHTS = "model.safetensors"  # an exported folder has this and config.json
 class Trained:
     """What `load` gives."""
 
-    model: torch.nn.Module  # a DiT or a UNet in eval mode, float32: model(x_t, t, labels)
-    process: Process  # levels, targets, and what an output says about x_0 and ε
+    model: torch.nn.Module  # a DiT or a UNet in eval mode, float32: model(x_t, t, labels); or an autoencoder
+    process: Process | None  # levels, targets, and what an output says about x_0 and ε
     config: Config  # of the run; `config.eval` has the defaults of `sample`
     step: int  # optimizer steps that the weights are of
     images: int  # images seen until then
@@ -84,6 +86,7 @@ class Trained:
         guide_with: str | None = None,
         precision: Literal["fp32", "bf16"] | None = None,
         batch_size: int | None = None,
+        images: Literal["reconstructions", "prior"] | None = None,
     ) -> np.ndarray:
         """uint8 (n, H, W, C): what `dtrain sample` draws with the same settings on the same machine, bit for bit.
 
@@ -119,6 +122,7 @@ class Trained:
             "guide_with": guide_with,
             "precision": precision,
             "batch_size": batch_size,
+            "images": images,
         }
         config = self._with_eval(chosen, "the settings of sample")
         check_guidance(config)
@@ -126,6 +130,8 @@ class Trained:
         places, begins, masks = map(_listed, (pictures, begin, mask))
         shown = of_files(places, config, as_is) if places else {}
         start = start_of_files(begins, strength, masks, repeats, config.data)
+        if start is not None:
+            check_walks(config, self.config.run.name)
         several = max([len(asked), len(start.images) if start else 0, *map(len, shown.values())])
         numbers = self._labels(several if several and n is None and labels is None else n, labels)
         ready = self._generator(config)
@@ -157,6 +163,7 @@ class Trained:
         else:
             files = picture_files([pictures] if isinstance(pictures, str | Path) else pictures)
             images, names = read_pictures(files, config.data), list(map(str, files))
+        check_walks(config, self.config.run.name)
         n = len(images)
         if labels is None:
             numbers = without_class(n, config.model.num_classes, config.diffusion.label_dropout)
@@ -166,9 +173,9 @@ class Trained:
         blocks = dict(zip(range(0, n, config.eval.batch_size), images.split(config.eval.batch_size), strict=True))
         return Inversion.joined(invert_blocks(ready, blocks, numbers, config.eval, names).values())
 
-    def _generator(self, config: Config) -> Generator:
+    def _generator(self, config: Config) -> Generator | Prior:
         check_generates(config, self.config.run.name)
-        return Generator.of(self.model, self.process, config, self.device, self.first_stage)
+        return generator_of(self.model, self.process, config, self.device, self.first_stage)
 
     def _with_eval(self, chosen: dict, where: str) -> Config:
         """The config with other `eval` settings, None leaving one as it is. where: they come from, for a UserError."""
@@ -278,7 +285,7 @@ def _profile(weights: str) -> int | None:
 
 def _trained(
     model,
-    process: Process,
+    process: Process | None,
     config: Config,
     step: int,
     images: int,

@@ -33,6 +33,9 @@ Guidance = Annotated[
 GuideWith = Annotated[
     str | None, typer.Option(help="a smaller run, or an earlier checkpoint, that guidance leads away from")
 ]
+Images = Annotated[
+    str | None, typer.Option(help="of an autoencoder: prior decodes latents of N(0, I), reconstructions gives back")
+]
 Ema = Annotated[int | None, typer.Option(min=0, help="EMA profile")]
 Sigma = Annotated[
     float | None, typer.Option(help="σ_rel of an average made of snapshots, of a run with power-function averages")

@@ -18,6 +18,7 @@ from dtrain.cli.arguments import (
     Features,
     Guidance,
     GuideWith,
+    Images,
     Metrics,
     NumSamples,
     Raw,
@@ -71,6 +72,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
     bootstrap: Bootstrap = None,
     bpd_clip: BpdClip = None,
+    images: Images = None,
     init: Annotated[
         str | None, typer.Option(metavar="FILE", help="weights that somebody published; RUN is then a config file")
     ] = None,
@@ -90,7 +92,7 @@ def evaluate(
     chosen = {"n": n, "steps": steps, "eta": eta, "sampler": sampler, "guidance": guidance, "ema": ema}
     chosen |= {"sigma": sigma, "features": features, "weights": weights, "reference": reference, "labels": labels}
     chosen |= {"bootstrap": bootstrap, "metrics": metrics, "bpd_clip": bpd_clip, "resize": resize}
-    chosen |= {"clip_model": clip_model, "classifier": classifier, "guide_with": guide_with}
+    chosen |= {"clip_model": clip_model, "classifier": classifier, "guide_with": guide_with, "images": images}
     directory = None if init else RunDirectory.find(run)
     own = load(run) if init else directory.config()
     settings = with_eval(own, chosen, raw or init is not None)
@@ -102,6 +104,7 @@ def evaluate(
     from dtrain.evaluation.evaluate import evaluate as run_evaluation
     from dtrain.evaluation.opened import open_generator, open_published
     from dtrain.evaluation.reference import Reference
+    from dtrain.evaluation.requirements import about_prior
     from dtrain.tracking.best import training_evaluations
     from dtrain.tracking.tracker import record_evaluation
 
@@ -114,6 +117,8 @@ def evaluate(
         compared = Reference.open(settings, device, on_block)
     say_on_rank_0(compared.kept)
     say_on_rank_0(compared.about)
+    if images == "prior":  # of a config the training has said it
+        say_on_rank_0(about_prior(settings))
     scratch = None if init else scratch_of(directory, settings.eval, opened.checkpoint, compared)
     if scratch is not None:
         of = f"of {settings.eval.num_samples:,} samples"
@@ -163,6 +168,7 @@ def sweep(
     resize: Resize = None,
     bootstrap: Bootstrap = None,
     bpd_clip: BpdClip = None,
+    images: Images = None,
     out: Annotated[Path | None, typer.Option(help="the heat map; default: sweep.png in the run directory")] = None,
 ) -> None:
     """Evaluate every combination of lists of settings: a table, a heat map and the best one.
@@ -175,13 +181,14 @@ def sweep(
     directory = RunDirectory.find(run)
     chosen = {"n": n, "metrics": metrics, "features": features, "weights": weights, "bootstrap": bootstrap}
     chosen |= {"bpd_clip": bpd_clip, "resize": resize, "clip_model": clip_model, "classifier": classifier}
+    chosen["images"] = images
     settings = with_eval(directory.config(), chosen, raw=False)
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import sweep as sweeps
     from dtrain.evaluation.combinations import checkpoints_of
-    from dtrain.evaluation.names import is_comparable, metric_name
+    from dtrain.evaluation.names import is_comparable, metric_name, reconstructed
     from dtrain.tracking.tracker import ship
 
     lists = {"ema": ema, "guidance": guidance, "eta": eta, "steps": steps, "seed": seeds}
@@ -205,8 +212,9 @@ def sweep(
         rows, metric, context = sweeps.summary(lines), settings.eval.metrics[0], lines[0]["context"]
         say(sweeps.table(rows))
         name, comparable = context["features"], is_comparable(context["features"], context.get("reference_resize"))
-        winner = sweeps.best(rows, metric, name, comparable)
         key = metric_name(metric, name, comparable=comparable)
+        key = reconstructed(key) if settings.reconstructs else key
+        winner = sweeps.best(rows, key)
         shown = ", ".join(f"{k} {v}" for k, v in winner.setting.items()) or "the run's own settings"
         say(f"best {key}: {winner.metrics[key]:.4f} at {shown}  ({settings.eval.num_samples} samples)")
         picture = out or directory.path / "sweep.png"

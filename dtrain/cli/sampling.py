@@ -11,6 +11,7 @@ from dtrain.cli.arguments import (
     Eta,
     Guidance,
     GuideWith,
+    Images,
     Raw,
     RunName,
     SamplerName,
@@ -23,7 +24,7 @@ from dtrain.cli.arguments import (
 from dtrain.cli.progress import progress
 from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
-from dtrain.terminal import printable, say
+from dtrain.terminal import printable, say, tell
 
 
 def check_label(label: int | None, classes: int, run: Path) -> None:
@@ -103,6 +104,7 @@ def sample(
         bool | None, typer.Option("--guess/--no-guess", help="guidance leads away from the base without control too")
     ] = None,
     negative: Annotated[str | None, typer.Option(help="words that guidance leads away from")] = None,
+    images: Images = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     step: Step = None,
     out: Annotated[
@@ -121,6 +123,7 @@ def sample(
     own = directory.config()
     chosen |= {
         "negative_prompt": negative,
+        "images": images,
         "guide_with": guide_with,
         "sigma": sigma,
         "guess_mode": guess,
@@ -131,6 +134,7 @@ def sample(
     said = [*(prompt or []), *(lines_of(prompts) if prompts else [])]
     distributed.prepare()
     from dtrain.evaluation.control import of_files
+    from dtrain.evaluation.requirements import about_prior
     from dtrain.evaluation.sample import draw_to_file
     from dtrain.evaluation.sample_output import format_of
     from dtrain.evaluation.start import of_files as start_of_files
@@ -143,6 +147,8 @@ def sample(
     with progress("sampling, evaluations of the network") as on_progress:
         draw_to_file(directory, settings, n, label, step, out, kind, on_progress, said, pictures, start)
     if distributed.rank() == 0:
+        if line := about_prior(settings):
+            tell(line)
         say(f"{n} images in {out}")
     distributed.finalize()
 

@@ -85,6 +85,7 @@ EARLIER: dict[str, Earlier] = {
     "train.snapshot_every": Earlier(None),
     "train.keep_snapshots": Earlier(None),
     "train.ema_new": Earlier("refuse"),
+    "eval.images": Earlier("reconstructions"),
     "eval.clip": Earlier(False),
     "eval.training_images": Earlier(50_000),
     "eval.bpd_clip": Earlier(False),

@@ -54,6 +54,8 @@ OWN_DEFAULT = {
 class Sampling(Section):
     """All that determines an image beside weights, noise and what the network is told: part of a metric's context."""
 
+    images: Literal["reconstructions", "prior"] = "reconstructions"
+    """of an autoencoder: held-out pictures given back, or new ones, decoded from latents drawn from N(0, I)"""
     sampler: str = "ddim"
     """ddim, ancestral, dpmpp_2m, dpmpp_3m, heun, lcm; flow: euler (default), heun, sde, lcm; edm: heun (default), …"""
     steps: Positive = 50
@@ -120,6 +122,10 @@ class Sampling(Section):
         if value not in SAMPLERS and plugins.find("sampler", value) is None:
             raise ValueError(plugins.unknown("sampler", value, SAMPLERS))
         return value
+
+
+# Of these, what an image depends on that is decoded from N(0, I): no process is walked.
+OF_THE_PRIOR = ("images", "precision", "batch_size", "seed")
 
 
 class Eval(Sampling):

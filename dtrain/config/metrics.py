@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from dtrain.config.evaluation import BOUNDS, DENSITIES, OF_WHAT_IS_ASKED
+from dtrain.config.evaluation import BOUNDS, DENSITIES, OF_THE_MODEL, OF_WHAT_IS_ASKED
 
 
 def check(config: Any) -> None:
     """Raises ValueError for metrics that this config's process, first stage or model cannot have."""
     for metric in config.eval.metrics:
+        if metric in OF_THE_MODEL and not config.objective.diffuses:
+            raise ValueError(
+                f"eval.metrics {metric} is of a diffusion process, and objective.kind {config.objective.kind} has "
+                "none; take fd"
+            )
         if metric in BOUNDS:
             _check_bound(metric, config)
         elif metric in DENSITIES:

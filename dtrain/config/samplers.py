@@ -5,12 +5,14 @@ from typing import Any
 from dtrain import plugins
 from dtrain.config import guidance as guidances
 from dtrain.config import metrics
-from dtrain.config.evaluation import SAMPLERS
+from dtrain.config.evaluation import OF_THE_PRIOR, OWN_DEFAULT, SAMPLERS, Sampling
 
 
 def check(config: Any) -> None:
     """Raises ValueError for samples, or metrics of them, that a config's process, first stage or model cannot have."""
     e, process = config.eval, config.diffusion.process
+    if e.images == "prior":
+        _check_prior(config)
     processes = SAMPLERS.get(e.sampler) or plugins.find("sampler", e.sampler).processes
     if process not in processes:
         walks = [name for name, walked in SAMPLERS.items() if process in walked]
@@ -62,6 +64,21 @@ def check(config: Any) -> None:
         if getattr(e, key) and not config.texts:
             raise ValueError(f"eval.{key} needs a model that is told in words; add a section conditions.text")
     guidances.check(config)
+
+
+def _check_prior(config: Any) -> None:
+    e = config.eval
+    if config.objective.kind != "autoencoding":
+        raise ValueError(
+            f"eval.images prior decodes latents of an autoencoder, and objective.kind is {config.objective.kind}, "
+            "whose images eval.sampler draws; leave it out"
+        )
+    unsaid = Sampling(sampler=OWN_DEFAULT.get(config.diffusion.process, "ddim"))
+    for key in Sampling.model_fields.keys() - set(OF_THE_PRIOR):
+        if (value := getattr(e, key)) != getattr(unsaid, key):
+            raise ValueError(
+                f"eval.{key} {value} has no effect on eval.images prior, where the decoder is asked once; leave it out"
+            )
 
 
 def _check_mean_flow(config: Any) -> None:

@@ -133,6 +133,11 @@ class Config(Section):
         return getattr(self.diffusion, "coupling", "independent") == "data"
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether the images of an evaluation are what an autoencoder gives back of the held-out ones."""
+        return not self.objective.diffuses and self.eval.images == "reconstructions"
+
+    @property
     def reads_pictures(self) -> bool:
         """Whether a training decodes pictures: not from a cache of latents, nor of pairs."""
         return not (self.first_stage.reads_cache or self.is_coupled)

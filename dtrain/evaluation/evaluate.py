@@ -15,7 +15,7 @@ from torch import Tensor
 from dtrain import distributed, faults
 from dtrain.conditions.build import Said
 from dtrain.config import Config, Eval, Sampling
-from dtrain.config.evaluation import DENSITIES, OF_THE_MODEL
+from dtrain.config.evaluation import DENSITIES, OF_THE_MODEL, OF_THE_PRIOR
 from dtrain.diffusion.samplers import network_evaluations
 from dtrain.errors import UserError
 from dtrain.evaluation import ode_likelihood, straightness
@@ -29,6 +29,7 @@ from dtrain.evaluation.metrics.kept import KeptFeatures
 from dtrain.evaluation.metrics.moments import MomentStream
 from dtrain.evaluation.names import reconstructed
 from dtrain.evaluation.opened import weights_name
+from dtrain.evaluation.prior import Prior
 from dtrain.evaluation.reconstructions import Quality, Reconstructions, mean_quality
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.requirements import needs_features, needs_split
@@ -44,6 +45,7 @@ SAMPLING_KEYS = tuple(Sampling.model_fields)
 UNSAID = {"decode_batch": None, "negative_prompt": "", "sde_noise": None}
 UNSAID |= {"guidance_orthogonal": 0.0, "guidance_norm": None, "guidance_momentum": 0.0}
 UNSAID |= {"guidance_renoise": "guided", "guide_with": None}
+UNSAID |= {"images": "reconstructions"}
 UNSAID |= {"control_scale": {}, "guess_mode": False}
 UNSAID |= {"churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
 
@@ -52,8 +54,8 @@ OF_METRICS = ("bpd_clip", "ode_tolerance", "ode_probes", "training_images")
 
 
 def sampling_of(e: Eval) -> dict[str, Any]:
-    """The value of each of SAMPLING_KEYS. What is not named and has no default of its own is no setting."""
-    found = {key: getattr(e, key) for key in SAMPLING_KEYS}
+    """The value of each of SAMPLING_KEYS that has an effect. What is not named and has no default is no setting."""
+    found = {key: getattr(e, key) for key in (OF_THE_PRIOR if e.images == "prior" else SAMPLING_KEYS)}
     return {key: value for key, value in found.items() if key not in UNSAID or value != UNSAID[key]}
 
 
@@ -92,7 +94,7 @@ def evaluations_of_a_block(config: Config) -> int:
 
 
 def evaluate(
-    generator: Generator | Reconstructions,
+    generator: Generator | Reconstructions | Prior,
     config: Config,
     reference: Reference,
     on_progress: OnProgress = quiet,
@@ -221,7 +223,7 @@ def of_the_reference(e: Eval, reference: Reference) -> dict[str, Any]:
 
 
 def _images(
-    generator: Generator | Reconstructions,
+    generator: Generator | Reconstructions | Prior,
     ids: list[int],
     asked: Callable[[list[int]], tuple[Tensor, Said]],
     how: Eval,
@@ -266,7 +268,7 @@ def differences(evaluations: Sequence[dict], own: Eval, now: Eval, context: dict
     was = UNSAID | (first or json.loads(json.dumps({key: getattr(own, key) for key in (*keys, *OF_METRICS)})))
     keys += sorted({"validation_images", *OF_METRICS, "holdout"} & context.keys() & was.keys())
     is_now = UNSAID | json.loads(json.dumps(context))
-    found = {key: is_now[key] for key in keys if is_now[key] != was.get(key, is_now[key])}
+    found = {key: is_now[key] for key in keys if key in is_now and is_now[key] != was.get(key, is_now[key])}
     other = first.get("reference") != context["reference"] if first else own.reference != now.reference
     return found | ({"reference": now.reference or context["reference"][:12]} if other else {})
 

@@ -21,7 +21,7 @@ from dtrain.evaluation.generate import MOST_NAMED, Generator, OnProgress, quiet,
 from dtrain.evaluation.grid import grid
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.pictures import read_pictures
-from dtrain.evaluation.requirements import check_generates
+from dtrain.evaluation.requirements import check_walks
 from dtrain.files import replacing
 from dtrain.run import RunDirectory
 
@@ -150,7 +150,7 @@ def invert_to_files(
 
     config: the run's with `settings_of_inversion`. label: of all pictures; None for no class. Raises UserError.
     """
-    check_generates(config, run.path)
+    check_walks(config, run.path)
     targets, how, n = places(out, pictures), config.eval, len(pictures)
     if label is None:
         labels = without_class(n, config.model.num_classes, config.diffusion.label_dropout)

@@ -26,6 +26,7 @@ from dtrain.objectives.build import build as build_objective
 from dtrain.run import RunDirectory
 
 if TYPE_CHECKING:
+    from dtrain.evaluation.prior import Prior
     from dtrain.evaluation.reconstructions import Reconstructions
 
 
@@ -38,10 +39,14 @@ def weights_name(e: Eval) -> str:
 
 def generator_of(
     model: torch.nn.Module, process, config: Config, device: torch.device, first_stage: FirstStage
-) -> "Generator | Reconstructions":
+) -> "Generator | Reconstructions | Prior":
     """What an evaluation takes its images from. Raises UserError where held-out pictures cannot be read."""
     if config.objective.diffuses:
         return Generator.of(model, process, config, device, first_stage)
+    if not config.reconstructs:
+        from dtrain.evaluation.prior import Prior
+
+        return Prior.of(model, config, device)
     from dtrain.evaluation.reconstructions import Reconstructions
 
     return Reconstructions.of(model, config, device)
@@ -51,7 +56,7 @@ def generator_of(
 class Opened:
     """A checkpoint's weights, ready to be evaluated, and which they are."""
 
-    generator: "Generator | Reconstructions"
+    generator: "Generator | Reconstructions | Prior"
     step: int
     images: int
     checkpoint: str  # its hash; with that of the model which guidance leads away from, where there is one

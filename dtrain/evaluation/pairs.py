@@ -25,7 +25,7 @@ from dtrain.errors import UserError
 from dtrain.evaluation.evaluate import sampling_of
 from dtrain.evaluation.generate import Generator
 from dtrain.evaluation.opened import Opened, open_generator, weights_name
-from dtrain.evaluation.requirements import check_generates
+from dtrain.evaluation.requirements import check_walks
 from dtrain.evaluation.sample import labels_in_turn, prompts_in_turn
 from dtrain.run import RunDirectory
 
@@ -64,7 +64,7 @@ def draw_pairs(
     the next keeps whole shards. on_progress: with this rank's evaluations of the network. A collective; raises
     UserError and NotFinite.
     """
-    check_generates(config, run.path)
+    check_walks(config, run.path)
     check(config)
     distributed.initialize()
     opened = open_generator(run, config, distributed.device(), step)

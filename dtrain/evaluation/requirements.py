@@ -37,6 +37,7 @@ PRECISION, DENSITY = ("precision", "recall"), ("density", "coverage")
 OF_REFERENCE_FEATURES = {"kid", *PRECISION, *DENSITY, "memorisation"}
 SPLITS = 10  # parts of the samples that the Inception score is taken over
 NEIGHBOURS, NEIGHBOURS_OF_DENSITY = 3, 5  # as their authors took
+LEAST_KL = 1e-2  # beside an error that is summed over the picture; 0.5 is the bound of a decoder with deviation 1
 
 
 class Features(Protocol):
@@ -162,16 +163,40 @@ def check_best(config: Config) -> None:
 
 def check_generates(config: Config, run: str | Path) -> None:
     """Raises UserError for a run that has nothing to draw."""
+    if config.reconstructs:
+        raise UserError(
+            f"{run} is an autoencoder, and eval.images is reconstructions, which `dtrain evaluate` measures; with "
+            "eval.images prior (--images prior) it decodes latents of N(0, I)"
+        )
+
+
+def check_walks(config: Config, run: str | Path) -> None:
+    """Raises UserError for a run without a process, which no picture can be put into."""
     if not config.objective.diffuses:
         raise UserError(
-            f"{run} is an autoencoder, whose latents have no prior to sample; `dtrain evaluate` measures what it gives "
-            "back, and a training takes it as first_stage.source"
+            f"{run} is an autoencoder, which walks from no noise to pictures; `dtrain evaluate` measures it, and a "
+            "training takes it as first_stage.source"
         )
+
+
+def about_prior(config: Config) -> str | None:
+    """What to say of an autoencoder whose divergence has hardly any weight; None where there is nothing."""
+    if (weight := getattr(config.objective, "kl_weight", LEAST_KL)) >= LEAST_KL:
+        return None
+    if config.reconstructs:
+        return (
+            f"objective.kl_weight {weight:g}: it leaves the latents no prior to sample; pictures are drawn by a model "
+            "that is trained on them, with first_stage.kind kl"
+        )
+    return (
+        f"objective.kl_weight {weight:g}: it hardly draws the latents to N(0, I), which eval.images prior decodes; "
+        f"expect bad pictures, or train with {LEAST_KL:g} or more"
+    )
 
 
 def _unknown_best(config: Config, features: str, comparable: bool) -> str | None:
     wanted, pictures = config.train.keep_best, [name for name, one in config.pictures.items() if one.operator]
-    given = metric_names(config.eval, features, comparable, not config.objective.diffuses, pictures)
+    given = metric_names(config.eval, features, comparable, config.reconstructs, pictures)
     if wanted is None or wanted in (*given, "seconds"):
         return None
     distance = metric_name("fd", features, comparable=comparable)

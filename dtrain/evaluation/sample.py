@@ -16,7 +16,8 @@ from dtrain.errors import UserError
 from dtrain.evaluation.control import in_turn
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.evaluation.opened import open_generator
-from dtrain.evaluation.requirements import check_generates
+from dtrain.evaluation.prior import Prior
+from dtrain.evaluation.requirements import check_generates, check_walks
 from dtrain.evaluation.sample_output import Output, check_place, open_output, packed
 from dtrain.evaluation.start import Start
 from dtrain.run import RunDirectory
@@ -33,7 +34,7 @@ def prompts_in_turn(prompts: list[str], n: int) -> list[str]:
 
 
 def draw(
-    generator: Generator,
+    generator: Generator | Prior,
     labels: Tensor,
     how: Eval,
     rank: int = 0,
@@ -89,6 +90,8 @@ def draw_to_file(
     A collective. Raises UserError where `out` cannot be written.
     """
     check_generates(config, run.path)
+    if start is not None:
+        check_walks(config, run.path)
     check_place(out, format)
     distributed.initialize()
     generator = open_generator(run, config, distributed.device(), step).generator
@@ -98,7 +101,7 @@ def draw_to_file(
 
 
 def write(
-    generator: Generator,
+    generator: Generator | Prior,
     config: Config,
     labels: Tensor,
     out: Path,
@@ -136,7 +139,7 @@ def _on_rank_0(out: Path, function: Callable, *args):
 
 
 def _write_blocks(
-    generator: Generator,
+    generator: Generator | Prior,
     labels: Tensor,
     said: Said,
     how: Eval,

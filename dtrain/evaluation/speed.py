@@ -9,6 +9,7 @@ import torch
 from dtrain.config import Config
 from dtrain.evaluation.evaluate import asked_of, labels_of
 from dtrain.evaluation.generate import Generator, OnProgress, quiet
+from dtrain.evaluation.prior import Prior
 from dtrain.evaluation.reference import Reference
 
 BLOCKS = 3  # that are timed, after one that is not
@@ -48,7 +49,9 @@ def _processor() -> str:
     return found[0] if found else "CPU"
 
 
-def measure(generator: Generator, config: Config, reference: Reference, on_progress: OnProgress = quiet) -> Speed:
+def measure(
+    generator: Generator | Prior, config: Config, reference: Reference, on_progress: OnProgress = quiet
+) -> Speed:
     """Draw blocks of `eval.batch_size` samples, from noise to 8-bit images in memory, on this rank alone."""
     e = config.eval
     ids = list(range(e.batch_size))

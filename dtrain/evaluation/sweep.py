@@ -27,7 +27,7 @@ from dtrain.evaluation.evaluate import (
     scratch_of,
 )
 from dtrain.evaluation.generate import OnProgress, quiet
-from dtrain.evaluation.names import OF_STATISTICS, metric_name
+from dtrain.evaluation.names import OF_STATISTICS
 from dtrain.evaluation.opened import newest_step, open_generator, weights_name
 from dtrain.evaluation.reference import Reference
 from dtrain.run import RunDirectory
@@ -134,9 +134,8 @@ def summary(lines: list[dict]) -> list[Row]:
     return rows
 
 
-def best(rows: list[Row], metric: str, features: str, comparable: bool = True) -> Row:
-    """By the lowest `metric` of these features, or the highest where more is better."""
-    name = metric_name(metric, features, comparable=comparable)
+def best(rows: list[Row], name: str) -> Row:
+    """By the lowest value of this name, such as `fd_pixels`, or the highest where more is better."""
     finite = [row for row in rows if math.isfinite(row.metrics[name])]
     return better(name)(finite or rows, key=lambda row: row.metrics[name])
 

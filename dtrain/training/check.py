@@ -14,7 +14,7 @@ from dtrain.data.fields.survey import named, survey
 from dtrain.data.shards import manifest as manifests
 from dtrain.data.shards.sample_files import LABEL_FIELD
 from dtrain.errors import UserError, from_where
-from dtrain.evaluation.requirements import about_names, check_best, check_evaluation
+from dtrain.evaluation.requirements import about_names, about_prior, check_best, check_evaluation
 from dtrain.files import read_json
 from dtrain.first_stage.requirements import about as about_first_stage
 from dtrain.first_stage.requirements import check as check_first_stage
@@ -26,7 +26,6 @@ from dtrain.training.safety.stopping import deadline
 
 SHORTEST = 100  # steps of a run that is meant to be evaluated
 MOST_OF_THE_START = 0.03  # of an average may be left of the initial weights at the end without a warning
-LEAST_KL = 1e-2  # beside an error that is summed over the picture; 0.5 is the bound of a decoder with deviation 1
 PUBLISHED = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # files that run.init_from takes besides checkpoints
 
 
@@ -64,11 +63,8 @@ def warnings(config: Config) -> list[str]:
                 f"ema.{number}.decay {profile.decay} after {steps:,} steps is still {left:.0%} the untrained weights; "
                 f"{round(1 - 10 / steps, 4)} would average the last tenth of the run"
             )
-    if (weight := getattr(config.objective, "kl_weight", LEAST_KL)) < LEAST_KL:
-        lines.append(
-            f"objective.kl_weight {weight:g}: it leaves the latents no prior to sample; pictures are drawn by a model "
-            "that is trained on them, with first_stage.kind kl"
-        )
+    if line := about_prior(config):
+        lines.append(line)
     end, images = config.optim.decay_end, steps * config.data.batch_size
     if end is not None and images > end:
         lines.append(

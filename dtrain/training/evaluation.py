@@ -151,7 +151,7 @@ class Evaluation:
         generator = distributed.agree(generator_of, model, objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
-        if not generator.reconstructs and not config.is_coupled:  # whose pictures come with noise of their own
+        if config.objective.diffuses and not config.is_coupled:  # whose pictures come with noise of their own
             held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
             levels = losses_by_level(generator, objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.

@@ -153,8 +153,8 @@ def test_the_heat_map_has_a_cell_for_every_setting_in_its_place(tmp_path):
         for eta in (0.0, 1.0)
         for steps in (5, 10, 20)
     ]
-    assert best(rows, "fd", "pixels").setting == {"eta": 0.0, "steps": 20}
-    assert best(rows, "recall", "pixels").setting["eta"] == 1.0
+    assert best(rows, "fd_pixels").setting == {"eta": 0.0, "steps": 20}
+    assert best(rows, "recall_pixels").setting["eta"] == 1.0
     assert heat_map(rows, "fd_pixels", tmp_path / "h.png")
     pixels = np.asarray(Image.open(tmp_path / "h.png").convert("RGB")).astype(int)
     purple, yellow = (68, 1, 84), (253, 231, 36)  # viridis' ends

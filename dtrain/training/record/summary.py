@@ -22,10 +22,8 @@ def summary(path: Path) -> str:
         context = evaluations[-1]["context"]
         curve = [(e["step"], e["metrics"][metric]) for e in evaluations if metric in e["metrics"]]
         top = max([value for _, value in curve if math.isfinite(value)], default=0.0)
-        lines.append(
-            f"{metric} of {context.get('ema')}, {context.get('n')} samples, {context.get('steps')} "
-            f"{context.get('sampler')} steps"
-        )
+        walked = f", {context.get('steps')} {context['sampler']} steps" if "sampler" in context else ""
+        lines.append(f"{metric} of {context.get('ema')}, {context.get('n')} samples{walked}")
         lines += [f"  step {s:>8}  {v:>9.4f}  {_bar(v, top)}".rstrip() for s, v in curve]
         if "artifact" in context:
             lines.append(f"sample grid: {run.path / context['artifact']}")
