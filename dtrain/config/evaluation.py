@@ -72,8 +72,8 @@ class Sampling(Section):
     """the largest σ at which churn adds noise, S_tmax; 0: any"""
     churn_noise: Annotated[float, Field(gt=0)] = 1.0
     """deviation of churn's noise, S_noise: slightly above 1 against lost detail"""
-    spacing: Literal["trailing", "leading", "linspace", "quad"] | list[NonNegative] = "trailing"
-    """which timesteps the sampler visits, or these themselves, falling"""
+    spacing: Literal["trailing", "leading", "linspace", "quad", "edm"] | list[NonNegative] = "trailing"
+    """which times the sampler visits: equal steps, EDM's of σ/α, or timesteps themselves, falling"""
     clip: bool = False
     """hold every estimate of x_0 within [−1, 1] while sampling"""
     guidance: NonNegativeFloat | str = 1.0

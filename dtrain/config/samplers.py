@@ -33,14 +33,17 @@ def check(config: Any) -> None:
             raise ValueError(f"eval.{key} {getattr(e, key)} has no effect with eval.churn 0; leave it out")
     if 0 < e.churn_max <= e.churn_min:
         raise ValueError(f"eval.churn_max {e.churn_max} must be above eval.churn_min {e.churn_min}, or 0 for any σ")
-    if e.spacing != "trailing" and process != "gaussian":
-        how = {
-            "flow": "a flow, whose steps are equal",
-            "edm": "edm, whose steps diffusion.rho spaces",
-            "vdm": "vdm, whose steps are equal",
-            "meanflow": "meanflow, whose steps are equal",
-        }[process]
-        raise ValueError(f"eval.spacing {e.spacing} has no effect on {how}; leave it out")
+    if e.spacing == "edm" and e.sampler == "sde":
+        raise ValueError("eval.spacing edm has no effect on sampler sde, which has times of its own; leave it out")
+    if e.spacing != "trailing" and process == "edm":
+        raise ValueError(
+            f"eval.spacing {e.spacing} has no effect on edm, whose steps diffusion.rho spaces; leave it out"
+        )
+    if e.spacing not in ("trailing", "edm") and process in ("flow", "meanflow", "vdm"):
+        what = "a flow" if process == "flow" else process
+        raise ValueError(
+            f"eval.spacing {e.spacing} has no effect on {what}, whose times are no timesteps; take edm, or leave it out"
+        )
     if process == "gaussian" and e.steps > config.diffusion.timesteps:
         raise ValueError(f"eval.steps {e.steps} exceeds diffusion.timesteps {config.diffusion.timesteps}")
     if isinstance(e.spacing, list):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.diffusion.schedule import edm_sigmas
 from dtrain.diffusion.tables import time_of_all
 from dtrain.randomness import LARGEST
 
@@ -81,13 +82,9 @@ class EDM:
         return TOLD / math.log(self.sigma_max / self.sigma_min)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
-        """Falling σ from σ_max to σ_min, equal steps of σ^(1/ρ) (equation 5), the only spacing there is."""
+        """Falling σ from σ_max to σ_min, equal steps of σ^(1/ρ), the only spacing there is."""
         assert spacing == "trailing"
-        if steps == 1:
-            return [self.sigma_max]
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        between = [(high + i / (steps - 1) * (low - high)) ** self.rho for i in range(1, steps - 1)]
-        return [self.sigma_max, *between, self.sigma_min]
+        return edm_sigmas(steps, self.sigma_max, self.sigma_min, self.rho)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
         """c_in (x_0 + σ n) in x_0's dtype; t is σ above 0, (N,) or one float for all rows."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
+from dtrain.diffusion.schedule import SIGMA_MAX, SIGMA_MIN, edm_sigmas
 from dtrain.diffusion.tables import time_of_all
 
 MODEL_TIME = 1000  # time embeddings are made for timesteps up to 1000
@@ -56,7 +57,12 @@ class RectifiedFlow:
         return time_of_all(self.time_scale * t, len(x), torch.float32, x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
-        """1, 1 − 1/S, …, 1/S: equal steps down to clean data, the only spacing of a flow."""
+        """Falling times above 0. trailing: 1, 1 − 1/S, …, 1/S, equal steps.
+
+        edm: 1, and t = σ/(1 + σ) of all but the first of EDM's σ from 80 to 0.002, where σ/α is t/(1 − t).
+        """
+        if spacing == "edm":
+            return [1.0, *(sigma / (1 + sigma) for sigma in edm_sigmas(steps, SIGMA_MAX, SIGMA_MIN)[1:])]
         assert spacing == "trailing"
         return [1 - i / steps for i in range(steps)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dtrain.diffusion.prediction import target, to_eps, to_x0
-from dtrain.diffusion.schedule import Schedule, subsequence
+from dtrain.diffusion.schedule import Schedule, edm_subsequence, subsequence
 from dtrain.diffusion.tables import on_device, time_of_all
 
 
@@ -89,6 +89,8 @@ class GaussianDiffusion:
 
     def walk(self, steps: int, spacing: str | list[int]) -> list[int]:
         """The timesteps a sampler visits, falling."""
+        if spacing == "edm":
+            return edm_subsequence(self.schedule, steps)
         return subsequence(self.schedule.timesteps, steps, spacing)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:

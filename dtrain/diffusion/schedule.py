@@ -130,10 +130,10 @@ def subsequence(timesteps: int, steps: int, spacing: str | list[int]) -> list[in
     quad:     ⌊0.8 T (i/(S − 1))²⌋, but at least i, so that none comes twice: dense near the data. It starts at 0.8 T
               as in DDIM's experiments, until S leaves no other room; 0.8 T alone for S = 1.
     A list is taken as it is, if it falls strictly within the process and has S members.
-    The first three agree with the usual definitions when S divides T (Lin et al. 2023, table 2).
+    The first three agree with the usual definitions when S divides T (Lin et al. 2023, table 2). `edm_subsequence` has
+    a further one, which looks at the levels.
     """
-    if not 1 <= steps <= timesteps:
-        raise UserError(f"{steps} sampling steps do not fit a process of {timesteps} timesteps; take 1 to {timesteps}")
+    _check_fits(timesteps, steps)
     if isinstance(spacing, list):
         return _listed(timesteps, steps, spacing)
     if spacing == "trailing":
@@ -146,7 +146,50 @@ def subsequence(timesteps: int, steps: int, spacing: str | list[int]) -> list[in
         return [round(i * (timesteps - 1) / gaps) for i in reversed(rising)]
     if spacing == "quad":
         return [min(max(4 * timesteps * i * i // (5 * gaps * gaps), i), timesteps - 1) for i in reversed(rising)]
-    raise UserError(f"unknown spacing {spacing!r}; known are trailing, leading, linspace, quad and a list of timesteps")
+    raise UserError(
+        f"unknown spacing {spacing!r}; known are trailing, leading, linspace, quad, edm and a list of timesteps"
+    )
+
+
+SIGMA_MAX, SIGMA_MIN = 80.0, 0.002  # EDM's ends of σ/α, for data of deviation ½ (Karras et al. 2022)
+
+
+def edm_sigmas(steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> list[float]:
+    """Falling σ/α between these, equal steps of its 1/ρ-th power (Karras et al. 2022, equation 5); σ_max alone for 1.
+
+    σ_i = (σ_max^(1/ρ) + i/(S − 1) (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ: the larger ρ, the denser near the data.
+    """
+    if steps == 1:
+        return [sigma_max]
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [sigma_max, *((high + i / (steps - 1) * (low - high)) ** rho for i in range(1, steps - 1)), sigma_min]
+
+
+def edm_subsequence(schedule: Schedule, steps: int) -> list[int]:
+    """The S timesteps nearest to `edm_sigmas` in log σ/α, falling, from T − 1 to 0; T − 1 alone for S = 1.
+
+    Where two would be the same, the noisier one moves up to the next timestep that is free; towards T − 1, where none
+    is, the cleaner ones move down. σ begins at that of T − 1, but at no more than 2 SIGMA_MAX, which is EDM's for data
+    of deviation 1: from the 20,000 of a cosine schedule three steps of five would see nothing but noise.
+    """
+    last = schedule.timesteps - 1
+    _check_fits(schedule.timesteps, steps)
+    ratios = schedule.sigma / schedule.alpha  # (T,), rising
+    sigmas = edm_sigmas(steps, min(2 * SIGMA_MAX, float(ratios[-1])), float(ratios[0]))
+    wanted = torch.tensor(sigmas, dtype=torch.float64, device="cpu").log()
+    rising = ratios.log()
+    above = torch.searchsorted(rising, wanted).clamp(1, last)
+    nearest = torch.where(rising[above] - wanted < wanted - rising[above - 1], above, above - 1).tolist()
+    nearest[0], found = last, []
+    for i, t in enumerate(reversed(nearest)):
+        free = found[-1] + 1 if found else 0
+        found.append(min(max(t, free), last - (steps - 1 - i)))
+    return found[::-1]
+
+
+def _check_fits(timesteps: int, steps: int) -> None:
+    if not 1 <= steps <= timesteps:
+        raise UserError(f"{steps} sampling steps do not fit a process of {timesteps} timesteps; take 1 to {timesteps}")
 
 
 def _listed(timesteps: int, steps: int, listed: list[int]) -> list[int]:

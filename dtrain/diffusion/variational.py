@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.diffusion.schedule import edm_sigmas
 from dtrain.diffusion.tables import time_of_all
 
 MODEL_TIME = 1000  # what the model is told of pure noise: time embeddings are made for timesteps up to 1000
@@ -109,9 +110,26 @@ class VariationalDiffusion:
         return time_of_all(self.told(self.gamma(t)), len(x), exact, x.device)
 
     def walk(self, steps: int, spacing: str | list[int] = "trailing") -> list[float]:
-        """1, 1 − 1/S, …, 1/S: equal steps, the only spacing."""
+        """Falling times. trailing: 1, 1 − 1/S, …, 1/S, equal steps. edm: those of EDM's σ, which are e^(γ/2).
+
+        edm goes from 1 to 0, or to 1/T, the first time of a chain.
+        """
+        if spacing == "edm":
+            return self._edm_walk(steps)
         assert spacing == "trailing"
         return [1 - i / steps for i in range(steps)]
+
+    def _edm_walk(self, steps: int) -> list[float]:
+        """By halving: a curve can be learned, and only rises."""
+        first = 0.0 if self.timesteps is None else 1 / self.timesteps
+        sigmas = edm_sigmas(steps, math.exp(self.gamma(1.0) / 2), math.exp(self.gamma(first) / 2))
+        wanted = 2 * torch.tensor(sigmas, dtype=torch.float64, device="cpu").log()
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(54):  # to the last bit of 1
+            middle = (low + high) / 2
+            below = self._between(self.curve(middle)[0]) < wanted
+            low, high = middle.where(below, low), high.where(below, middle)
+        return [1.0, *high[1:-1].tolist(), *([first] if steps > 1 else [])]
 
     # -- noising, and what an output says ----------------------------------------------------------------------------
 

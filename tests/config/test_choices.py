@@ -59,6 +59,9 @@ def config(**sections):
         ({"eval": {"clip": True}, "diffusion": {"process": "meanflow"}}, "no estimate of x_0; take sampler lcm, or"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "flow"}}, "eval.spacing quad has no effect on a flow"),
         ({"eval": {"spacing": "quad"}, "diffusion": {"process": "edm"}}, "no effect on edm, whose steps diffusion.rho"),
+        ({"eval": {"spacing": "edm"}, "diffusion": {"process": "edm"}}, "no effect on edm, whose steps diffusion.rho"),
+        ({"eval": {"spacing": [9], "steps": 1}, "diffusion": {"process": "meanflow"}}, "no timesteps; take edm, or"),
+        ({"eval": {"spacing": "edm", "sampler": "sde"}, "diffusion": {"process": "flow"}}, "which has times of its"),
         ({"eval": {"sampler": "ancestral"}, "diffusion": {"process": "edm"}}, "take ddim or dpmpp_2m or dpmpp_3m or"),
         ({"eval": {"metrics": ["bpd"]}, "diffusion": {"process": "edm"}}, "has timesteps to sum over, or of vdm, and"),
         ({"eval": {"churn": 40}}, "eval.churn 40.0 has no effect on sampler ddim of diffusion.process gaussian"),
@@ -99,7 +102,7 @@ def config(**sections):
         ({"diffusion": {"process": "vdm", "gamma_min": 6}}, "gamma_min 6.0 must be below gamma_max 5.0"),
         ({"diffusion": {"process": "vdm", "times": "logit_normal"}}, "unknown key `diffusion.times`"),
         ({"diffusion": {"process": "vdm"}, "eval": {"sampler": "euler"}}, "does not walk a vdm process; take ddim"),
-        ({"diffusion": {"process": "vdm"}, "eval": {"spacing": "quad"}}, "quad has no effect on vdm, whose steps"),
+        ({"diffusion": {"process": "vdm"}, "eval": {"spacing": "quad"}}, "quad has no effect on vdm, whose times"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line_with_the_reason(sections, message):
