@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from dtrain.position import Position
-from dtrain.tracking.energy import Meter
+from dtrain.tracking.energy import Meter, total
 from dtrain.tracking.journal import SYSTEM, Journal, last_line
 
 MEGABYTE = 1e6
@@ -58,8 +58,7 @@ class SystemSampler:
                 journal.attempt, taken = attempt, {}
             try:
                 of_gpus = gpus()
-                energy = meter.take(time.monotonic(), watts_of(of_gpus))
-                taken = {key: taken.get(key, 0.0) + value for key, value in energy.items()}
+                taken = total([taken, meter.take(time.monotonic(), watts_of(of_gpus))])
                 metrics = machine(before[1], self._path.parent) | of_gpus | taken
                 context = self._context | {"sample": number}
                 journal.append("system", position.step, position.images, metrics, context)

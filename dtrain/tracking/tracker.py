@@ -191,4 +191,5 @@ def destination(run: RunDirectory, config: Config, lines: list[dict[str, Any]]) 
         tags=tags(lines),
         datasets=datasets(lines, config.data),
         reference=reference(config.eval, config.data),
+        carbon_intensity=config.tracking.carbon_intensity,
     )

@@ -1,14 +1,21 @@
 """Energy: known power integrated, counters that begin anew, nodes and attempts added up."""
 
+import itertools
 import math
+import time
 
 import pytest
 
+from dtrain.position import Position
 from dtrain.report.goodput import html
 from dtrain.report.runs import Run
+from dtrain.run import RunDirectory
+from dtrain.tracking import system
 from dtrain.tracking.energy import CPU, GPU, Meter, by_attempt, said, total
-from dtrain.tracking.journal import Journal
-from dtrain.tracking.system import watts_of
+from dtrain.tracking.journal import Journal, Tail
+from dtrain.tracking.mlflow import default_uri
+from dtrain.tracking.system import SystemSampler, watts_of
+from dtrain.tracking.tracker import sync
 from tests.training.runs import copied
 
 
@@ -45,6 +52,53 @@ def test_counters_of_packages_go_on_past_their_range(powercap):
     assert Meter(powercap / "nowhere").take(0.0, None) == {}
 
 
+def test_a_counter_that_cannot_be_read_is_left_out_and_one_that_returns_tells_what_passed(powercap):
+    (powercap / "intel-rapl:1" / "energy_uj").write_text("permission denied\n")  # it is no number, as of most systems
+    meter = Meter(powercap)
+    assert meter.take(0.0, None) == {CPU: 0.0}
+    (powercap / "intel-rapl:1" / "energy_uj").write_text("9900000")  # readable too late
+    own = powercap / "intel-rapl:0" / "energy_uj"
+    own.unlink()
+    assert meter.take(1.0, None) == {CPU: 0.0}
+    own.write_text("4600000")  # 3.6 J since it was read last
+    assert meter.take(2.0, None)[CPU] == pytest.approx(3.6 / 3600)
+    (powercap / "intel-rapl:0" / "max_energy_range_uj").unlink()
+    own.write_text("100000")  # begun anew at a range that nobody tells, so nothing is known of this time
+    assert meter.take(3.0, None)[CPU] == 0.0
+    own.write_text("1900000")
+    assert meter.take(4.0, None)[CPU] == pytest.approx(1.8 / 3600)
+
+
+class Clock:
+    """Each look is 30 seconds after the one before, as long as there is something to see."""
+
+    def __init__(self, looks):
+        self._seconds = itertools.chain(range(0, 30 * looks, 30), itertools.repeat(30 * (looks - 1)))
+
+    def monotonic(self):
+        return float(next(self._seconds))
+
+
+def test_looks_at_which_no_gpu_can_be_read_cost_the_attempt_none_of_its_energy(monkeypatch, tmp_path):
+    watts = [100.0, 200.0, None, 300.0, None, None, 300.0]
+    seen = itertools.chain(watts, itertools.repeat(300.0))
+    told = lambda power: {} if power is None else {"gpu_0_power_usage_watts": power}  # noqa: E731
+    monkeypatch.setattr(system, "gpus", lambda: told(next(seen)))
+    monkeypatch.setattr(system, "time", Clock(len(watts)))
+    sampler = SystemSampler(tmp_path / "journal.jsonl", 0, "0", 0.005, lambda: (1, Position(3, 24)))
+    sampler.start()
+    path, end = tmp_path / "system-rank-0.jsonl", time.monotonic() + 20
+    while len(Tail(path).read()) < len(watts) and time.monotonic() < end:
+        time.sleep(0.005)
+    sampler.close()
+    found = [line["metrics"][GPU] for line in Tail(path).read()]
+    # 150 W for 30 s; 250 W for the 60 s around the look that failed; 300 W for 90 s.
+    joules = [4500, 4500, 19500, 19500, 19500, 46500]
+    assert found[: len(watts) - 1] == pytest.approx([j / 3600 for j in joules])
+    assert set(found[len(watts) - 1 :]) == {found[-1]}
+    assert by_attempt(tmp_path / "journal.jsonl")[1][GPU] == pytest.approx(46500 / 3600)
+
+
 def test_nodes_and_attempts_add_up_and_are_called_an_estimate(tmp_path):
     for rank, watt_hours in ((0, [[1.0, 40.0], [500.0, 1200.0]]), (8, [[2.0, 60.0], [300.0, 800.0]])):
         journal = Journal(tmp_path / f"system-rank-{rank}.jsonl")
@@ -76,3 +130,25 @@ def test_the_report_tells_it_below_the_attempts(finished_run, digits, tmp_path):
     journal.close()
     page = html([Run.read(run.run.path)])
     assert "Energy: an estimated 5 kWh of GPUs and 0.5 Wh of CPUs, 0.5 kg of CO₂ at 100 g/kWh" in page
+
+
+def test_the_report_and_mlflow_tell_it_of_each_attempt_and_in_all(finished_run, digits, tmp_path):
+    from mlflow import MlflowClient
+
+    name = "tracking.experiment=energy"
+    config = copied(finished_run, digits, tmp_path, "tracking.carbon_intensity=100", name, "tracking.system_every=0")
+    run = RunDirectory(config.run.path)
+    for path in run.path.glob("system-rank-*"):  # what this machine took
+        path.unlink()
+    journal = Journal(run.path / "system-rank-0.jsonl")
+    for attempt, kilo in ((1, 5.0), (2, 3.0)):
+        journal.attempt = attempt
+        journal.append("system", 0, 0, {GPU: 1000 * kilo}, {"sample": attempt})
+    journal.close()
+    whole = "an estimated 8 kWh of GPUs, 0.8 kg of CO₂ at 100 g/kWh"
+    page = html([Run.read(run.path)])
+    assert f"Energy: {whole}; attempt 1: an estimated 5 kWh of GPUs, 0.5 kg of CO₂ at 100 g/kWh; attempt 2: an " in page
+    sync(run)
+    client = MlflowClient(default_uri(run.path))
+    (found,) = client.search_runs([client.get_experiment_by_name("energy").experiment_id])
+    assert found.data.tags["dtrain.energy"] == whole

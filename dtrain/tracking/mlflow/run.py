@@ -42,6 +42,7 @@ class Destination:
     tags: dict[str, Any] = field(default_factory=dict)
     datasets: list[dict[str, Any]] = field(default_factory=list)
     reference: dict[str, Any] | None = None
+    carbon_intensity: float | None = None  # g of CO₂ a kWh
 
 
 def has_news(line: dict[str, Any]) -> bool:
@@ -127,7 +128,7 @@ class Run:
         if landmarks.totals:
             tags[GOODPUT] = goodput(landmarks.totals.values())
         taken = energy.total(energy.by_attempt(self._to.journal_path).values())
-        if told := energy.said(taken, self._to.params.get("tracking.carbon_intensity")):
+        if told := energy.said(taken, self._to.carbon_intensity):
             tags[ENERGY] = told
         there = self._client.get_run(self.id).data.tags
         tags[NOTE] = merged(description(landmarks, self._links()), there.get(NOTE))
