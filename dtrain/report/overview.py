@@ -21,6 +21,7 @@ STATES = {
     "running": "running",
     "crashed": "crashed",
 }
+NETWORKS = {"dit": "DiT", "mmdit": "MMDiT", "unet": "UNet", "kl_autoencoder": "autoencoder"}
 FEW = 12  # config keys that are shown without being asked for
 MOST_BEST = 6  # evaluations' settings on a card
 GOOD, WAITING = ("finished",), ("running", "stopped")
@@ -102,13 +103,15 @@ def _highlights(run: Run) -> list[str]:
     model = get("model", {}) if isinstance(get("model"), dict) else {}
     sizes = [f"{k} {v}" for k, v in model.items() if k in ("size", "depth", "width", "patch") and v is not None]
     process = get("diffusion.process", "gaussian")
-    how = [None if process == "flow" else get("diffusion.schedule"), get("diffusion.prediction")]
+    how = [process, None if process == "flow" else get("diffusion.schedule"), get("diffusion.prediction")]
+    if get("objective.kind") == "autoencoding":
+        how = ["autoencoding", get("objective.reconstruction"), f"KL weight {get('objective.kl_weight')}"]
     size, channels, classes = get("data.image_size"), get("data.channels", 3), get("model.num_classes", 0)
     world = next((line["context"].get("world_size") for line in reversed(run.of("attempt"))), None)
     found: list[Any] = [
-        " ".join([{"dit": "DiT", "mmdit": "MMDiT", "unet": "UNet"}.get(str(model.get("name")), "model"), *sizes]),
+        " ".join([NETWORKS.get(str(model.get("name")), "model"), *sizes]),
         f"images {size} × {size} × {channels}" + (f", {classes} classes" if classes else ""),
-        ", ".join(map(str, filter(None, [process, *how]))),
+        ", ".join(map(str, filter(None, how))),
         f"batch {get('data.batch_size')}, learning rate {get('optim.lr')}",
         f"ZeRO {get('deepspeed.zero_stage', 2)}, {get('deepspeed.precision', 'fp32')}",
     ]

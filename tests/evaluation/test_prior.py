@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -164,6 +165,18 @@ def test_a_run_is_evaluated_either_way_and_each_is_told_from_the_other(run):
     code, said = run_ranks(command, 1, *of_both)[0]
     assert code == 0, said
     assert "best rfd_pixels" in said
+
+
+def test_a_report_says_that_it_is_an_autoencoder_and_names_no_sampler(run, tmp_path):
+    of_others = shutil.ignore_patterns("journal-eval-*", "sweep*")  # evaluations that tests made otherwise
+    shutil.copytree(run.run.path, tmp_path / "tiny", ignore=of_others)
+    code, said = run_ranks(command, 1, "report", str(tmp_path / "tiny"), "--out", str(tmp_path / "page.html"))[0]
+    assert code == 0, said
+    page = (tmp_path / "page.html").read_text()
+    assert "autoencoder width 8 · images 8 × 8 × 1 · autoencoding, l2, KL weight 0.1 · " in page
+    shown = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)  # which has the whole config
+    assert "ddim" not in shown
+    assert "50 steps" not in shown
 
 
 def test_it_stands_beside_diffusion_at_one_evaluation_of_a_network(run, digits, finished_run, tmp_path):
