@@ -1,4 +1,4 @@
-"""The digits by further processes, as their configs train them: samples as near as other real digits are."""
+"""The digits by further processes and by an autoencoder's prior, as their configs train them: how near samples come."""
 
 import pytest
 
@@ -11,6 +11,7 @@ from tests.training.runs import train
 PROCESSES = {  # name → (config, overrides, the largest distance); the training digits themselves have 0.57
     "edm": ("digits-edm.yaml", [], 0.6),
     "edm, uncertain": ("digits-edm.yaml", ["diffusion.uncertainty=learned"], 0.6),
+    "vae": ("digits-vae.yaml", [], 1.5),
     "gamma": ("digits-dit.yaml", ["diffusion.noise=gamma", "eval.sampler=ancestral"], 1.0),
 }
 
@@ -20,7 +21,8 @@ PROCESSES = {  # name → (config, overrides, the largest distance); the trainin
 def test_the_digits_are_learned(digits, tmp_path, name):
     file, overrides, most = PROCESSES[name]
     places = f"data.shards={digits}/train", f"data.holdout={digits}/holdout/manifest.json", f"run.dir={tmp_path}"
-    config = load(CONFIG.with_name(file), [*places, *overrides, "eval.every=1800", "tracking.enabled=false"])
+    steps = load(CONFIG.with_name(file)).train.steps
+    config = load(CONFIG.with_name(file), [*places, *overrides, f"eval.every={steps}", "tracking.enabled=false"])
     run_ranks(train, 2, config, timeout=3600)
     (distance,) = [e["metrics"]["fd_pixels"] for e in read(config.run.path / "journal.jsonl") if e["event"] == "eval"]
     print(f"{name}: fd_pixels {distance:.3f}")
