@@ -12,15 +12,15 @@ from dtrain.errors import UserError
 from dtrain.interrupt import ctrl_c
 from dtrain.terminal import say
 
-STEPS = "1,2,4,8,16,32,64"
+STEPS, PICTURE_STEPS = "1,2,4,8,16,32,64", "5,25,50,999"
 OWN = "own"
 
 
-def steps_in(text: str) -> list[int]:
+def steps_in(text: str, option: str) -> list[int]:
     """`1,2,4` as numbers, each once; `own`: none. Raises UserError."""
     found = [] if text == OWN else values(text)
     if not all(type(value) is int and value > 0 for value in found):
-        raise UserError(f"--steps {text}: numbers of steps such as {STEPS}, or {OWN} for each run's own alone")
+        raise UserError(f"{option} {text}: numbers of steps such as {STEPS}, or {OWN} for each run's own alone")
     return list(dict.fromkeys(found))
 
 
@@ -34,6 +34,13 @@ def compare(
     weights: Weights = None,
     resize: Resize = None,
     labels: Annotated[str | None, typer.Option(help="data or uniform")] = None,
+    label: Annotated[int | None, typer.Option(min=0, help="the class of the pictures; default: 0")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="what the pictures show, of runs told in words; default: a held-out caption")
+    ] = None,
+    picture_steps: Annotated[
+        str, typer.Option(help=f"of the pictures, for runs that can take them; {OWN}: each run's own alone")
+    ] = PICTURE_STEPS,
     out: Annotated[Path | None, typer.Option(help="a folder; default: comparison in the first run's directory")] = None,
 ) -> None:
     """Compare runs by quality, diversity and speed: one HTML page, and the numbers beside it.
@@ -45,7 +52,7 @@ def compare(
     from dtrain.evaluation.comparable import METRICS, Member, named
 
     found = named(runs)
-    wanted = steps_in(steps)
+    wanted, columns = steps_in(steps, "--steps"), steps_in(picture_steps, "--picture-steps")
     chosen = {"n": n, "features": features, "weights": weights, "resize": resize, "labels": labels}
     chosen |= {"metrics": ",".join(METRICS), "bootstrap": 0}
     members = [Member(name, run, with_eval(run.config(), chosen, raw=False)) for name, run in found]
@@ -54,11 +61,14 @@ def compare(
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import comparison
+    from dtrain.evaluation.comparison_pictures import Asked
     from dtrain.report import comparison as pages
+
+    asked = Asked(tuple(columns), label, prompt)
 
     ctrl_c.kept(lambda: f"what is computed is kept in the runs and in {place}; go on with: {this_command()}")
     with progress("comparing") as on_progress:
-        measured = comparison.compare(members, wanted, place, on_progress, say_on_rank_0)
+        measured = comparison.compare(members, wanted, place, asked, on_progress, say_on_rank_0)
 
     def conclude() -> None:
         whole = pages.with_training(measured)

@@ -1,15 +1,16 @@
 """Several runs by quality, diversity and speed: `dtrain compare`.
 
 Distances, precision and recall are those of a sweep over steps, which RUN/sweep.jsonl keeps. OUT/measured.jsonl keeps
-what belongs to the comparison alone: seconds on this device. A comparison that is started again computes what is
-missing.
+what belongs to the comparison alone: seconds on this device, and pictures. A comparison that is started again computes
+what is missing.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.evaluation.combinations import configured
 from dtrain.evaluation.comparable import METRICS, Member, check_comparable
+from dtrain.evaluation.comparison_pictures import Asked, check_asked, draw
 from dtrain.evaluation.evaluate import evaluations_of_a_block, of_the_reference
-from dtrain.evaluation.generate import OnProgress, quiet
+from dtrain.evaluation.generate import Generator, OnProgress, quiet
 from dtrain.evaluation.names import metric_name
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
@@ -70,8 +72,41 @@ class Measured:
         return line
 
 
+@dataclass(frozen=True)
+class Place:
+    """measured: what is kept. device: its name. seed: of all pictures."""
+
+    measured: Measured
+    device: str
+    seed: int
+
+    def key(self, *parts: Any) -> str:
+        content = json.dumps([*parts, self.device, torch.__version__])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def all(self, keys: dict[int, str], make: Callable[[int, OnProgress], dict], on_progress: OnProgress) -> dict:
+        """What is kept under the keys, by number of steps; rank 0 makes what is missing, and the others leave the
+        machine to it. A collective.
+        """
+        found = distributed.on_rank_0(lambda: {steps: self.measured.find(key) for steps, key in keys.items()})
+        missing = [steps for steps, line in found.items() if line is None]
+        for number, steps in enumerate(missing):
+
+            def of_all(done: int, of: int, what: str | None = None, number: int = number, steps: int = steps) -> None:
+                on_progress(number * of + done, len(missing) * of, f"{what or 'timing'}, steps {steps}")
+
+            made = make(steps, of_all)
+            found[steps] = distributed.on_rank_0(lambda steps=steps, made=made: self.measured.keep(keys[steps], made()))
+        return found
+
+
 def compare(
-    members: list[Member], steps: list[int], out: Path, on_progress: OnProgress = quiet, say: Say = lambda line: None
+    members: list[Member],
+    steps: list[int],
+    out: Path,
+    asked: Asked = Asked(),  # noqa: B008 (it is frozen)
+    on_progress: OnProgress = quiet,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """What the page shows, as plain data. A collective.
 
@@ -79,6 +114,7 @@ def compare(
     anything is drawn, for runs that cannot be compared.
     """
     distributed.agree(check_comparable, members)
+    distributed.agree(check_asked, asked, members)
     device = distributed.device()
     references = [_light(Reference.open(member.config, device, on_progress)) for member in members]
     seen = [seen_by(member.config, reference) for member, reference in zip(members, references, strict=True)]
@@ -91,19 +127,12 @@ def compare(
             )
     measured = distributed.on_rank_0(Measured, out)
     name = distributed.on_rank_0(device_name, device)
-    runs = [
-        _one(
-            member,
-            reference,
-            steps,
-            measured,
-            name,
-            _prefixed(on_progress, f"{member.name} ({number} of {len(members)})"),
-            say,
-        )
-        for number, (member, reference) in enumerate(zip(members, references, strict=True), 1)
-    ]
-    e, split = members[0].config.eval, references[0].manifest
+    at = Place(measured, name, members[0].config.eval.seed)
+    runs = []
+    for number, (member, reference) in enumerate(zip(members, references, strict=True), 1):
+        shown = _prefixed(on_progress, f"{member.name} ({number} of {len(members)})")
+        runs.append(_one(member, reference, steps, asked, at, shown, say))
+    e, split, size = members[0].config.eval, references[0].manifest, members[0].config.data.image_size
     return {
         "device": name,
         "versions": {"dtrain": __version__, "torch": torch.__version__},
@@ -113,6 +142,7 @@ def compare(
         "statistics": e.reference,
         "labels": e.labels,
         "timed_blocks": BLOCKS,
+        "picture": {"label": asked.label or 0, "prompt": asked.prompt, "seed": at.seed, "size": size},
         "metrics": names_of(references[0]),
         "runs": runs,
     }
@@ -122,25 +152,52 @@ def _one(
     member: Member,
     reference: Reference,
     wanted: list[int],
-    measured: Measured,
-    device: str,
+    asked: Asked,
+    at: Place,
     on_progress: OnProgress,
     say: Say,
 ) -> dict[str, Any]:
-    choices, refused = steps_of(member.config, wanted)
+    config = member.config
+    choices, refused = steps_of(config, wanted)
     lines = {
         line["setting"]["steps"]: line
-        for line in sweep(member.run, member.config, {"steps": choices}, on_progress, _about(member, say))
+        for line in sweep(member.run, config, {"steps": choices}, on_progress, _about(member, say))
     }
-    own = lines.get(member.config.eval.steps)
+    own = lines.get(config.eval.steps)
     if own is None:
         raise UserError(f"{member.name} gives samples that are not finite at its own settings; leave it out")
-    speeds = _speeds(member, reference, lines, measured, device, on_progress)
+
+    @cache
+    def generator() -> Generator:
+        """A collective; of the weights that the distances are of."""
+        return open_generator(member.run, config, distributed.device(), own["step"]).generator
+
+    def timed(steps: int, on_progress: OnProgress) -> Callable[[], dict[str, Any]]:
+        opened, setting = generator(), configured(config, {"steps": steps})
+        return lambda: asdict(measure(opened, setting, reference, on_progress))
+
+    def drawn(steps: int, on_progress: OnProgress) -> Callable[[], dict[str, Any]]:
+        opened = generator()
+
+        def alone() -> dict[str, Any]:
+            if not warm:
+                draw(opened, config, reference, asked, min(columns), at.seed)
+                warm.append(True)
+            found = draw(opened, config, reference, asked, steps, at.seed)
+            on_progress(1, 1, "pictures")
+            return found
+
+        return alone
+
+    speeds = at.all({s: at.key("speed", line["key"], BLOCKS) for s, line in lines.items()}, timed, on_progress)
+    columns, warm = steps_of(config, list(asked.steps))[0], []
+    of_picture = own["key"], asked.label, asked.prompt, at.seed
+    pictures = at.all({s: at.key("picture", *of_picture, s) for s in columns}, drawn, on_progress)
     points = [
         {
             "steps": steps,
             "evaluations": speeds[steps]["evaluations"],
-            "seconds_per_thousand": Speed(**speeds[steps]).seconds_per_thousand,
+            "seconds_per_thousand": _speed(speeds[steps]).seconds_per_thousand,
             "block_seconds": speeds[steps]["block_seconds"],
             "metrics": line["metrics"],
         }
@@ -151,43 +208,20 @@ def _one(
         "path": str(member.run.path),
         "step": own["step"],
         "images": own["images"],
-        "parameters": speeds[member.config.eval.steps]["parameters"],
+        "parameters": speeds[config.eval.steps]["parameters"],
+        "classes": config.model.num_classes,
+        "words": bool(config.texts),
         "context": own["context"],
         "own": points[0],
-        "free_steps": len(choices) > 1,
         "curve": sorted(points, key=lambda point: point["evaluations"]),
         "left_out": {str(s): "its samples are not finite" for s in choices if s not in lines}
         | {str(s): why for s, why in refused.items() if len(choices) > 1},
+        "pictures": [{k: line[k] for k in ("steps", "evaluations", "seconds", "png")} for line in pictures.values()],
     }
 
 
-def _speeds(
-    member: Member,
-    reference: Reference,
-    lines: dict[int, dict[str, Any]],
-    measured: Measured,
-    device: str,
-    on_progress: OnProgress,
-) -> dict[int, dict[str, Any]]:
-    """Number of steps → the fields of its `Speed`. Rank 0 measures, and the others leave the machine to it."""
-    keys = {steps: _key("speed", line["key"], device, torch.__version__, BLOCKS) for steps, line in lines.items()}
-    found = distributed.on_rank_0(lambda: {steps: measured.find(key) for steps, key in keys.items()})
-    missing = [steps for steps, line in found.items() if line is None]
-    if missing:
-        step = next(iter(lines.values()))["step"]
-        generator = open_generator(member.run, member.config, distributed.device(), step).generator
-    for number, steps in enumerate(missing):
-        at = configured(member.config, {"steps": steps})
-
-        def of_all(done: int, of: int, what: str | None = None, number: int = number, steps: int = steps) -> None:
-            on_progress(number * of + done, len(missing) * of, f"timing steps {steps}")
-
-        def timed(at=at, of_all=of_all, steps=steps) -> dict[str, Any]:
-            return measured.keep(keys[steps], asdict(measure(generator, at, reference, of_all)))
-
-        found[steps] = distributed.on_rank_0(timed)
-    fields = Speed.__dataclass_fields__
-    return {steps: {name: line[name] for name in fields} for steps, line in found.items()}
+def _speed(line: dict[str, Any]) -> Speed:
+    return Speed(**{name: line[name] for name in Speed.__dataclass_fields__})
 
 
 def seen_by(config: Config, reference: Reference) -> dict[str, Any]:
@@ -232,7 +266,3 @@ def _prefixed(on_progress: OnProgress, name: str) -> OnProgress:
 
 def _about(member: Member, say: Say) -> Say:
     return lambda line: say(line and f"{member.name}: {line}")
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

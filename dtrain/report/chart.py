@@ -49,6 +49,8 @@ class Chart:
     x_ends: tuple[float, float] | None = None  # of the x axis; default: what the points need
     wide: bool = False
     zero: bool = False  # the axis begins at 0
+    log_x: bool = False  # of x above 0
+    log_y: bool = False  # however near the values are
 
     def html(self) -> str:
         """A <figure>; nothing where no series has a point, and numbers where none has a second one."""
@@ -62,10 +64,12 @@ class Chart:
         def place(x: float, y: float) -> tuple[float, float]:
             """On the canvas, y downwards."""
             low, high = (math.log(v) for v in y_range) if log else y_range
+            left, right = (math.log(v) for v in x_range) if self.log_x else x_range
             value = math.log(max(y, y_range[0])) if log else y
-            return 1000 * (x - x_range[0]) / (x_range[1] - x_range[0]), 1000 * (1 - (value - low) / (high - low))
+            across = (math.log(x) if self.log_x else x) - left
+            return 1000 * across / (right - left), 1000 * (1 - (value - low) / (high - low))
 
-        x_ticks = (time_ticks if self.time else ticks)(*x_range)
+        x_ticks = (log_ticks if self.log_x else time_ticks if self.time else ticks)(*x_range)
         y_ticks = log_ticks(*y_range) if log else ticks(*y_range, most=5)
         lines = [f'<path class="grid" d="M0 {place(x_range[0], t)[1]:.1f}H1000"/>' for t in y_ticks]
         lines += [f'<path class="grid" d="M{place(t, y_range[1])[0]:.1f} 0V1000"/>' for t in x_ticks]
@@ -85,8 +89,8 @@ class Chart:
             f'<div class="frame"><div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
             f'aria-label="{escaped(said)}"><title>{escaped(said)}</title>{"".join(lines)}{drawn}</svg>'
             f'{"".join(y_labels)}{"".join(x_labels)}<i class="cursor"></i><div class="tip"></div></div></div>'
-            f'<p class="axis">{escaped(self.x_name)}</p>{_legend(series)}{self._note()}'
-            f'<script type="application/json">{_data(series, x_range)}</script></figure>'
+            f'<p class="axis">{escaped(self.x_name)}{" · logarithmic" if self.log_x else ""}</p>{_legend(series)}'
+            f'{self._note()}<script type="application/json">{_data(series, x_range, self.log_x)}</script></figure>'
         )
 
     def _numbers(self, series: list[Series]) -> str:
@@ -114,13 +118,16 @@ class Chart:
         xs = [p.x for p in points]
         ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
         left, right = self.x_ends or (min(xs), max(xs))
-        if left == right:
+        if self.log_x:
+            left, right = left / 1.25, right * 1.25
+        elif left == right:
             left, right = left - 0.5 * (abs(left) or 1), right + 0.5 * (abs(right) or 1)
         elif 0 <= left < 0.5 * right:
             left = 0.0
         low, high = min(ys), max(ys)
         means = [p.y for p in points]
-        if not self.zero and min(means) > SMALLEST and max(means) / min(means) >= LOG_FROM:
+        wide = self.log_y or max(means) / max(min(means), SMALLEST) >= LOG_FROM
+        if not self.zero and min(means) > SMALLEST and wide:
             low = max(low, min(means) / 4)  # an interval that reaches zero has no place on this axis
             return (left, right), (low / 1.15, high * 1.15), True
         if self.zero or (0 <= low < 0.35 * high):
@@ -177,7 +184,7 @@ def _legend(series: list[Series]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _data(series: list[Series], x_range: tuple[float, float]) -> str:
+def _data(series: list[Series], x_range: tuple[float, float], log: bool) -> str:
     """Every number of the chart in full, for the script that reads them out under the pointer."""
     lines = [
         {
@@ -187,4 +194,5 @@ def _data(series: list[Series], x_range: tuple[float, float]) -> str:
         }
         for s in series
     ]
-    return json.dumps({"x": x_range, "series": lines}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    found = {"x": x_range, **({"log": True} if log else {}), "series": lines}
+    return json.dumps(found, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

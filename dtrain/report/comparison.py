@@ -8,7 +8,8 @@ from typing import Any
 from dtrain.credentials import masked
 from dtrain.errors import UserError
 from dtrain.files import replacing
-from dtrain.report.chart import line_of
+from dtrain.report import triangle
+from dtrain.report.chart import DASHES, Chart, Point, Series, line_of
 from dtrain.report.markup import details, escaped, table
 from dtrain.report.numbers import count, duration, short
 from dtrain.report.page import document
@@ -17,6 +18,7 @@ from dtrain.tracking import energy
 
 PAGE, NUMBERS = "comparison.html", "comparison.json"
 ALWAYS = ("sampler", "steps", "guidance", "ema", "precision", "batch_size", "seed")  # settings that are shown anyhow
+SMALL = 64  # pixels a side of a picture that is shown enlarged, its pixels as squares
 HIGHER, LOWER = max, min
 
 
@@ -44,7 +46,7 @@ def write(found: dict[str, Any], out: Path) -> tuple[Path, Path]:
     page, numbers = out / PAGE, out / NUMBERS
     try:
         with replacing(numbers) as f:
-            f.write(json.dumps(masked(found), indent=1).encode() + b"\n")
+            f.write(json.dumps(masked(_without_pictures(found)), indent=1).encode() + b"\n")
         with replacing(page) as f:
             f.write(html(found).encode(errors="replace"))
     except OSError as e:
@@ -60,6 +62,9 @@ def html(found: dict[str, Any]) -> str:
     title = ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
     sections = [
         ("Numbers", numbers(found)),
+        ("Triangle", triangle.html(found)),
+        ("Over network evaluations", curves(found)),
+        ("Pictures, steps and seconds", pictures(found)),
         ("What was compared", settings(found)),
     ]
     return document(f"Quality, diversity and speed: {title}", "dtrain compare", sections)
@@ -120,7 +125,7 @@ def named(run: dict, number: int) -> str:
 def _begun(run: dict) -> str:
     """A run that begins with another's weights has cost that one's training too."""
     of = run["training"]["begun_with"]
-    return f"<small> after {escaped(Path(of).name)}</small>" if of else ""
+    return f"<br><small>after {escaped(Path(of).name)}</small>" if of else ""
 
 
 def _energy(run: dict) -> str:
@@ -141,6 +146,82 @@ def _legend(found: dict) -> str:
         "estimate where it was measured. What another run took, whose weights one began with, is not in its row.",
     ]
     return "".join(f'<p class="note">{escaped(line)}</p>' for line in lines)
+
+
+def curves(found: dict[str, Any]) -> str:
+    """Distance and recall over network evaluations, a line a run; nothing where no run has more than one point."""
+    metrics, several = found["metrics"], any(len(run["curve"]) > 1 for run in found["runs"])
+
+    def line(number: int, run: dict, metric: str) -> Series:
+        points = [
+            Point(
+                point["evaluations"],
+                point["metrics"][metric],
+                label=f"{point['steps']:,} steps, {short(point['seconds_per_thousand'])} s a thousand",
+            )
+            for point in run["curve"]
+        ]
+        return Series(run["name"], points, line_of(number)[0], number % DASHES, dots=True)
+
+    charts = [
+        Chart(
+            metrics[name],
+            [line(number, run, metrics[name]) for number, run in enumerate(found["runs"])],
+            x_name="network evaluations an image",
+            y_name="lower is better" if name == "fd" else "higher is better",
+            log_x=True,
+            log_y=name == "fd",
+        ).html()
+        for name in ("fd", "recall")
+    ]
+    note = (
+        "Each run at several numbers of its sampler's steps, all else as it is; one whose steps are not free is a dot."
+    )
+    return f'<div class="charts">{"".join(charts)}</div><p class="note">{note}</p>' if several else ""
+
+
+def pictures(found: dict[str, Any]) -> str:
+    """A row a run, a column a number of steps; below each picture its steps and seconds."""
+    others = sorted({one["steps"] for run in found["runs"] for one in run["pictures"][1:]})
+    rows, size = [], found["picture"]["size"]
+    for number, run in enumerate(found["runs"]):
+        by_steps = {one["steps"]: one for one in run["pictures"]}
+        cells = [
+            _picture(run, run["pictures"][0], size),
+            *(_picture(run, by_steps[s], size) if s in by_steps else "–" for s in others),
+        ]
+        rows.append([named(run, number), *cells])
+    head = ["", "its own steps", *(f"{steps:,} steps" for steps in others)]
+    asked = found["picture"]
+    what = [
+        f"class {asked['label']}" if any(run["classes"] for run in found["runs"]) else "",
+        (f"“{asked['prompt']}”" if asked["prompt"] else "the first held-out caption")
+        if any(run["words"] for run in found["runs"])
+        else "",
+    ]
+    note = (
+        f"{', '.join(filter(None, what)) or 'A sample'} from the same noise (seed {asked['seed']}) in every column. "
+        f"Seconds are of this picture drawn alone, on {found['device']}; a thousand drawn together take less each."
+    )
+    return f'{table(head, rows, "pictures")}<p class="note">{escaped(note[0].upper() + note[1:])}</p>'
+
+
+def _picture(run: dict, one: dict, size: int) -> str:
+    steps = f"{one['steps']:,} step{'' if one['steps'] == 1 else 's'}"
+    kind = ' class="small"' if size <= SMALL else ""
+    return (
+        f'<figure><img{kind} src="data:image/png;base64,{one["png"]}" alt="{escaped(run["name"])}, {steps}">'
+        f"<figcaption>{steps}<br>{short(one['seconds'])} s</figcaption></figure>"
+    )
+
+
+def _without_pictures(found: dict[str, Any]) -> dict[str, Any]:
+    """As numbers: steps and seconds of the pictures stay."""
+    runs = [
+        run | {"pictures": [{k: v for k, v in one.items() if k != "png"} for one in run["pictures"]]}
+        for run in found["runs"]
+    ]
+    return found | {"runs": runs}
 
 
 def settings(found: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ const make = (tag, text, parent) => { const e = document.createElement(tag); e.t
 for (const chart of document.querySelectorAll(".chart")) {
   const data = JSON.parse(chart.querySelector("script").textContent);
   const plot = chart.querySelector(".plot"), tip = chart.querySelector(".tip"), cursor = chart.querySelector(".cursor");
-  const off = new Set();
+  const off = new Set(), on = data.log ? Math.log : (x) => x;
+  const left0 = on(data.x[0]), span = on(data.x[1]) - left0;
   for (const key of chart.querySelectorAll("button.key")) key.addEventListener("click", () => {
     const i = key.dataset.series, hidden = !off.has(i);
     hidden ? off.add(i) : off.delete(i);
@@ -14,21 +15,21 @@ for (const chart of document.querySelectorAll(".chart")) {
   });
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
-    const x = data.x[0] + (event.clientX - box.left) / box.width * (data.x[1] - data.x[0]);
+    const x = left0 + (event.clientX - box.left) / box.width * span;
     let nearest = null;
     const found = [];
     data.series.forEach((s, i) => {
       if (off.has(String(i))) return;
-      const point = s.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+      const point = s.points.reduce((a, b) => Math.abs(on(b[0]) - x) < Math.abs(on(a[0]) - x) ? b : a);
       found.push([s, point]);
-      if (nearest === null || Math.abs(point[0] - x) < Math.abs(nearest - x)) nearest = point[0];
+      if (nearest === null || Math.abs(on(point[0]) - x) < Math.abs(nearest - x)) nearest = on(point[0]);
     });
     if (nearest === null) return;
-    const left = (nearest - data.x[0]) / (data.x[1] - data.x[0]) * box.width;
+    const left = (nearest - left0) / span * box.width;
     cursor.style.cssText = `display:block;left:${left}px`;
     tip.replaceChildren();
     for (const [s, [px, y, low, high, label]] of found) {
-      if (Math.abs(px - nearest) > 0.02 * (data.x[1] - data.x[0])) continue;
+      if (Math.abs(on(px) - nearest) > 0.02 * span) continue;
       const line = make("div", "", tip);
       make("i", "", line).style.setProperty("--c", `var(--${s.colour})`);
       const spread = low === null ? "" : ` (${number(low)} – ${number(high)})`;

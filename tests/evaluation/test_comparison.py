@@ -39,24 +39,24 @@ def _train(configs):
 
 
 def _counting(pause, *arguments):
-    """(exit code, what was written, blocks drawn) of a command."""
+    """(exit code, what was written, blocks drawn, whether pictures were drawn) of a command."""
     drawn, draw = [], Generator.draw
 
     def counted(self, ids, labels, how, *more, **named):
-        drawn.append(ids[0])
+        drawn.append(len(ids))
         time.sleep(pause)
         return draw(self, ids, labels, how, *more, **named)
 
     Generator.draw = counted
     code, text = command(*arguments)
-    return code, text, len(drawn)
+    return code, text, len([n for n in drawn if n > 1]), 1 in drawn  # how often depends on the machine's speed
 
 
 def compared(runs, *options, world_size=1, pause=0.0) -> tuple[dict, int]:
     """(the numbers, blocks drawn on all ranks)."""
-    told = run_ranks(_counting, world_size, pause, "compare", *runs, *options)
-    assert [code for code, _, _ in told] == [0] * world_size, told
-    return numbers(runs), sum(drawn for _, _, drawn in told)
+    told = run_ranks(_counting, world_size, pause, "compare", *runs, "--picture-steps", "own", *options)
+    assert [code for code, *_ in told] == [0] * world_size, told
+    return numbers(runs), sum(drawn for _, _, drawn, _ in told)
 
 
 def numbers(runs) -> dict:
@@ -120,7 +120,9 @@ def test_two_ranks_give_the_numbers_of_one(runs, found, tmp_path):
     twos, drawn = compared(there, "--steps", "2,4,60", world_size=2)
     for own, expected in zip(metrics_of(twos), metrics_of(found[0]), strict=True):
         assert own == pytest.approx(expected, rel=1e-9)  # moments of two ranks are added in another order
-    assert drawn == 6 * 8  # each block of samples on one of the ranks, and times on rank 0 alone
+    assert drawn == found[1]  # each block of samples on one of the ranks, and times on rank 0 alone
+    for own, expected in zip(twos["runs"], found[0]["runs"], strict=True):
+        assert [one["steps"] for one in own["pictures"]] == [one["steps"] for one in expected["pictures"]]
 
 
 def test_a_killed_comparison_goes_on_and_its_page_stays_until_the_new_one_is_whole(runs, tmp_path):
@@ -131,7 +133,7 @@ def test_a_killed_comparison_goes_on_and_its_page_stays_until_the_new_one_is_who
     page, measured = (tmp_path / "out" / name for name in ("comparison.html", "measured.jsonl"))
     page.parent.mkdir()
     page.write_text("of before")
-    options = ("--steps", "own", "--out", page.parent)
+    options = ("--steps", "own", "--picture-steps", "own", "--out", page.parent)
     ((process, _),) = start_ranks(_counting, 1, 0.02, "compare", *there, *options)
     end = time.monotonic() + 60
     while not measured.exists():  # the first run is done
@@ -142,13 +144,13 @@ def test_a_killed_comparison_goes_on_and_its_page_stays_until_the_new_one_is_who
     assert page.read_text() == "of before"
     with open(measured, "a") as f:
         f.write('{"key": "torn')
-    ((code, text, drawn),) = run_ranks(_counting, 1, 0.0, "compare", *there, *options)
+    ((code, text, drawn, _),) = run_ranks(_counting, 1, 0.0, "compare", *there, *options)
     assert code == 0, text
-    assert drawn <= 8  # of the second run's 4 blocks of samples some were kept
+    assert drawn <= 4 + 4  # of the second run: of samples, some of which were kept, and of times
     assert f"open {page}" in text
     assert "<table" in page.read_text()
     lines = measured.read_text().splitlines()
-    assert len([line for line in lines if line.endswith("}")]) == 2
+    assert len({json.loads(line)["key"] for line in lines if line.endswith("}")}) == 4  # times and a picture a run
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(digits, runs, tmp_path):
@@ -180,5 +182,41 @@ def test_what_cannot_be_compared_is_refused_in_one_line(digits, runs, tmp_path):
     assert failing("compare", *runs, "--steps", "2,x").startswith("--steps 2,x: numbers of steps such as 1,2,4")
     assert failing("compare", chain, tmp_path / "none").startswith("no run at ")
     assert not (tmp_path / "large" / "sweep.jsonl").exists()
+    assert failing("compare", *runs, "--label", 10) == "--label 10: the model of chain has 10 classes, counted from 0"
+    assert failing("compare", *runs, "--prompt", "x").startswith("--prompt 'x': none of these runs is told in words")
     (tmp_path / "file").write_text("")
     assert failing("compare", *runs, "--out", tmp_path / "file", "--steps", "own").startswith("cannot write ")
+
+
+def test_pictures_are_those_of_sampling_with_the_same_noise_in_every_column(runs, tmp_path):
+    """Drawn by hand from the checkpoint, at each number of steps that a run can take; another start draws none anew."""
+    options = ("--steps", "own", "--picture-steps", "2,60", "--label", 3, "--out", tmp_path)
+    for expected in (True, False):
+        ((code, text, _, pictures),) = run_ranks(_counting, 1, 0.0, "compare", *runs, *options)
+        assert code == 0, text
+        assert pictures == expected
+    page = (tmp_path / "comparison.html").read_text()
+    for run, steps in zip(runs, ([5, 2], [4, 2, 60]), strict=True):
+        ((pictures, levels),) = run_ranks(_by_hand, 1, run, steps, 3)
+        for png in pictures:
+            assert f'src="data:image/png;base64,{png}"' in page
+        assert len(set(levels)) == len(steps)
+    assert page.count("data:image/png") == 5  # the chain takes no 60 steps of 50
+
+
+def _by_hand(run, steps, label):
+    import torch
+
+    from dtrain.evaluation.combinations import configured
+    from dtrain.evaluation.comparison_pictures import png
+    from dtrain.evaluation.generate import GRID_IDS
+    from dtrain.evaluation.opened import open_generator
+    from dtrain.run import RunDirectory
+
+    directory = RunDirectory(run)
+    config = directory.config()
+    generator = open_generator(directory, config, torch.device("cpu")).generator
+    images = [
+        generator.draw([GRID_IDS], torch.tensor([label]), configured(config, {"steps": s}).eval)[0] for s in steps
+    ]
+    return [png(image) for image in images], [image.sum().item() for image in images]

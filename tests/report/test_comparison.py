@@ -1,0 +1,146 @@
+"""The page of a comparison: its table, the geometry of its triangle, and nothing that comes from elsewhere."""
+
+import math
+import re
+
+import pytest
+
+from dtrain.report import comparison, triangle
+from dtrain.report.triangle import CENTRE, RADIUS, WORST, Axis
+from tests.report.made import Page
+
+METRICS = {name: f"{name}_pixels" for name in ("fd", "precision", "recall", "density", "coverage")}
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # one pixel
+
+
+def point(steps: int, evaluations: float, seconds: float, fd: float, recall: float) -> dict:
+    metrics = {METRICS["fd"]: fd, METRICS["recall"]: recall, METRICS["precision"]: 0.5}
+    metrics |= {METRICS["density"]: 1.25, METRICS["coverage"]: 0.75}
+    return {"steps": steps, "evaluations": evaluations, "seconds_per_thousand": seconds, "metrics": metrics}
+
+
+def run(name: str, own: dict, *others: dict, energy=None, begun_with=None, **settings) -> dict:
+    context = {"sampler": "ddim", "steps": own["steps"], "guidance": 1.0, "ema": "ema_0", "seed": 0} | settings
+    pictures = [{"steps": p["steps"], "evaluations": p["evaluations"], "seconds": 0.25, "png": DOT} for p in (own,)]
+    pictures += [{"steps": p["steps"], "evaluations": p["evaluations"], "seconds": 1.5, "png": DOT} for p in others]
+    training = {"images": 1000, "seconds": 61.0, "energy_watt_hours": energy, "begun_with": begun_with}
+    return {
+        **{"name": name, "path": f"runs/{name}", "step": 10, "images": 1000, "parameters": 725_000, "own": own},
+        **{"curve": sorted([own, *others], key=lambda p: p["evaluations"]), "context": context, "training": training},
+        **{"process": "flow", "classes": 10, "words": False, "pictures": pictures, "left_out": {"999": "too many"}},
+    }
+
+
+@pytest.fixture
+def found():
+    slow = run("slow <b>", point(50, 50, 20.0, 0.5, 0.8), point(5, 5, 2.0, 1.0, 0.4), energy={"gpu_energy": 12.5})
+    quick = run("quick", point(1, 1, 0.2, 2.0, 0.2), begun_with="runs/slow", sampler="euler")
+    worse = run("worse", point(2, 2, 0.4, 2.5, 0.1))
+    return {
+        **{"device": "a device", "versions": {"dtrain": "1", "torch": "2"}, "n": 48, "features": "pixels"},
+        **{"held_out": {"path": "h/manifest.json", "hash": "f" * 64, "samples": 360}, "statistics": None},
+        **{"labels": "data", "timed_blocks": 3, "metrics": METRICS, "runs": [slow, quick, worse]},
+        "picture": {"label": 3, "prompt": None, "seed": 7, "size": 8},
+    }
+
+
+def cells(html: str) -> list[list[str]]:
+    """The words of each row of the first table."""
+    rows = re.findall(r"<tr>(.*?)</tr>", html.partition("</table>")[0], re.S)
+    strip = lambda cell: re.sub(r"<[^>]+>", " ", cell).strip()  # noqa: E731
+    return [[strip(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)] for row in rows]
+
+
+def test_the_table_has_every_number_and_marks_the_best(found):
+    html = comparison.numbers(found)
+    head, *rows = cells(html)
+    assert [re.sub(r"\s+", " ", name) for name in head] == [
+        *("run", "fd_pixels", "precision", "recall", "density", "coverage", "evaluations an image"),
+        *("seconds a thousand", "parameters", "training images", "training time", "energy"),
+    ]
+    assert head.index("recall") == head.index("precision") + 1
+    assert rows[0][:8] == ["slow &lt;b&gt;", "0.5", "0.5", "0.8", "1.25", "0.75", "50", "20"]
+    assert rows[0][8:] == ["725k", "1,000", "1 min 1 s", "12.5 Wh  estimated"]
+    assert rows[1][9].split() == ["1,000", "after", "slow"]
+    assert rows[1][11] == "not measured"
+    best = re.findall(r'<b><span title="([^"]+)">', html)
+    assert best == ["0.5", "0.5", "0.8", "0.75", "0.5", "0.75", "1", "0.2", "0.5", "0.75"]
+
+
+def test_a_corner_is_the_best_and_the_worst_lies_a_quarter_out():
+    axis = Axis("quality", "fd", 0, best=0.5, worst=8.0)
+    assert axis.share(0.5) == 1
+    assert axis.share(8.0) == pytest.approx(WORST)
+    assert axis.share(2.0) == pytest.approx((1 + WORST) / 2)  # the geometric mean of the two lies half-way
+    assert Axis("quality", "fd", 0, best=2.0, worst=2.0).share(2.0) == 1
+    recall = Axis("diversity", "recall", -120)
+    assert [recall.share(v) for v in (0.0, 0.3, 1.0)] == [0.0, 0.3, 1.0]
+    places = [Axis("", "", angle).place(1) for angle in (0, 120, -120)]
+    assert places[0] == pytest.approx((CENTRE[0], CENTRE[1] - RADIUS))
+    sides = [math.dist(places[i], places[i - 1]) for i in range(3)]
+    assert sides == pytest.approx([RADIUS * math.sqrt(3)] * 3)
+    assert places[1][0] > CENTRE[0] > places[2][0]
+    for tick in axis.ticks():
+        assert WORST <= axis.share(tick) <= 1
+
+
+def test_the_lines_of_the_triangle_go_through_the_values(found):
+    html = triangle.html(found)
+    lines = re.findall(r'<path class="line" d="M([\d.L ]+)Z"', html)
+    spots = [[tuple(map(float, spot.split())) for spot in line.split("L")] for line in lines]
+    shares = [[math.dist(spot, CENTRE) / RADIUS for spot in three] for three in spots]  # quality, diversity, speed
+    speed = 1 - (1 - WORST) * math.log(0.4 / 0.2) / math.log(20 / 0.2)
+    quality = 1 - (1 - WORST) * math.log(2 / 0.5) / math.log(2.5 / 0.5)
+    assert shares[0] == pytest.approx([1, 0.8, WORST], abs=1e-3)
+    assert shares[1] == pytest.approx([quality, 0.2, 1], abs=1e-3)
+    assert shares[2] == pytest.approx([WORST, 0.1, speed], abs=1e-3)
+    assert len(set(re.findall(r'<path class="mark" d="M0 0([^"]+)"', html))) == 3  # a shape a run
+    assert "worse is better in none of the three than quick." in html
+    text = Page(f"<main>{html}</main>").text
+    for words in (
+        "quality",
+        "fd_pixels",
+        "diversity",
+        "recall",
+        "speed",
+        "seconds a thousand",
+        "logarithmic",
+        "linear",
+    ):
+        assert words in text
+    found["runs"][2]["own"]["metrics"][METRICS["fd"]] = 0.0
+    assert triangle.html(found) == ""  # no logarithm
+
+
+def test_the_page_holds_all_and_needs_nothing_else(found, tmp_path):
+    page, numbers = comparison.write(found, tmp_path)
+    read = Page(page.read_text())
+    assert [name for _, name in re.findall(r"<(h2)>(.*?)</h2>", read.source)] == [
+        *("Numbers", "Triangle", "Over network evaluations", "Pictures, steps and seconds", "What was compared")
+    ]
+    assert "://" not in read.source
+    assert all((a.get("src") or "data:").startswith("data:") for _, a in read.tags)
+    assert read.points("fd_pixels") == {
+        "slow <b>": [
+            [5, 1.0, None, None, "5 steps, 2 s a thousand"],
+            [50, 0.5, None, None, "50 steps, 20 s a thousand"],
+        ],
+        "quick": [[1, 2.0, None, None, "1 steps, 0.2 s a thousand"]],
+        "worse": [[2, 2.5, None, None, "2 steps, 0.4 s a thousand"]],
+    }
+    assert read.charts["fd_pixels"]["log"] is True
+    assert [p[1] for p in read.points("recall_pixels")["slow <b>"]] == [0.4, 0.8]
+    alts = [a["alt"] for tag, a in read.tags if tag == "img"]
+    assert alts == ["slow <b>, 50 steps", "slow <b>, 5 steps", "quick, 1 step", "worse, 2 steps"]
+    for words in ("a device", "h/manifest.json", "euler", "Class 3", "seed 7", "50 steps", "too many", "torch 2"):
+        assert words in read.text
+    assert "png" not in numbers.read_text()
+    assert '"seconds": 1.5' in numbers.read_text()
+
+
+def test_evaluations_lie_on_logarithmic_axes(found):
+    html = comparison.curves(found)
+    (dots,) = re.findall(r'data-series="0".*?class="dots" d="M([\d.]+) ([\d.]+)h.01M([\d.]+) ([\d.]+)h', html)[:1]
+    x = [float(dots[0]), float(dots[2])]
+    low, high = math.log(1 / 1.25), math.log(50 * 1.25)
+    assert x == pytest.approx([1000 * (math.log(v) - low) / (high - low) for v in (5, 50)], abs=0.06)
