@@ -1,6 +1,8 @@
 # make setup   Python's packages into .venv; then, in each shell:  . .venv/bin/activate
 # make demo    set up, pack digits, train on 2 CPU ranks (all GPUs where there are any), evaluate, say what to open
 #              make demo OVERRIDES="train.steps=300": the same with other keys of its config
+# make trilemma  train a DiT, flows, GANs and a VAE on digits, and compare them by quality, diversity and speed; a run that
+#              is finished stays as it is. OVERRIDES as above; PAIRS=2000 draws fewer of the pairs that the second flow needs
 # make test    set up, lint, run the whole test suite;   make campaigns: the long ones
 # make chaos   half an hour of kills, damage and starvation against a small job; the report is tests/chaos.md
 # make test-slurm    trainings on a real SLURM of two nodes, started on this machine (root; Debian: slurm-wlm munge)
@@ -12,15 +14,33 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # make's own PATH ends with it: the shell that it was called from finds no dtrain before this.
 activation = [ "$$VIRTUAL_ENV" = "$(CURDIR)/.venv" ] || echo "type this first, in each shell:  . .venv/bin/activate"
 
-.PHONY: setup demo test test-slurm campaigns chaos lint clean
+# Those of which there is a config, in this order: the second flow trains on what the first one draws.
+TRILEMMA := dit flow reflow meanflow ddgan gan vae
+KINDS := $(patsubst configs/digits-%.yaml,%,$(wildcard $(TRILEMMA:%=configs/digits-%.yaml)))
+PAIRS ?= 20000
+train := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) deepspeed --quiet --num_accelerators $(ACCELERATORS) launch/train.py
+
+.PHONY: setup demo trilemma test test-slurm campaigns chaos lint clean
 
 setup: .venv/ready
 	@$(activation)
 
 demo: .venv/ready
 	dtrain pack sklearn:digits data/digits --holdout 360
-	$(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) deepspeed --quiet --num_accelerators $(ACCELERATORS) \
-		launch/train.py configs/digits-dit.yaml $(OVERRIDES)
+	$(train) configs/digits-dit.yaml $(OVERRIDES)
+	@$(activation)
+
+trilemma: .venv/ready
+	dtrain pack sklearn:digits data/digits --holdout 360
+	@for kind in $(KINDS); do \
+		run=$$(echo digits-$$kind | sed 's/-dit$$//'); \
+		if grep -qs '"finished"' runs/$$run/outcome.json; then echo "runs/$$run is finished and stays"; continue; fi; \
+		if [ $$kind = reflow ]; then \
+			dtrain pairs digits-flow data/digits-pairs -n $(PAIRS) --sampler heun --steps 25 || exit; fi; \
+		echo "$(train) configs/digits-$$kind.yaml $(OVERRIDES)"; \
+		$(train) configs/digits-$$kind.yaml $(OVERRIDES) || exit; \
+	done
+	dtrain compare $(patsubst digits-dit,digits,$(KINDS:%=digits-%)) --n 2000 --features pixels --out runs/trilemma
 	@$(activation)
 
 # Passive: a thread that waits leaves its core to another test.

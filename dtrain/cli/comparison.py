@@ -24,6 +24,12 @@ def steps_in(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def compared_by(config, chosen: dict):
+    """The run's config with the `eval` that it is compared by: of an autoencoder new pictures."""
+    images = {} if config.objective.diffuses else {"images": "prior"}
+    return with_eval(config, chosen | images, raw=False)
+
+
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, or names under runs/")],
     n: NumSamples = None,
@@ -55,17 +61,22 @@ def compare(
     wanted, columns = steps_in(steps, "--steps"), steps_in(picture_steps, "--picture-steps")
     chosen = {"n": n, "features": features, "weights": weights, "resize": resize, "labels": labels}
     chosen |= {"metrics": ",".join(METRICS), "bootstrap": 0}
-    members = [Member(name, run, with_eval(run.config(), chosen, raw=False)) for name, run in found]
+    members = [Member(name, run, compared_by(run.config(), chosen)) for name, run in found]
     place = out or members[0].run.path / "comparison"
     ctrl_c.at_once(nothing_drawn)
     distributed.prepare()
     distributed.initialize()
     from dtrain.evaluation import comparison
     from dtrain.evaluation.comparison_pictures import Asked
+    from dtrain.evaluation.requirements import about_prior
     from dtrain.report import comparison as pages
+    from dtrain.tracking.tracker import ship_comparison
 
     asked = Asked(tuple(columns), label, prompt)
 
+    for member in members:
+        if member.config.eval.images == "prior" and (about := about_prior(member.config)):
+            say_on_rank_0(f"{member.name}: {about}")
     ctrl_c.kept(lambda: f"what is computed is kept in the runs and in {place}; go on with: {this_command()}")
     with progress("comparing") as on_progress:
         measured = comparison.compare(members, wanted, place, asked, on_progress, say_on_rank_0)
@@ -75,6 +86,8 @@ def compare(
         page, numbers = pages.write(whole, place)
         say(pages.in_words(whole))
         say(f"numbers: {numbers}")
+        if unsent := ship_comparison([member.run for member in members], *pages.for_mlflow(whole), [page, numbers]):
+            say(unsent)
         say(f"open {page}")
 
     distributed.on_rank_0(conclude)

@@ -211,6 +211,7 @@ def _one(
         "parameters": speeds[config.eval.steps]["parameters"],
         "classes": config.model.num_classes,
         "words": bool(config.texts),
+        "walks": "steps" in own["context"],  # else one network's answer is the sample, and steps are nobody's
         "context": own["context"],
         "own": points[0],
         "curve": sorted(points, key=lambda point: point["evaluations"]),

@@ -10,7 +10,7 @@ from dtrain.errors import UserError
 from dtrain.files import replacing
 from dtrain.report import triangle
 from dtrain.report.chart import DASHES, Chart, Point, Series, line_of
-from dtrain.report.markup import details, escaped, table
+from dtrain.report.markup import details, escaped, plural, table
 from dtrain.report.numbers import count, duration, short
 from dtrain.report.page import document
 from dtrain.report.runs import Run
@@ -68,6 +68,25 @@ def html(found: dict[str, Any]) -> str:
         ("What was compared", settings(found)),
     ]
     return document(f"Quality, diversity and speed: {title}", "dtrain compare", sections)
+
+
+def for_mlflow(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[dict, list]]]:
+    """(params, of each run its numbers and those at each number of network evaluations)."""
+    params = {key: found[key] for key in ("device", "n", "features", "labels")}
+    params |= {"held_out": found["held_out"]["hash"], **found["versions"]}
+    runs = {}
+    for run in found["runs"]:
+        own, training = run["own"], run["training"]
+        numbers = own["metrics"] | {name: own[name] for name in ("evaluations", "seconds_per_thousand")}
+        numbers |= {"parameters": run["parameters"], "training_images": run["images"]}
+        numbers |= {"training_seconds": training["seconds"], **(training["energy_watt_hours"] or {})}
+        over = [
+            (round(p["evaluations"]), p["metrics"] | {"seconds_per_thousand": p["seconds_per_thousand"]})
+            for p in run["curve"]
+        ]
+        runs[run["name"]] = numbers, over
+        params[f"{run['name']}.steps"], params[f"{run['name']}.checkpoint"] = own["steps"], run["step"]
+    return params, runs
 
 
 def numbers(found: dict[str, Any]) -> str:
@@ -157,7 +176,7 @@ def curves(found: dict[str, Any]) -> str:
             Point(
                 point["evaluations"],
                 point["metrics"][metric],
-                label=f"{point['steps']:,} steps, {short(point['seconds_per_thousand'])} s a thousand",
+                label=f"{_taken(run, point)}, {short(point['seconds_per_thousand'])} s a thousand",
             )
             for point in run["curve"]
         ]
@@ -207,12 +226,16 @@ def pictures(found: dict[str, Any]) -> str:
 
 
 def _picture(run: dict, one: dict, size: int) -> str:
-    steps = f"{one['steps']:,} step{'' if one['steps'] == 1 else 's'}"
+    steps = _taken(run, one)
     kind = ' class="small"' if size <= SMALL else ""
     return (
         f'<figure><img{kind} src="data:image/png;base64,{one["png"]}" alt="{escaped(run["name"])}, {steps}">'
         f"<figcaption>{steps}<br>{short(one['seconds'])} s</figcaption></figure>"
     )
+
+
+def _taken(run: dict, one: dict) -> str:
+    return plural(one["steps"], "step") if run["walks"] else "no steps"
 
 
 def _without_pictures(found: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ for what rank 0 cannot know; on each node how busy it is."""
 import json
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 from dtrain import distributed
@@ -16,7 +17,7 @@ from dtrain.tracking.history import KEPT, History
 from dtrain.tracking.journal import evaluation_journal, last_line, outline
 from dtrain.tracking.lines import parse
 from dtrain.tracking.metadata import datasets, params, reference, tags
-from dtrain.tracking.mlflow import Destination, Shipper, tracking_uri
+from dtrain.tracking.mlflow import Destination, Shipper, send_comparison, tracking_uri
 from dtrain.tracking.mlflow import sync as sync_journal
 from dtrain.tracking.patience import PatientJournal
 from dtrain.tracking.provenance import provenance
@@ -162,6 +163,29 @@ def ship(run: RunDirectory) -> str | None:
         return None
     try:
         sync(run)
+    except UserError as e:
+        return str(e)
+    return None
+
+
+def ship_comparison(
+    members: list[RunDirectory],
+    params: dict[str, Any],
+    runs: dict[str, tuple[dict[str, float], list[tuple[int, dict[str, float]]]]],
+    files: list[Path],
+) -> str | None:
+    """Send a comparison of runs to where the first of them is tracked; what to tell the user if that fails.
+
+    runs, files: as `send_comparison` takes them. One whose first run is not tracked goes nowhere.
+    """
+    config = members[0].config()
+    if not config.tracking.enabled:
+        return None
+    keys = [run_key(outline(run.journal_file)) or run.path.name for run in members]
+    try:
+        send_comparison(
+            tracking_uri(members[0], config.tracking), config.tracking.experiment, keys, params, runs, files
+        )
     except UserError as e:
         return str(e)
     return None

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.evaluation.comparable import METRICS
+from dtrain.cli.comparison import steps_in
+from dtrain.errors import UserError
+from dtrain.evaluation.comparable import METRICS, Member, check_comparable, named
+from dtrain.evaluation.comparison_pictures import Asked, check_asked
 from dtrain.evaluation.generate import Generator
+from dtrain.run import RunDirectory
 from tests.command_line import command, failing
 from tests.digits import tiny
 from tests.ranks import run_ranks, start_ranks
@@ -169,7 +173,13 @@ def test_what_cannot_be_compared_is_refused_in_one_line(digits, runs, tmp_path):
         config = tiny(digits, tmp_path, *FEW, f"run.name={name}", *overrides)
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(config.dump())
-    said = {name: failing("compare", chain, tmp_path / name) for name in other}
+    first = Member("chain", RunDirectory(chain), RunDirectory(chain).config())
+    said = {}
+    for name in other:
+        run = RunDirectory(tmp_path / name)
+        with pytest.raises(UserError) as told:
+            check_comparable([first, Member(name, run, run.config())])
+        said[name] = str(told.value)
     begin = {name: f"{name} cannot be compared with chain: its " for name in other}
     assert all(line.startswith(begin[name]) for name, line in said.items()), said
     assert "images have 16 × 16 × 1, the other's 8 × 8 × 1" in said["large"]
@@ -177,13 +187,17 @@ def test_what_cannot_be_compared_is_refused_in_one_line(digits, runs, tmp_path):
     assert said["many"].endswith("number of samples is 49, the other's 48; name it for all with --n")
     assert "eval.labels is uniform, the other's data" in said["uniform"]
     assert said["features"].endswith("the other's pixels; name them for all with --features")
-    assert failing("compare", chain).startswith("a comparison is of two runs or more")
-    assert failing("compare", chain, chain).startswith("a comparison is of two runs or more")
-    assert failing("compare", *runs, "--steps", "2,x").startswith("--steps 2,x: numbers of steps such as 1,2,4")
-    assert failing("compare", chain, tmp_path / "none").startswith("no run at ")
+    assert failing("compare", chain, tmp_path / "large", world_size=2) == said["large"]
     assert not (tmp_path / "large" / "sweep.jsonl").exists()
+    with pytest.raises(UserError, match="a comparison is of two runs or more"):
+        named([chain, chain])
+    with pytest.raises(UserError, match="no run at "):
+        named([chain, str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"--steps 2,x: numbers of steps such as 1,2,4"):
+        steps_in("2,x", "--steps")
     assert failing("compare", *runs, "--label", 10) == "--label 10: the model of chain has 10 classes, counted from 0"
-    assert failing("compare", *runs, "--prompt", "x").startswith("--prompt 'x': none of these runs is told in words")
+    with pytest.raises(UserError, match="--prompt 'x': none of these runs is told in words"):
+        check_asked(Asked(prompt="x"), [first])
     (tmp_path / "file").write_text("")
     assert failing("compare", *runs, "--out", tmp_path / "file", "--steps", "own").startswith("cannot write ")
 

@@ -12,14 +12,26 @@ is asked. What is left when the run ends is shipped by `sync`.
     event "system", context {"node": "0", "sample": 7}            system/0/<metric>, at step 7
     event "checkpoint"                                            also a logged model, with the metrics of its step
     event "sweep"                                                 a child run of the run's sweep
+    `dtrain compare`                                              a run of its own (comparisons.py)
     any other event                                               <event>/<metric>
 Files that an event's context names as `artifact` or `artifacts` (relative to the run directory) are uploaded under the
 same path; the picture of an evaluation as an image of its step.
 """
 
 from dtrain.tracking.mlflow.address import default_uri, tracking_uri
+from dtrain.tracking.mlflow.comparisons import send_comparison
 from dtrain.tracking.mlflow.link import curves_link, problem, server_command
 from dtrain.tracking.mlflow.run import Destination
 from dtrain.tracking.mlflow.shipper import Shipper, sync
 
-__all__ = ["Destination", "Shipper", "curves_link", "default_uri", "problem", "server_command", "sync", "tracking_uri"]
+__all__ = [
+    "Destination",
+    "Shipper",
+    "curves_link",
+    "default_uri",
+    "problem",
+    "send_comparison",
+    "server_command",
+    "sync",
+    "tracking_uri",
+]
