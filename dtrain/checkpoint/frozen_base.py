@@ -170,6 +170,24 @@ def checkpoint_of(path: Path) -> Checkpoint:
         raise UserError(f"the checkpoint is damaged: {e}") from None
 
 
+def asked_alike(place: Path, config: Config) -> tuple[Checkpoint, Config]:
+    """(the newest checkpoint of a run, or the one of this folder; its config) of a model that is asked as this config's
+    is, whatever its size. Raises UserError.
+    """
+    checkpoint = checkpoint_of(place)
+    try:
+        theirs = Config(**with_earlier_values(checkpoint.meta["config"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{checkpoint.path} does not tell its config; it is no checkpoint of a run") from None
+    check_equal(_asked(theirs), _asked(config))
+    return checkpoint, theirs
+
+
+def _asked(config: Config) -> Mapping[str, Any]:
+    """Key → value of what two models must share to be asked the same."""
+    return {**meaning(config), "model.num_classes": config.model.num_classes, "the shape of x_0": list(config.shape)}
+
+
 def averaged_where_kept(checkpoint: Checkpoint) -> str:
     """The key of its first average, or of the raw weights where it has none."""
     return "ema_0" if any(name.endswith(":ema_0") for name in checkpoint.tensors) else "fp32"
@@ -186,8 +204,8 @@ def _check_same(theirs: Any, ours: Config) -> None:
 
 
 def check_equal(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises UserError with the first key that has two values."""
-    for key in sorted(there.keys() | here.keys()):
+    """Raises UserError with the first key that has two values; the process says more than its own keys."""
+    for key in sorted(there.keys() | here.keys(), key=lambda name: (name != "diffusion.process", name)):
         if there.get(key) != here.get(key):
             raise UserError(f"{key} is {there.get(key)} there, {here.get(key)} here")
 

@@ -101,7 +101,7 @@ def _show(p, nodes: int, mfu: float) -> None:
             f"{gib(f.decoding)} while it decodes one{each}"
         )
     if p.base:
-        console.print(f"the frozen base takes {gib(p.base)} GiB of each rank, and is in no checkpoint")
+        console.print(f"the frozen base or teacher takes {gib(p.base)} GiB of each rank, and is in no checkpoint")
     if p.text.weights:
         each = f"; in each step: {p.text.flops_per_image / 1e9:,.1f} GFLOPs a caption" if p.text.flops_per_image else ""
         asked = "" if p.text.in_steps else ", while prompts and held-out captions are asked for"

@@ -55,7 +55,7 @@ class Plan:
     gathered: int  # the average in a plain module, for evaluation
     evaluation: int  # all that a rank holds while it samples
     first_stage: FirstStageCost
-    base: int  # the frozen weights that the trained ones stand on, in fp32
+    base: int  # the frozen weights that the trained ones stand on, or learn from, in fp32
     text: TextCost
     checkpoint: int
     kept: int  # checkpoints on disk at once: train.keep_last and the one being written
@@ -78,7 +78,8 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     with torch.device("meta"):
         sizes = Sizes.of(allocate(config))
         controlled = Sizes.of(allocate(config.base)) if config.base_source else Sizes((), 0)
-    base = 4 * (controlled.trainable + controlled.frozen)
+    taught = config.objective.kind == "distillation"  # by a network of this size, as far as a config tells
+    base = 4 * (controlled.trainable + controlled.frozen + taught * (sizes.trainable + sizes.frozen))
     checkpointing, usable = config.train.activation_checkpointing, round(USABLE * gpu_memory * 2**30)
     deepspeed, averages = config.deepspeed, len(config.ema)
     first_stage, text = first_stage_cost(config), text_cost(config)

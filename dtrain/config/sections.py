@@ -71,6 +71,7 @@ class PartSection(IdentitySection):
     """
 
     diffuses: ClassVar[bool] = True  # of an objective: whether it draws a time and noise for each row
+    measures_levels: ClassVar[bool] = True  # of an objective: whether its loss at any level says something
 
     def fields(self, config: Any) -> list[Any]:
         """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""
@@ -84,6 +85,11 @@ class PartSection(IdentitySection):
     def file_of_weights(self) -> str | None:
         """Of a frozen network that an objective computes with; None where it has none of the user's."""
         return None
+
+    @property
+    def further_forwards(self) -> int:
+        """Of an objective: forwards of each row in training without a gradient, beside those of the process."""
+        return 0
 
     def network(self, width: int) -> Any | None:
         """The part of the backbone that makes a vector (N, width) of a condition; None where it has none."""

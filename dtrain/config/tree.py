@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dtrain.config import coupling, mean_flow, on_base, samplers
+from dtrain.config import coupling, distillation, mean_flow, on_base, samplers
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
@@ -18,6 +18,8 @@ from dtrain.config.parts import KL, Denoising, Pixels
 from dtrain.config.run import Run, Tracking
 from dtrain.config.sections import IdentitySection, Section
 from dtrain.config.training import DeepSpeed, Optim, Train
+
+OBJECTIVES = {"denoising": Denoising, "autoencoding": Autoencoding, "distillation": distillation.Distillation}
 
 
 def _process_of(diffusion: Any) -> str:
@@ -49,9 +51,7 @@ class Config(Section):
         Discriminator(_process_of),
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
-    objective: Annotated[Section, Chosen("objective", {"denoising": Denoising, "autoencoding": Autoencoding})] = (
-        Denoising()
-    )
+    objective: Annotated[Section, Chosen("objective", OBJECTIVES)] = Denoising()
     """what training descends"""
     optim: Optim = Optim()
     """AdamW, or Muon beside it"""
@@ -109,6 +109,8 @@ class Config(Section):
         coupling.check(self)
         if self.diffusion.process == "meanflow":
             mean_flow.check(self)
+        if self.objective.kind == "distillation":
+            distillation.check(self)
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
             self._uncertainty_fits()
         if self.optim.name == "muon":

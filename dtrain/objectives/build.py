@@ -11,6 +11,7 @@ from dtrain.diffusion.times import LogitNormal, One, SecondMoment, Uniform
 from dtrain.errors import UserError
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.distillation import Distillation, Read
 from dtrain.objectives.gamma import GammaDenoising
 from dtrain.objectives.mean_flow import BuiltIn, MeanVelocity
 from dtrain.objectives.objective import Objective
@@ -19,15 +20,17 @@ from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound, beginning
 
 
-def build(config: Config) -> Objective:
+def build(config: Config, read_teacher: Read | None = None) -> Objective:
     """What the `objective` section names; denoising by the `diffusion` section.
 
-    Raises UserError for a schedule that cannot be.
+    read_teacher: of a distillation, for a training. Raises UserError for a schedule that cannot be.
     """
     objective = config.objective
-    if objective.kind == "denoising":
+    if objective.kind in ("denoising", "distillation"):
         decoder = "continuous" if config.first_stage.is_continuous else "discretised"
-        return denoising(config.diffusion, decoder, build_conditions(config).null)
+        null = build_conditions(config).null
+        made = denoising(config.diffusion, decoder, null)
+        return made if objective.kind == "denoising" else Distillation(made, objective, null, read_teacher)
     if objective.kind == "autoencoding":
         width = config.model.width * config.model.multipliers[0]
         return Autoencoding(objective, config.data.channels, width, config.optim)

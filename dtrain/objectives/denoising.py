@@ -67,7 +67,7 @@ class Denoising(Objective):
         if self.loss == "vlb":
             losses = process.schedule.timesteps * likelihood.term(process, output, x0, x_t, t)
         else:
-            losses = self._simple(output, x0, noise, t)
+            losses = self.simple(output, x0, noise, t)
         if self.loss == "hybrid":
             prediction, channels = process.split(output)
             detached = torch.cat([prediction.detach(), channels], dim=1)
@@ -75,7 +75,8 @@ class Denoising(Objective):
             losses = losses + HYBRID * bound
         return losses
 
-    def _simple(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def simple(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The loss `simple` (N,) of the network's output at x_t = α_t x_0 + σ_t ε, at the process' own times t (N,)."""
         process = self.process
         prediction, _ = process.split(output)
         losses = process.error(prediction, x0, noise, t).square().flatten(1).mean(1)

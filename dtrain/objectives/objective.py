@@ -40,6 +40,13 @@ class Held(NamedTuple):
     weights: Callable[[], Mapping[str, Tensor]]
 
 
+class Frozen(NamedTuple):
+    """A network that stands whole beside the players on each rank, and the fingerprint of its weights."""
+
+    network: nn.Module
+    fingerprint: str
+
+
 class Turn(NamedTuple):
     """One optimizer's part of a step. networks: by name, those that it moves and those of them that are only `held`:
     computed with, and partitioned at stage 3, as the others are.

@@ -65,6 +65,8 @@ def warnings(config: Config) -> list[str]:
             )
     if line := about_prior(config):
         lines.append(line)
+    if config.objective.kind == "distillation":
+        lines += about_distillation(config)
     end, images = config.optim.decay_end, steps * config.data.batch_size
     if end is not None and images > end:
         lines.append(
@@ -72,6 +74,19 @@ def warnings(config: Config) -> list[str]:
             "(train.steps × data.batch_size)"
         )
     return [*lines, *about_names(config)] if config.eval.every else lines
+
+
+def about_distillation(config: Config) -> list[str]:
+    """What a student is seldom meant to be."""
+    lines, taught, e = [], config.objective.steps, config.eval
+    if not config.run.init_from:
+        lines.append(
+            f"run.init_from is not set: the network begins with random weights, where run.init_from="
+            f"{config.objective.teacher} begins as its teacher"
+        )
+    if e.every and e.steps != taught:
+        lines.append(f"eval.steps {e.steps}: the network is taught a walk of {taught} steps (objective.steps)")
+    return lines
 
 
 def about_pictures(data: Data, num_classes: int, manifest: manifests.Manifest) -> list[str]:
@@ -128,6 +143,10 @@ def check_inputs(config: Config, manifest: manifests.Manifest) -> list[str]:
             check_encoder(f"conditions.{name}.width", section.width, section.encoder)
     if config.base_source:
         check_base(config)
+    if config.objective.kind == "distillation":
+        from dtrain.checkpoint.teacher import check_teacher  # it needs torch
+
+        check_teacher(config)
     check_fields(config, manifest)
     for key, weights in config.weight_files.items():
         if not os.path.isfile(weights):

@@ -151,7 +151,8 @@ class Evaluation:
         generator = distributed.agree(generator_of, model, objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
-        if config.objective.diffuses and not config.is_coupled:  # whose pictures come with noise of their own
+        has_noise = config.is_coupled  # of its own, which held-out pictures have not
+        if config.objective.diffuses and config.objective.measures_levels and not has_noise:
             held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
             levels = losses_by_level(generator, objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.

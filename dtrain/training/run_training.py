@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 from dtrain import distributed, faults
+from dtrain.checkpoint import teacher
 from dtrain.config import Config
 from dtrain.data import shared_memory
 from dtrain.data.order.names import SampleNames
@@ -70,7 +71,7 @@ def train(config: Config) -> Outcome:
 
     stop = StopRequest(run.stop_file if rank == 0 else None, ends, partial(leave_terminal, run.logs))
     stop.listen()
-    objective = build_objective(config)
+    objective = build_objective(config, teacher.reader(config))
     feed = Feed(config, manifest)
     names = SampleNames(config.data, config.run.seed, manifest)
     bad_steps = BadSteps(config.train, config.data.batch_size, names, tracker, list(objective.turns))

@@ -83,7 +83,8 @@ def training_flops(config: Config) -> int:
         forward = typical_forward(model.eval(), config, 1, training=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
-    further = config.diffusion.further_forwards if config.objective.diffuses else 0
+    further = config.objective.further_forwards
+    further += config.diffusion.further_forwards if config.objective.diffuses else 0
     return (1 + BACKWARD + further) * counter.get_total_flops()
 
 

@@ -21,7 +21,7 @@ from dtrain.first_stage.requirements import encoder_of, normalisation
 # Where the same thing may lie elsewhere on another node. What lies there is compared by its content.
 PLACES = ("data.shards", "data.manifest", "data.mix", "data.holdout", "data.holdout_shards", "data.cache_dir")
 PLACES += ("run.init_from", "eval.weights", "eval.reference", "first_stage.source", "first_stage.statistics")
-PLACES += ("objective.perceptual.file", "diffusion.perceptual.file")
+PLACES += ("objective.perceptual.file", "diffusion.perceptual.file", "objective.teacher")
 _GLANCE = 1 << 20  # bytes at both ends of a file of weights that stand for it
 
 
