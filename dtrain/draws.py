@@ -39,6 +39,10 @@ class Purpose(IntEnum):
     VALIDATION_TIME = 24
     OTHER_TIME = 25
     SPAN = 26
+    LATENT = 27
+    STEP_NOISE = 28
+    REVERSE_NOISE = 29
+    SAMPLE_LATENT = 30
 
 
 _LAWS = {"uniform": ("float64", 0.5), "stratified": ("float64", 0.5), "normal": ("float32", 0.0), "word": ("int64", 0)}

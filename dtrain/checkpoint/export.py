@@ -132,6 +132,11 @@ def export(
         raise UserError(
             f"--format {format} has no place for MeanFlow, whose model is told two times; take --format safetensors"
         )
+    if config.diffusion.process == "ddgan" and config.objective.diffuses and format != "safetensors":
+        raise UserError(
+            f"--format {format} has no place for a denoising GAN, whose model is told random numbers beside its "
+            "timestep; take --format safetensors"
+        )
     if config.diffusion.process == "vdm" and config.objective.diffuses and format != "safetensors":
         raise UserError(
             f"--format {format} has no place for variational diffusion, whose model is told its own γ instead of a "

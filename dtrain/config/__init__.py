@@ -8,7 +8,7 @@ Unknown keys are refused with the nearest known one. `${NAME}` in a string is th
 from dtrain.config.averages import EMAProfile
 from dtrain.config.conditions import Text
 from dtrain.config.data import ArrayField, Data, Source
-from dtrain.config.diffusion import EDM, Flow, Gaussian, MeanFlow, Variational
+from dtrain.config.diffusion import EDM, DenoisingGAN, Flow, Gaussian, MeanFlow, Variational
 from dtrain.config.earlier import with_earlier_values
 from dtrain.config.evaluation import FEATURES, SAMPLERS, Eval, Sampling
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
@@ -27,6 +27,7 @@ __all__ = [
     "Config",
     "Data",
     "DeepSpeed",
+    "DenoisingGAN",
     "DiT",
     "EMAProfile",
     "Eval",

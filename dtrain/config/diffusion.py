@@ -1,4 +1,4 @@
-"""The `diffusion` section: a Gaussian process, a flow, MeanFlow, EDM or variational diffusion.
+"""The `diffusion` section: a Gaussian process, a flow, MeanFlow, EDM, variational diffusion or a denoising GAN.
 
 A string below a key says what the key does.
 """
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dtrain.config.critics import Critic
 from dtrain.config.perceptual import Perceptual
 from dtrain.config.sections import IdentitySection, NonNegative, NonNegativeFloat, Positive, Probability
 from dtrain.draws import Draw, Purpose
@@ -20,8 +21,8 @@ class _Process(IdentitySection):
     stratified: bool = False
     """spread the times of a global batch evenly"""
 
-    def draws(self) -> list[Draw]:
-        """Random numbers of each row beside its time and noise."""
+    def draws(self, shape: tuple[int, int, int]) -> list[Draw]:
+        """Random numbers of each row beside its time and noise, of x_0 of this shape."""
         return []
 
     @property
@@ -208,7 +209,7 @@ class MeanFlow(_Process):
                 raise ValueError(f"{key} {value} has no effect with guidance 1; take guidance 2, or leave it out")
         return self
 
-    def draws(self) -> list[Draw]:
+    def draws(self, shape: tuple[int, int, int]) -> list[Draw]:
         return [Draw("other_time", Purpose.OTHER_TIME, "uniform"), Draw("span", Purpose.SPAN, "uniform")]
 
     @property
@@ -269,3 +270,29 @@ class Variational(_Process):
                 "learned; take schedule learned, or leave it out"
             )
         return self
+
+
+class DenoisingGAN(_Process):
+    process: Literal["ddgan"]
+    """a short chain whose network draws x_0 against a critic (denoising diffusion GAN); of one timestep, a GAN"""
+    label_dropout: Probability = 0.0
+    """share of the images trained without their label; nothing here needs it"""
+    timesteps: Annotated[int, Field(ge=1, le=8)] = 4
+    """T, steps of a sample; 1: a GAN, whose network sees noise alone"""
+    latent: Positive = 100
+    """numbers beside x_t, standard normal, that a sample of x_0 is made of"""
+    r1: NonNegativeFloat = 0.02
+    """weight of the critic's squared slope at data; the critic is at ZeRO stage 2 at most while it is above 0"""
+    r1_every: Positive = 15
+    """steps from one such penalty to the next"""
+    critic: Critic = Critic()
+    """the network that tells data from samples"""
+
+    def draws(self, shape: tuple[int, int, int]) -> list[Draw]:
+        pictures = {"step_noise": Purpose.STEP_NOISE, "reverse_noise": Purpose.REVERSE_NOISE}
+        found = [Draw(name, purpose, "normal", shape) for name, purpose in pictures.items()]
+        return [Draw("latent", Purpose.LATENT, "normal", (self.latent,)), *found]
+
+    @property
+    def further_forwards(self) -> int:
+        return 1

@@ -1,6 +1,6 @@
 """The `objective` section of a distillation, and what it can be combined with (Salimans & Ho 2022)."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from dtrain.config.evaluation import BOUNDS, DENSITIES
 from dtrain.config.sections import NonNegativeFloat, PartSection, Place, Positive
@@ -17,7 +17,6 @@ class Distillation(PartSection):
     """of the teacher, learned with its steps: samples are then drawn without; 1: none"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the teacher, whatever deepspeed.precision is"""
-    measures_levels: ClassVar[bool] = False
 
     def identity_keys(self) -> list[str]:
         """Where the teacher lies may change; what it is is held by its fingerprint."""

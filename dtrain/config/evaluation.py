@@ -36,7 +36,7 @@ OF_WHAT_IS_ASKED = {"clip_score": "clip_model", "agreement": "classifier"}  # of
 # Sampler → the processes that it walks; plug-ins bring further ones (`dtrain/plugins.py`).
 SAMPLERS = {
     "ddim": ("gaussian", "edm", "vdm"),
-    "ancestral": ("gaussian", "vdm"),
+    "ancestral": ("gaussian", "vdm", "ddgan"),
     "dpmpp_2m": ("gaussian", "edm", "vdm"),
     "dpmpp_3m": ("gaussian", "edm", "vdm"),
     "euler": ("flow", "meanflow", "edm"),
@@ -48,6 +48,7 @@ OWN_DEFAULT = {
     "flow": "euler",
     "meanflow": "euler",
     "edm": "heun",
+    "ddgan": "ancestral",
 }  # process → the sampler that a config of it means unless it says so
 
 

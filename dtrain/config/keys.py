@@ -86,7 +86,7 @@ def _keys(section: type[BaseModel], prefix: str, of: str | None) -> Iterator[Key
         key, inner = f"{prefix}{name}", sections_of_field(field)
         if not prefix and not inner:
             continue  # a section that plug-ins alone fill
-        if not inner or (prefix and get_origin(field.annotation)):  # data.mix and data.arrays are keys themselves
+        if not inner or prefix:  # a section within a section, such as data.mix, is a key itself
             yield Key(key, of, _type(schema[name]), _default(field), about[name])
         place = {list: "[].", dict: ".NAME."}.get(get_origin(field.annotation), ".")
         for tag, one in inner.items():
@@ -94,7 +94,7 @@ def _keys(section: type[BaseModel], prefix: str, of: str | None) -> Iterator[Key
 
 
 def _default(field: Any) -> str | None:
-    if field.default_factory is not None:
+    if field.default_factory is not None or isinstance(field.default, BaseModel):
         return "see below"
     if field.default is PydanticUndefined:
         return None

@@ -71,7 +71,6 @@ class PartSection(IdentitySection):
     """
 
     diffuses: ClassVar[bool] = True  # of an objective: whether it draws a time and noise for each row
-    measures_levels: ClassVar[bool] = True  # of an objective: whether its loss at any level says something
 
     def fields(self, config: Any) -> list[Any]:
         """Files of each sample beside the picture: `dtrain.data.fields.field.Field`s."""

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dtrain.config import coupling, distillation, mean_flow, on_base, samplers
+from dtrain.config import coupling, denoising_gan, distillation, mean_flow, on_base, samplers
 from dtrain.config.autoencoding import Autoencoding
 from dtrain.config.averages import EMAProfile
 from dtrain.config.chosen import Chosen
 from dtrain.config.conditions import Picture, Text
 from dtrain.config.data import Data
-from dtrain.config.diffusion import EDM, Flow, Gaussian, MeanFlow, Variational
+from dtrain.config.diffusion import EDM, DenoisingGAN, Flow, Gaussian, MeanFlow, Variational
 from dtrain.config.evaluation import OWN_DEFAULT, Eval
 from dtrain.config.models import DiT, KLAutoencoder, MMDiT, UNet
 from dtrain.config.parts import KL, Denoising, Pixels
@@ -47,7 +47,8 @@ class Config(Section):
         | Annotated[Flow, Tag("flow")]
         | Annotated[MeanFlow, Tag("meanflow")]
         | Annotated[EDM, Tag("edm")]
-        | Annotated[Variational, Tag("vdm")],
+        | Annotated[Variational, Tag("vdm")]
+        | Annotated[DenoisingGAN, Tag("ddgan")],
         Discriminator(_process_of),
     ] = Gaussian()
     """how images become noise, and what the network learns of it"""
@@ -69,11 +70,17 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _sampler_of_the_process(cls, tree: Any) -> Any:
-        """The default sampler is the process' own, so that `diffusion.process: flow` alone is a whole choice."""
+        """The default sampler is the process' own, so that `diffusion.process: flow` alone is a whole choice.
+
+        A denoising GAN has as many steps as timesteps.
+        """
         if isinstance(tree, dict) and isinstance(tree.get("diffusion"), dict):
-            own, sampling = OWN_DEFAULT.get(str(_process_of(tree["diffusion"]))), tree.get("eval") or {}
-            if own is not None and isinstance(sampling, dict):
-                return tree | {"eval": {"sampler": own} | sampling}
+            process, sampling = str(_process_of(tree["diffusion"])), tree.get("eval") or {}
+            own = {"sampler": OWN_DEFAULT[process]} if process in OWN_DEFAULT else {}
+            if process == "ddgan":
+                own["steps"] = tree["diffusion"].get("timesteps", DenoisingGAN.model_fields["timesteps"].default)
+            if own and isinstance(sampling, dict):
+                return tree | {"eval": own | sampling}
         return tree
 
     @model_validator(mode="after")
@@ -109,6 +116,8 @@ class Config(Section):
         coupling.check(self)
         if self.diffusion.process == "meanflow":
             mean_flow.check(self)
+        if self.diffusion.process == "ddgan":
+            denoising_gan.check(self)
         if self.objective.kind == "distillation":
             distillation.check(self)
         if getattr(self.diffusion, "uncertainty", "none") == "learned":
@@ -307,4 +316,6 @@ def architecture(config: Config) -> dict[str, Any]:
     }
     if config.diffusion.process == "meanflow":
         keys["diffusion.process"] = "meanflow"  # whose model is told two times
+    if config.diffusion.process == "ddgan":
+        keys["diffusion.latent"] = config.diffusion.latent
     return keys | model.architecture(config.shape[1])

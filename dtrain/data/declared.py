@@ -56,7 +56,7 @@ def declared(config: Config) -> Declared:
             fields += [NoiseOfKey("noise", config.shape), Drawn("drawn", config.shape)]
         else:
             draws.append(Draw("noise", Purpose.NOISE, "normal", config.shape))
-        draws += diffusion.draws()
+        draws += diffusion.draws(config.shape)
     if config.model.num_classes:
         fields.append(Label("label", config.model.num_classes))
         draws.append(Draw("drop", Purpose.LABEL_DROP, "uniform"))

@@ -1,8 +1,10 @@
 """The diffusion process a configuration asks for."""
 
 from dtrain.config import EDM as EDMSection
+from dtrain.config import DenoisingGAN as DenoisingGANSection
 from dtrain.config import Flow, Gaussian, Variational
 from dtrain.config import MeanFlow as MeanFlowSection
+from dtrain.diffusion.denoising_gan import DenoisingGAN, chain_of
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion
@@ -15,7 +17,8 @@ Process = GaussianDiffusion | RectifiedFlow | EDM | VariationalDiffusion
 
 
 def build(
-    config: Gaussian | Flow | MeanFlowSection | EDMSection | Variational, decoder: str = "discretised"
+    config: Gaussian | Flow | MeanFlowSection | EDMSection | Variational | DenoisingGANSection,
+    decoder: str = "discretised",
 ) -> Process:
     """The process of the `diffusion` section. Raises UserError for a schedule that cannot be.
 
@@ -26,6 +29,8 @@ def build(
         return VariationalDiffusion(config.gamma_min, config.gamma_max, config.timesteps, of_levels)
     if config.process == "meanflow":
         return MeanFlow()
+    if config.process == "ddgan":
+        return DenoisingGAN(chain_of(config.timesteps), latent=config.latent)
     if config.process == "flow":
         return RectifiedFlow(config.time_scale, config.prediction, config.least_time)
     if config.process == "edm":

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from dtrain.conditions.build import NOTHING, Conditions, Said
 from dtrain.conditions.build import build as build_conditions
 from dtrain.config import Config, Eval
 from dtrain.device_draws import normals_on
+from dtrain.diffusion.denoising_gan import DenoisingGAN
 from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.guidance import guided
 from dtrain.diffusion.projection import projection
@@ -128,7 +130,10 @@ class Generator:
         """
         faults.at("eval:draw")
         normals = self.normals(how.seed, ids)
-        denoiser = self.denoiser(self.condition(ids, labels, said), how, on_evaluation)
+        latents = None
+        if isinstance(self.process, DenoisingGAN):
+            latents = partial(normals, Purpose.SAMPLE_LATENT, shape=(self.process.latent,))
+        denoiser = self.denoiser(self.condition(ids, labels, said), how, on_evaluation, latents)
         last = None if start is None else start.last(how.steps)
         first = times(self.process, how.sampler, how.steps, how.spacing, last)[0]
         x_T = self._noise(normals(Purpose.SAMPLE_NOISE), first, start)
@@ -171,23 +176,33 @@ class Generator:
         return self.process.noise(normals, first).to(normals.dtype)
 
     def normals(self, seed: int, ids: Sequence[int]) -> Callable[..., torch.Tensor]:
-        """(purpose, sub=0) → standard normals of these ids, float32 (n, C, H, W) on the model's device."""
+        """(purpose, sub=0, shape=(C, H, W)) → standard normals of these ids, float32 (n, *shape), on its device."""
         draws, keys = Draws(seed, self.noise), torch.tensor(ids, device=self.device)
 
-        def drawn(purpose: Purpose, sub: int = 0) -> torch.Tensor:
-            return normals_on(draws, purpose, keys, self.shape, sub)
+        def drawn(purpose: Purpose, sub: int = 0, shape: tuple[int, ...] = self.shape) -> torch.Tensor:
+            return normals_on(draws, purpose, keys, shape, sub)
 
         return drawn
 
-    def denoiser(self, condition: Condition, how: Eval, on_evaluation: Callable[[], None] = lambda: None) -> Denoiser:
+    def denoiser(
+        self,
+        condition: Condition,
+        how: Eval,
+        on_evaluation: Callable[[], None] = lambda: None,
+        latents: Callable[[int], torch.Tensor] | None = None,
+    ) -> Denoiser:
         """What a sampler asks for rows of this condition: the model's output with guidance and precision as `how` says.
 
-        on_evaluation: called each time that the model has answered.
+        on_evaluation: called each time that the model has answered. latents: z (n, Z) of each call, counted from 0, for
+        a `DenoisingGAN`.
         """
         self.model.eval()
         model, condition = self._guided(how), self.conditions.as_sampled(condition, how)
+        calls = count()
 
         def answered(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            if latents is not None:
+                t = self.process.told(t, latents(next(calls)))
             answer = model(x_t, t, **condition)
             on_evaluation()
             return answer

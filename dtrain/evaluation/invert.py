@@ -54,12 +54,14 @@ class Inversion:
 def settings_of_inversion(diffusion: Gaussian | Flow | EDM | Variational) -> dict:
     """The `eval` keys that an inversion decides itself: the walk that can be reversed, and no guidance.
 
-    Raises UserError for gamma noise.
+    Raises UserError for gamma noise and for a denoising GAN.
     """
     if getattr(diffusion, "noise", "normal") == "gamma":
         raise UserError(
             "a run with diffusion.noise gamma inverts no pictures: what is walked backwards is the ODE of normal noise"
         )
+    if diffusion.process == "ddgan":
+        raise UserError("a run with diffusion.process ddgan inverts no pictures: each of its steps draws anew")
     euler = diffusion.process in ("flow", "meanflow")
     without_noise = {"eta": 0.0, "churn": 0.0, "churn_min": 0.0, "churn_max": 0.0, "churn_noise": 1.0}
     return {"sampler": "euler" if euler else "ddim", **without_noise, "clip": False, "guidance": 1.0}

@@ -1,7 +1,10 @@
 """The backbone a configuration asks for."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtrain import config as configuration
 from dtrain.config import Config, Section, Text
@@ -10,7 +13,7 @@ from dtrain.models.adapted import Adapted, adapted_layers
 from dtrain.models.control import Controlled, DiTCopy, UNetCopy
 from dtrain.models.dit import DiT
 from dtrain.models.kl_autoencoder import KLAutoencoder
-from dtrain.models.layers import SpanEmbedder, initialize
+from dtrain.models.layers import LatentEmbedder, SpanEmbedder, initialize, xavier_uniform
 from dtrain.models.mmdit import MMDiT
 from dtrain.models.text import TextNetwork, TokenEncoder
 from dtrain.models.unet import UNet
@@ -62,10 +65,25 @@ def _backbone(config: Config, kind: type | None = None, **more) -> DiT | MMDiT |
     if config.diffusion.process == "meanflow":
         own = backbone.t_embedder
         backbone.t_embedder = SpanEmbedder(backbone.condition_width, own.frequencies, own.shift)
+    if config.diffusion.process == "ddgan":
+        own, width = backbone.t_embedder, backbone.condition_width
+        backbone.t_embedder = LatentEmbedder(width, config.diffusion.latent, own.frequencies, own.shift)
+        backbone.initial_value = partial(_apart, backbone.initial_value)
     for name, section in config.conditions.items():
         if (network := _network(section, backbone.condition_width)) is not None:
             backbone.conditions[name] = network
     return backbone
+
+
+def _apart(initial_value: Callable[..., Tensor], name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """What a parameter begins as where samples must differ from the start: nothing that sees x_t or z begins as 0.
+
+    All samples of a network that began as 0 would be pulled the same way by the critic, and stay one.
+    """
+    value = initial_value(name, shape, seed)
+    if len(shape) > 1 and (name.startswith("t_embedder.latent.") or not value.any()):
+        return xavier_uniform(name, shape, seed)
+    return value
 
 
 def _network(section: Section, width: int) -> nn.Module | None:

@@ -99,6 +99,17 @@ class SpanEmbedder(TimestepEmbedder):
         return super().forward(t[:, 0]) + self.span(t[:, 1])  # (N, D)
 
 
+class LatentEmbedder(TimestepEmbedder):
+    """A timestep and `latent` numbers (N, 1 + latent) as one vector: the sum of the time's and of a perceptron's."""
+
+    def __init__(self, width: int, latent: int, frequencies: int = 256, shift: int = 0):
+        super().__init__(width, frequencies, shift)
+        self.latent = nn.Sequential(Linear(latent, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(t[:, 0]) + self.latent(t[:, 1:].to(self.latent[0].weight.dtype))  # (N, D)
+
+
 class LabelEmbedder(nn.Module):
     """A class as a vector; the row after the classes is the null label, which stands for "no class"."""
 

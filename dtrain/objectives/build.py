@@ -11,6 +11,7 @@ from dtrain.diffusion.times import LogitNormal, One, SecondMoment, Uniform
 from dtrain.errors import UserError
 from dtrain.objectives.autoencoding import Autoencoding
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.denoising_gan import AgainstCritic
 from dtrain.objectives.distillation import Distillation, Read
 from dtrain.objectives.gamma import GammaDenoising
 from dtrain.objectives.mean_flow import BuiltIn, MeanVelocity
@@ -25,7 +26,10 @@ def build(config: Config, read_teacher: Read | None = None) -> Objective:
 
     read_teacher: of a distillation, for a training. Raises UserError for a schedule that cannot be.
     """
-    objective = config.objective
+    objective, diffusion = config.objective, config.diffusion
+    if diffusion.process == "ddgan" and objective.diffuses:
+        made = process.build(diffusion)
+        return AgainstCritic(made, diffusion, config.shape, config.model.num_classes, config.optim)
     if objective.kind in ("denoising", "distillation"):
         decoder = "continuous" if config.first_stage.is_continuous else "discretised"
         null = build_conditions(config).null

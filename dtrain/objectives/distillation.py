@@ -34,6 +34,8 @@ class Distillation(Objective):
     told where nothing is said. read: the teacher, in eval mode; None where nobody trains.
     """
 
+    validates = False  # most levels are not trained
+
     def __init__(
         self, denoising: Denoising, section: Section, null: Callable[[Condition], Condition], read: Read | None
     ):

@@ -52,15 +52,16 @@ class Turn(NamedTuple):
     computed with, and partitioned at stage 3, as the others are.
 
     optim: its settings; None: the `optim` section. averaged: whether the `ema` section's averages are kept of them.
-    lr_factors: network → factor of its learning rate, 1 for those left out. most_zero_stage: ZeRO stage at most, where
-    the loss differentiates a gradient. from_step: the run's steps before it have no such turn.
+    lr_factors: network → factor of its learning rate, 1 for those left out. differentiates: whether
+    its loss differentiates a gradient, which goes at ZeRO stage 2 at most, past the engine and uncompiled. from_step:
+    the run's steps before it have no such turn.
     """
 
     networks: tuple[str, ...]
     optim: Optim | None = None
     averaged: bool = True
     lr_factors: Mapping[str, float] = {}
-    most_zero_stage: int = 3
+    differentiates: bool = False
     held: Mapping[str, Held] = {}
     from_step: int = 0
 
@@ -73,6 +74,7 @@ class Objective:
     networks: name → what allocates it, beside the backbone; each has `initial_value(name, shape, seed)` as backbones
     have. parts: names of the further means that `losses` reports. sums: name → number of elements of the vectors that
     `losses` gives to `on_reduced`; where there are any, a step begins when the ranks have summed those of the last.
+    validates: whether there is a loss of held-out images at each place of the process (`losses_at`).
     of_process: those of `networks` that the process is made of, such as a learned schedule: whoever samples needs them.
     """
 
@@ -81,6 +83,7 @@ class Objective:
     networks: Mapping[str, Callable[[], nn.Module]] = {}
     parts: tuple[str, ...] = ()
     sums: Mapping[str, int] = {}
+    validates: bool = True
     of_process: tuple[str, ...] = ()
 
     def standing_on(self, networks: Mapping[str, nn.Module]) -> "Objective":

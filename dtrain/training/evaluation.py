@@ -152,7 +152,7 @@ class Evaluation:
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
         has_noise = config.is_coupled  # of its own, which held-out pictures have not
-        if config.objective.diffuses and config.objective.measures_levels and not has_noise:
+        if config.objective.diffuses and objective.validates and not has_noise:
             held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
             levels = losses_by_level(generator, objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.

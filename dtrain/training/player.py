@@ -52,8 +52,8 @@ class Player:
     networks: name → a function that allocates the module, its weights not yet written, whose `initial_value(name,
     shape, seed)` says what they begin as: with seed `run.seed` for the backbone, for another network with one that
     follows from `run.seed` and its name. optim, zero_stage: by default the config's. averaged: whether the EMAs of the
-    config are kept. lr_factors: network → what its learning rate is multiplied with, where it is not 1. held: of the
-    networks, those that the optimizer does not move and no checkpoint holds.
+    config are kept. lr_factors: network → what its learning rate is multiplied with, where it is not 1. differentiates:
+    as of `Turn`. held: of the networks, those that the optimizer does not move and no checkpoint holds.
 
     Raises UserError for what DeepSpeed would do silently wrong, and for weights of a held network that are another's.
     """
@@ -69,9 +69,11 @@ class Player:
         averaged: bool = True,
         lr_factors: Mapping[str, float] | None = None,
         zero_stage: int | None = None,
+        differentiates: bool = False,
         held: Mapping[str, Held] | None = None,
     ):
         optim, stage = optim or config.optim, config.deepspeed.zero_stage if zero_stage is None else zero_stage
+        stage = min(stage, 2) if differentiates else stage
         deepspeed_section = config.deepspeed.model_copy(update={"zero_stage": stage})
         config = config.model_copy(update={"optim": optim, "deepspeed": deepspeed_section})
         self.held = dict(held or {})
@@ -79,7 +81,7 @@ class Player:
         factors = dict.fromkeys(moved, 1.0) | dict(lr_factors or {})
         assert list(factors) == moved, f"{name}: {lr_factors} names other networks than {moved}"
         _refuse(config, name, list(networks))
-        self.name, self.stage, self.micro_batch = name, stage, micro_batch
+        self.name, self.stage, self.micro_batch, self._differentiates = name, stage, micro_batch, differentiates
         self.profiles = config.ema if averaged else []
         self.clip = optim.gradient_clip or NO_CLIPPING
         self.optimizer_steps = 0
@@ -135,7 +137,9 @@ class Player:
         self._refusal = Refusal(self.optimizer, self._norm)
         muon.attach(self.optimizer, self.state, optim, self.shapes)
         ema.attach(self.optimizer, self.profiles, self._refusal.refuses, self._step_of)
-        if config.train.compile == "blocks":
+        if differentiates:
+            pass  # what is compiled is not differentiated twice
+        elif config.train.compile == "blocks":
             compile_blocks(self.networks.values())
         elif config.train.compile:
             self.engine.compile()
@@ -157,16 +161,21 @@ class Player:
     def network(self, name: str) -> Callable:
         """A network's forward in this player's own turn: what descends from it goes into `backward`.
 
-        `torch.autograd.grad` of it is wrong at stages 1 and 3 now and then: take it of a detached copy, and give
-        `backward` a surrogate. Without gradient it goes past the engine and its autocast: differences would be noise.
+        `torch.autograd.grad` of what went through the engine is wrong at stages 1 and 3 now and then: take it of a
+        detached copy and give `backward` a surrogate, or say that the turn `differentiates`, which then goes past it.
+        Without gradient it goes past the engine and its autocast: differences would be noise.
         """
         assert name in self.networks, f"{name} is not a network of {self.name}"
 
         def forward(*args, **kwargs):
-            called = self.engine if torch.is_grad_enabled() else self.engine.module
-            if called is self.engine:
-                self._idle.discard(name)
-            return called(*args, **kwargs) if len(self.networks) == 1 else called(name, *args, **kwargs)
+            given = args if len(self.networks) == 1 else (name, *args)
+            if not torch.is_grad_enabled():
+                return self.engine.module(*given, **kwargs)
+            self._idle.discard(name)
+            if not self._differentiates:
+                return self.engine(*given, **kwargs)
+            with torch.autocast(distributed.device().type, torch.bfloat16, enabled=self._autocast):
+                return self.engine.module(*given, **kwargs)
 
         return forward
 

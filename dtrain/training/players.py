@@ -192,7 +192,7 @@ def build(config: Config, objective: Objective, micro_batch: int) -> Players:
                 optim=turn.optim,
                 averaged=turn.averaged,
                 lr_factors=turn.lr_factors,
-                zero_stage=min(config.deepspeed.zero_stage, turn.most_zero_stage),
+                differentiates=turn.differentiates,
                 held=turn.held,
             )
             for name, turn in objective.turns.items()

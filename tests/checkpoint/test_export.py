@@ -127,6 +127,8 @@ NOT_OF_DIFFUSERS = (
     "digits-edm",
     "digits-jit",
     "digits-meanflow",
+    "digits-ddgan",
+    "digits-gan",
     "cifar10-latent",
     "cifar10-captions",
     "t2i",

@@ -15,6 +15,7 @@ CLASSES = "num_classes: 10"
 # Column → what a config says for it, beside the digits' own data. A network replaces the whole section.
 COLUMNS = {
     **{name: {"diffusion.process": name} for name in ("gaussian", "flow", "meanflow", "edm", "vdm")},
+    "ddgan": {"diffusion.process": "ddgan", "eval.steps": "4"},
     "dit": {},
     "mmdit": {
         "model": "{name: mmdit, depth: 1, width: 32, heads: 2, patch: 2, num_classes: 10}",

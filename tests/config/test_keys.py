@@ -67,7 +67,7 @@ def test_the_defaults_printed_are_those_that_a_config_gets(model, diffusion):
 def test_keys_are_found_by_section_by_whole_name_and_by_last_name():
     assert {k.name for k in find("optim")} == {k.name for k in keys() if k.name.startswith("optim.")}
     assert [k.name for k in find("data.crop")] == ["data.crop"]
-    assert [k.name for k in find("lr")] == ["objective.critic.lr", "optim.lr"]
+    assert [k.name for k in find("lr")] == ["diffusion.critic.lr", "objective.critic.lr", "optim.lr"]
     assert [(k.name, k.of) for k in find("num_classes")] == [
         ("model.num_classes", "dit"),
         ("model.num_classes", "mmdit"),
