@@ -29,30 +29,33 @@ def plan(
     peak_tflops: Annotated[
         float | None, typer.Option(min=0.001, help="of one GPU; default: an H100's in the run's precision")
     ] = None,
+    watts: Annotated[float | None, typer.Option(min=0.1, help="of one GPU under load, for the energy")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Memory at every ZeRO stage, operations, disk and hours of a run, and what to take where it does not fit.
+    """Memory at every ZeRO stage, operations, disk, hours and energy of a run, and what to take where it does not fit.
 
     Nothing is trained and no GPU is needed. Exit code 1 where the config as it is does not fit.
     """
     from dtrain import config as configuration
     from dtrain.cluster.plan import plan as make
 
-    if not math.isfinite(gpu_memory) or not math.isfinite(peak_tflops or 0):
-        raise UserError("--gpu-memory and --peak-tflops are finite numbers")
-    found = make(configuration.load(config, overrides or []), nodes, gpus_per_node, gpu_memory, mfu, peak_tflops)
+    if not all(math.isfinite(number or 0) for number in (gpu_memory, peak_tflops, watts)):
+        raise UserError("--gpu-memory, --peak-tflops and --watts are finite numbers")
+    settings = configuration.load(config, overrides or [])
+    found = make(settings, nodes, gpus_per_node, gpu_memory, mfu, peak_tflops, watts)
     if as_json:
         print(json.dumps(asdict(found)))
     else:
-        _show(found, nodes, mfu)
+        _show(found, nodes, mfu, settings.tracking.carbon_intensity)
     if not (found.fits and found.evaluation_fits):
         raise typer.Exit(DAMAGED)
 
 
-def _show(p, nodes: int, mfu: float) -> None:
+def _show(p, nodes: int, mfu: float, carbon_intensity: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dtrain.cluster.energy import said
     from dtrain.data.shared_memory import advice
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
@@ -65,6 +68,7 @@ def _show(p, nodes: int, mfu: float) -> None:
         f"{p.parameters / 1e6:,.1f} M parameters, {p.flops_per_image / 1e9:,.1f} GFLOPs an image to train{repeated}; "
         f"{p.hours:,.1f} hours on {p.gpus} GPUs at {mfu:.0%} of their peak"
     )
+    console.print(said(p.energy, p.gpus, carbon_intensity))
     console.print(
         f"checkpoints of {gib(p.checkpoint)} GiB, up to {p.kept} at once: {gib(p.kept * p.checkpoint)} GiB of disk"
     )

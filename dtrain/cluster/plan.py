@@ -14,6 +14,7 @@ from dtrain.cluster.cost import (
     sampling_bytes,
     text_cost,
 )
+from dtrain.cluster.energy import Energy, energy
 from dtrain.cluster.memory import Sizes, State
 from dtrain.config import Config, DeepSpeed
 from dtrain.data import shared_memory
@@ -62,14 +63,24 @@ class Plan:
     shared_memory: int  # of a node's /dev/shm, for batches made ahead
     shared_memory_here: int  # free on this machine
     hours: float
+    energy: Energy
     fits: bool
     evaluation_fits: bool
     recommended: list[str] = field(default_factory=list)  # overrides that fit; none where none does
 
 
-def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu: float, tflops: float | None) -> Plan:
+def plan(
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    gpu_memory: float,
+    mfu: float,
+    tflops: float | None,
+    watts: float | None = None,
+) -> Plan:
     """gpu_memory in GiB; `mfu` of `tflops` a GPU (default: PEAK_TFLOPS) is what all computing, repeated too, goes at.
 
+    watts: of one GPU, for the energy; `energy.energy` says what is taken where nobody tells them.
     Raises UserError where the batch does not divide.
     """
     gpus = nodes * gpus_per_node
@@ -119,6 +130,7 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
     # The autoencoder's operations, as so many of the network's: they may be of another precision. Words' are few.
     encoded = first_stage.flops_per_image * peak / PEAK_TFLOPS[first_stage.precision] + text.flops_per_image
     speed = gpus * mfu * 1e12 * (tflops or peak)
+    hours = images * (flops + checkpointing * repeated + encoded) / speed / 3600
     return Plan(
         parameters=sizes.trainable,
         frozen=sizes.frozen,
@@ -142,7 +154,8 @@ def plan(config: Config, nodes: int, gpus_per_node: int, gpu_memory: float, mfu:
         kept=config.train.keep_last + 1,
         shared_memory=shared_memory.of_ranks(gpus_per_node, workers, shared_memory.of_batch(config, gpus)),
         shared_memory_here=shared_memory.free(),
-        hours=images * (flops + checkpointing * repeated + encoded) / speed / 3600,
+        hours=hours,
+        energy=energy(config, gpus, hours, watts),
         fits=own.needed <= usable,
         evaluation_fits=not config.eval.every or evaluation <= usable,
         recommended=recommended(stages, gpus),

@@ -13,6 +13,7 @@ from dtrain.tracking.journal import SYSTEM, Tail
 
 POWERCAP = Path("/sys/class/powercap")
 WATT_SECONDS = 3600.0  # of a watt-hour
+POWER = "_power_usage_watts"  # what the name of a GPU's power ends in
 GPU, CPU = "gpu_energy_watt_hours", "cpu_energy_watt_hours"
 
 
@@ -84,6 +85,28 @@ def by_attempt(journal_file: Path) -> dict[int, dict[str, float]]:
     except (OSError, UserError):
         return {}
     return {attempt: own for attempt, own in found.items() if own}
+
+
+def mean_watts(journal_file: Path) -> float | None:
+    """What one GPU of the run took on average, over all nodes and attempts; None where no node could tell.
+
+    Between an attempt's first line that tells it and its last: what was before, nobody looked at.
+    """
+    watt_hours = gpu_hours = 0.0
+    try:
+        for path in beside(journal_file, SYSTEM):
+            ends: dict[int, list[dict]] = {}
+            for line in Tail(path).read():
+                if GPU in line["metrics"]:
+                    ends[line["attempt"]] = [*ends.get(line["attempt"], [])[:1], line]
+            for first, *last in ends.values():
+                for line in last:
+                    gpus = sum(key.endswith(POWER) for key in line["metrics"])
+                    watt_hours += line["metrics"][GPU] - first["metrics"][GPU]
+                    gpu_hours += gpus * (line["time"] - first["time"]) / 3600
+    except (OSError, UserError):
+        return None
+    return watt_hours / gpu_hours if gpu_hours > 0 else None
 
 
 def total(attempts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from dtrain.position import Position
-from dtrain.tracking.energy import Meter, total
+from dtrain.tracking.energy import POWER, Meter, total
 from dtrain.tracking.journal import SYSTEM, Journal, last_line
 
 MEGABYTE = 1e6
@@ -92,17 +92,30 @@ def machine(network_before, folder: Path) -> dict[str, float]:
 
 def gpus() -> dict[str, float]:
     """How busy every GPU of the node is, by nvidia-smi; none where there is no nvidia-smi."""
-    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    return parse_gpus(_asked(_QUERY))
+
+
+def _asked(query: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return parse_gpus(answer)
+        return ""
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def power_limit() -> float | None:
+    """The most watts that a GPU of this machine may take, the highest of them; None where none tells its own."""
+    told = [float(line) for line in _asked("power.limit").splitlines() if _is_number(line.strip())]
+    return max(told, default=None)
 
 
 def watts_of(found: dict[str, float]) -> float | None:
     """The power of all GPUs that tell theirs; None where none does."""
-    told = [value for name, value in found.items() if name.endswith("_power_usage_watts")]
+    told = [value for name, value in found.items() if name.endswith(POWER)]
     return sum(told) if told else None
 
 
@@ -113,7 +126,7 @@ def parse_gpus(answer: str) -> dict[str, float]:
         index, *values = (part.strip() for part in line.split(","))
         if len(values) != 4:
             continue  # of a GPU that is gone it says so in a sentence
-        busy, used, there, power = (float(v) if v.replace(".", "", 1).isdigit() else None for v in values)
+        busy, used, there, power = (float(v) if _is_number(v) else None for v in values)
         ours = {
             "utilization_percentage": busy,
             "memory_usage_megabytes": used and used * 2**20 / MEGABYTE,

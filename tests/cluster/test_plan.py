@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ from dtrain.models.build import allocate, build
 from dtrain.models.layers import Attention
 from dtrain.models.mmdit import MMDiTBlock
 from dtrain.training.record.throughput import training_flops
-from tests.command_line import command
+from tests.command_line import command, failing
 from tests.digits import CONFIG, tiny
 from tests.longer import mostly_longer
 from tests.ranks import run_ranks
@@ -259,6 +260,45 @@ def test_hours_are_operations_over_speed(digits, tmp_path):
     assert found.hours == pytest.approx(1000 * 24 * found.flops_per_image / (2 * 0.5 * 100e12) / 3600)
     again = plan(tiny(digits, tmp_path, "train.steps=1000", "train.activation_checkpointing=true"), 1, 2, 80, 0.5, 100)
     assert again.hours / found.hours == pytest.approx(1 + found.recomputed_per_image / found.flops_per_image)
+
+
+def test_the_energy_is_hours_times_gpus_times_power_of_whoever_tells_it_first(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("dtrain.cluster.energy.power_limit", lambda: 500.0)
+    config = tiny(digits, tmp_path, "train.steps=1000", "tracking.carbon_intensity=350")
+
+    def planned(*watts):
+        return plan(config, 2, 4, 80, 0.5, 1e-3, *watts)
+
+    found = planned(700.0)
+    assert (found.energy.watts, found.energy.watts_from) == (700.0, "--watts")
+    assert found.energy.kilowatt_hours == pytest.approx(0.7 * 8 * found.hours)
+    assert found.energy.kilograms == pytest.approx(0.35 * 0.7 * 8 * found.hours)
+    assert planned().energy.watts == 500.0
+    assert planned().energy.watts_from.startswith("the power limit of this machine's GPUs")
+    monkeypatch.setattr("dtrain.cluster.energy.mean_watts", lambda journal: {config.run.path: 420.0}[journal.parent])
+    assert planned().energy.kilowatt_hours == pytest.approx(0.42 * 8 * found.hours)
+    assert "took so far" in planned().energy.watts_from
+    untold = tiny(digits, tmp_path, "train.steps=1000")
+    assert plan(untold, 2, 4, 80, 0.5, 1e-3, 700.0).energy.kilograms is None
+
+
+def test_the_energy_is_called_an_estimate_with_what_it_leaves_out_or_not_known_and_how_to_tell_it(digits, tmp_path):
+    given = ["train.steps=1000", "tracking.carbon_intensity=350"]
+    (tmp_path / "tiny.yaml").write_text(tiny(digits, tmp_path, *given).dump())
+    asks = ["plan", tmp_path / "tiny.yaml", "--gpus-per-node", 4, "--peak-tflops", 0.001]
+    ((code, text),) = run_ranks(command, 1, *asks, "--json", "--watts", 700)
+    energy, hours = json.loads(text)["energy"], json.loads(text)["hours"]
+    assert (code, energy["kilowatt_hours"]) == (0, pytest.approx(0.7 * 4 * hours))
+    ((_, text),) = run_ranks(command, 1, *asks, "--watts", 700)
+    figures = (
+        f"{energy['kilowatt_hours']:,.3g} kWh, {energy['kilograms']:,.3g} kg of CO₂ at 350 g/kWh, by 4 GPUs of 700 W"
+    )
+    assert f"energy: an estimated {figures} (--watts); evaluations, CPUs, memory, network and cooling are not" in text
+    ((code, text),) = run_ranks(command, 1, *asks)
+    if not shutil.which("nvidia-smi"):
+        assert "energy: not known; tell the watts of one GPU with --watts, such as 700 of an H100 SXM" in text
+    assert code == 0
+    assert failing(*asks, "--watts", "inf") == "--gpu-memory, --peak-tflops and --watts are finite numbers"
 
 
 def test_frozen_text_encoders_are_counted_and_so_are_the_bytes_of_a_cache(tmp_path):

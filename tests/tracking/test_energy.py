@@ -1,6 +1,7 @@
 """Energy: known power integrated, counters that begin anew, nodes and attempts added up."""
 
 import itertools
+import json
 import math
 import time
 
@@ -11,10 +12,10 @@ from dtrain.report.goodput import html
 from dtrain.report.runs import Run
 from dtrain.run import RunDirectory
 from dtrain.tracking import system
-from dtrain.tracking.energy import CPU, GPU, Meter, by_attempt, said, total
+from dtrain.tracking.energy import CPU, GPU, Meter, by_attempt, mean_watts, said, total
 from dtrain.tracking.journal import Journal, Tail
 from dtrain.tracking.mlflow import default_uri
-from dtrain.tracking.system import SystemSampler, watts_of
+from dtrain.tracking.system import SystemSampler, power_limit, watts_of
 from dtrain.tracking.tracker import sync
 from tests.training.runs import copied
 
@@ -115,6 +116,38 @@ def test_nodes_and_attempts_add_up_and_are_called_an_estimate(tmp_path):
     assert said(whole, 400) == "an estimated 2.1 kWh of GPUs and 210 Wh of CPUs, 0.924 kg of CO₂ at 400 g/kWh"
     assert said({}, 400) == ""
     assert by_attempt(tmp_path / "nowhere" / "journal.jsonl") == {}
+
+
+def test_what_one_gpu_took_on_average_is_energy_over_time_and_gpus(tmp_path):
+    """Two nodes of two GPUs and of one, two attempts: 900 W·h in 3 GPU-hours, and 100 in a tenth of one."""
+    of = {0: ["gpu_0_power_usage_watts", "gpu_1_power_usage_watts"], 2: ["gpu_0_power_usage_watts"]}
+    lines = {
+        0: [(1, 100.0, 5.0), (1, 1900.0, 200.0), (1, 3700.0, 605.0), (2, 9000.0, 0.0), (2, 9180.0, 100.0)],
+        2: [(1, 0.0, 10.0), (1, 3600.0, 310.0), (2, 9000.0, 0.5)],  # one look alone says nothing
+    }
+    for rank, own in lines.items():
+        journal = Journal(tmp_path / f"system-rank-{rank}.jsonl")
+        for number, (attempt, _, taken) in enumerate(own):
+            journal.attempt = attempt
+            journal.append("system", 0, 0, dict.fromkeys(of[rank], 1.0) | {GPU: taken}, {"sample": number})
+        journal.append("system", 0, 0, {CPU: 3.0}, {"sample": 99})
+        journal.close()
+        path = tmp_path / f"system-rank-{rank}.jsonl"
+        written = [json.loads(line) for line in path.read_text().splitlines()]
+        for line, (_, moment, _) in zip(written, own, strict=False):
+            line["time"] = 1e9 + moment
+        path.write_text("".join(json.dumps(line) + "\n" for line in written))
+    assert mean_watts(tmp_path / "journal.jsonl") == pytest.approx((600 + 300 + 100) / (2 * 1 + 1 + 2 * 0.05))
+    assert mean_watts(tmp_path / "nowhere" / "journal.jsonl") is None
+
+
+def test_the_power_limit_is_the_highest_that_nvidia_smi_tells(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert power_limit() is None  # there is no nvidia-smi
+    for told, limit in (("700.00\n650.00\n", 700.0), ("[N/A]\n", None), ("No devices were found\n", None)):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{told}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert power_limit() == limit
 
 
 def test_the_power_of_a_node_is_that_of_all_its_gpus():
