@@ -297,7 +297,8 @@ def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
             return f"unknown key `{key}` {origin}; did you mean `{'.'.join([*location[:-1], near[0]])}`?"
         return f"unknown key `{key}` {origin}" + (f"; known here: {', '.join(known)}" if known else "")
     if first["type"].startswith("union_tag"):
-        kinds = {"model": "dit or unet", "diffusion": "gaussian, flow, edm or vdm"}[key]
+        *others, last = sections_of_field(Config.model_fields[key])
+        kinds = f"{', '.join(others)} or {last}"
         tag = {"model": "name", "diffusion": "process"}[key]
         if isinstance(first["input"], dict) and tag in first["input"]:
             return f"`{key}.{tag}` {origin} is {first['input'][tag]!r}: take {kinds}"
