@@ -80,8 +80,8 @@ def chain(guidance: float | str) -> Chain:
     return Chain(begun, tuple(steps))
 
 
-OF_GUIDANCE = ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with")
-OF_GUIDANCE += ("guidance_renoise", "guess_mode")  # keys of `eval` that mean nothing without guidance
+_SET = ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with")
+OF_GUIDANCE = (*_SET, "guidance_renoise", "guess_mode")  # keys of `eval` that mean nothing without guidance
 
 
 def chosen_over(own: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def check(config: Any) -> None:
             f"eval.guidance_renoise away cannot go with sampler {e.sampler}, whose steps hold a velocity, several "
             "noises or a new one; take ddim or euler"
         )
-    for key in ("negative_prompt", "guidance_orthogonal", "guidance_norm", "guidance_momentum", "guide_with"):
+    for key in _SET:
         if getattr(e, key) and not e.asked.steps:
             raise ValueError(f"eval.{key} has no effect with eval.guidance 1; take 3, or leave it out")
     if e.guidance_renoise == "away" and not e.asked.steps:
