@@ -27,10 +27,9 @@ def resampled(
     correlation 0.9 the drawn one then has 0.67 of its conditional mean, with 5 repeats 0.94, and by an ODE 0.50.
     """
     x, draw = x_T, 0
-    for t, p in solvers.steps(process, times):
+    *repeated, (last, _) = solvers.steps(process, times)
+    for t, p in repeated:
         (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(t), process.level(p)
-        if p == process.clean:
-            return predict(denoiser, process, x, t, clip)[0]
         ratio = alpha_t / alpha_p
         added = sigma_t**2 - ratio**2 * sigma_p**2  # the variance of q(x_t | x_p)
         kept = sigma_p**2 * (1 - added / sigma_t**2)
@@ -40,7 +39,7 @@ def resampled(
             x0, eps, _ = predict(denoiser, process, x, t, clip)
             x = alpha_p * x0 + math.sqrt(max(kept, 0.0)) * eps + sigma_p / sigma_t * math.sqrt(added) * step_noise(draw)
             draw += 1
-    raise AssertionError("a walk ends on clean data")
+    return predict(denoiser, process, x, last, clip)[0]
 
 
 def evaluations(steps: int, repeats: int) -> int:
