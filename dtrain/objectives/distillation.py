@@ -14,6 +14,7 @@ with which x_t = α_t x̃_0 + σ_t ε̃: of a flow that of the velocity (x_t −
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class Distillation(Objective):
         return share * first + (1 - share) * second
 
     def _answer(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._section.precision == "bf16"):
+        rounded = self._section.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16) if rounded else nullcontext():
             return self._model(x, self.process.model_time(t, x), **condition).to(x.dtype)
 
     def _of_rows(self, name: str, number: Tensor, like: Tensor) -> Tensor:

@@ -6,16 +6,22 @@ import torch
 from dtrain.batch import split
 from dtrain.conditions.classes import Classes
 from dtrain.config import load
+from dtrain.config.distillation import Distillation as Section
 from dtrain.diffusion.edm import EDM
+from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.guidance import guided
+from dtrain.diffusion.mean_flow import MeanFlow
 from dtrain.diffusion.samplers import sample
 from dtrain.diffusion.schedule import linear
-from dtrain.diffusion.times import SecondMoment
+from dtrain.diffusion.times import LogitNormal, SecondMoment
 from dtrain.diffusion.variational import VariationalDiffusion
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.distillation import Distillation
 from dtrain.objectives.gamma import GammaDenoising
+from dtrain.objectives.mean_flow import BuiltIn, MeanVelocity
+from dtrain.objectives.objective import Frozen
 from dtrain.objectives.uncertainty import UncertainDenoising
 from dtrain.objectives.variational import VariationalBound
 from dtrain.position import Position
@@ -32,7 +38,8 @@ SHAPES = [(0, "fp32"), (0, "bf16_autocast"), (1, "fp32"), (2, "fp32"), (2, "bf16
 def batch_on(device: torch.device, rows: int = 8) -> dict[str, torch.Tensor]:
     x = torch.zeros(rows, 1, 8, 8, device=device)
     time, whole = (torch.zeros(rows, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
-    return {"k": whole, "label": whole, "x_0": x, "noise": x, "time": time, "drop": time}
+    further = dict.fromkeys(("drop", "other_time", "span"), time)
+    return {"k": whole, "label": whole, "x_0": x, "noise": x, "time": time, **further}
 
 
 def add_up(objective: Denoising, device: torch.device) -> None:
@@ -51,11 +58,26 @@ def add_up(objective: Denoising, device: torch.device) -> None:
     reduction.start(Position(1, 8), seen.sum, 0.5, seen.by_level(), **none, **times, named=seen.named)
 
 
+def distilled(process) -> Distillation:
+    section = Section(kind="distillation", teacher="x", steps=4, guidance=2.0)
+    teacher = Frozen(lambda x, t, y: 0.25 * x, "its own")
+    objective = Distillation(Denoising(process), section, Classes(10, 0.1).null, lambda device: teacher)
+    objective.open(META)
+    return objective
+
+
+def guided_mean_flow() -> MeanVelocity:
+    return MeanVelocity(MeanFlow(), LogitNormal(), 0.25, "data", 1.0, BuiltIn(2.0, 0.5, 0, Classes(10, 0.1).null))
+
+
 OBJECTIVES = {
     "uniform": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0),
     "importance": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0, times=SecondMoment(50)),
     "edm, uncertain": lambda: UncertainDenoising(EDM()),
     "gamma": lambda: GammaDenoising(GammaDiffusion(linear(50))),
+    "guidance built in": guided_mean_flow,
+    "distillation of a flow": lambda: distilled(RectifiedFlow()),
+    "distillation": lambda: distilled(GaussianDiffusion(linear(50), "v")),
     "variational": lambda: VariationalBound(VariationalDiffusion(), 1.0),
     "variational chain": lambda: VariationalBound(VariationalDiffusion(timesteps=9), 1.0),
 }
