@@ -232,7 +232,8 @@ def load(
     names = class_names_of(config.data, config.model.num_classes)
     first_stage = of_checkpoint(config, meta.get("first_stage"), where)
     build_conditions(config).check(meta.get("text_encoders"))
-    return _trained(model, process, config, meta["step"], meta["images"], names, where, first_stage)
+    about = meta["step"], meta["images"], names
+    return Trained(model.to(where).eval(), process, config, *about, where, first_stage)
 
 
 def _exported(folder: Path, ema: int | None, step: int | None, device: torch.device) -> Trained:
@@ -271,8 +272,8 @@ def _exported(folder: Path, ema: int | None, step: int | None, device: torch.dev
     except RuntimeError as e:
         raise UserError(f"{folder}/{WEIGHTS} is of another model than config.json: {str(e).splitlines()[-1]}") from None
     first_stage = of_checkpoint(config, source["trained_with"], device)
-    about = source["step"], source["images"], source["class_names"]
-    return _trained(model, process, config, *about, device, first_stage)
+    about = source["step"], source["images"], names
+    return Trained(model.to(device).eval(), process, config, *about, device, first_stage)
 
 
 def _listed(places: str | Path | Iterable[str | Path] | None) -> list[str | Path]:
@@ -281,16 +282,3 @@ def _listed(places: str | Path | Iterable[str | Path] | None) -> list[str | Path
 
 def _profile(weights: str) -> int | None:
     return None if weights == "fp32" else int(weights.removeprefix("ema_")) if weights.startswith("ema_") else 0
-
-
-def _trained(
-    model,
-    process: Process | None,
-    config: Config,
-    step: int,
-    images: int,
-    names: list[str] | None,
-    device: torch.device,
-    first_stage: FirstStage,
-) -> Trained:
-    return Trained(model.to(device).eval(), process, config, step, images, names, device, first_stage)

@@ -42,7 +42,8 @@ class SystemSampler:
             self._thread.join(5.0)
 
     def _work(self) -> None:
-        before = psutil.cpu_percent(), psutil.net_io_counters()  # from here on
+        psutil.cpu_percent()  # the next call tells what was since this one
+        network = psutil.net_io_counters()
         try:
             number = _samples(self._path)
         except OSError:  # a folder or a FIFO is there: nobody waits for what a node does
@@ -59,7 +60,7 @@ class SystemSampler:
             try:
                 of_gpus = gpus()
                 taken = total([taken, meter.take(time.monotonic(), watts_of(of_gpus))])
-                metrics = machine(before[1], self._path.parent) | of_gpus | taken
+                metrics = machine(network, self._path.parent) | of_gpus | taken
                 context = self._context | {"sample": number}
                 journal.append("system", position.step, position.images, metrics, context)
             except OSError:

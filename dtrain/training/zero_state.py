@@ -4,6 +4,7 @@ A *piece* is a contiguous run of a flattened global tensor: (tensor's name, star
 pieces, whatever the stage, so nothing else needs to know the stage.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,16 +107,13 @@ class ZeroState:
     @torch.no_grad()
     def write(self, value_of: Callable[[str], torch.Tensor | None]) -> None:
         """value_of(name), a whole tensor, into every piece of that parameter's weights and averages; None leaves it."""
-        values, of = None, None
-        for piece in sorted(self.pieces(whole=True, held=True), key=lambda p: p.name.split(":")[0]):
-            name, key = piece.name.split(":")
-            if key in MOMENTS:
-                continue
-            if name != of:
-                values, of = value_of(name), name
-                values = None if values is None else values.flatten()
-            if values is not None:
-                piece.values.copy_(values[piece.start : piece.start + piece.values.numel()])
+        parameter = lambda piece: piece.name.split(":")[0]  # noqa: E731
+        written = [p for p in self.pieces(whole=True, held=True) if p.name.split(":")[1] not in MOMENTS]
+        for name, pieces in itertools.groupby(sorted(written, key=parameter), parameter):
+            if (value := value_of(name)) is not None:
+                values = value.flatten()
+                for piece in pieces:
+                    piece.values.copy_(values[piece.start : piece.start + piece.values.numel()])
 
     @torch.no_grad()
     def fill(self, checkpoint: Checkpoint, source) -> None:
