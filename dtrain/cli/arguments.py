@@ -26,7 +26,9 @@ RunName = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="DDIM steps")]
 Eta = Annotated[str | None, typer.Option(help="of ddim: 0 to 1, or sigma_hat")]
-SamplerName = Annotated[str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, dpmpp_3m, heun, euler, sde, lcm")]
+SamplerName = Annotated[
+    str | None, typer.Option(help="ddim, ancestral, dpmpp_2m, dpmpp_3m, unipc, heun, euler, sde, lcm")
+]
 Guidance = Annotated[
     str | None, typer.Option(help="1 is none; or of each condition apart, in their order: text=3,label=1.5")
 ]

@@ -39,6 +39,7 @@ SAMPLERS = {
     "ancestral": ("gaussian", "vdm", "ddgan"),
     "dpmpp_2m": ("gaussian", "edm", "vdm"),
     "dpmpp_3m": ("gaussian", "edm", "vdm"),
+    "unipc": ("gaussian", "edm", "vdm"),
     "euler": ("flow", "meanflow", "edm"),
     "heun": ("gaussian", "flow", "edm", "vdm"),
     "sde": ("flow",),
@@ -58,7 +59,7 @@ class Sampling(Section):
     images: Literal["reconstructions", "prior"] = "reconstructions"
     """of an autoencoder: held-out pictures given back, or new ones, decoded from latents drawn from N(0, I)"""
     sampler: str = "ddim"
-    """ddim, ancestral, dpmpp_2m, dpmpp_3m, heun, lcm; flow: euler (default), heun, sde, lcm; edm: heun (default), …"""
+    """ddim, ancestral, dpmpp_2m, dpmpp_3m, unipc, heun, lcm; flow: euler (default), heun, sde, lcm; edm: heun, …"""
     steps: Positive = 50
     """of the sampler for one image"""
     eta: Annotated[float, Field(ge=0, le=1)] | Literal["sigma_hat"] = 0.0

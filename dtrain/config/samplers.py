@@ -100,7 +100,7 @@ def _check_mean_flow(config: Any) -> None:
 
 def _check_gamma(config: Any) -> None:
     e = config.eval
-    if e.sampler in ("dpmpp_2m", "dpmpp_3m", "heun"):
+    if e.sampler in ("dpmpp_2m", "dpmpp_3m", "unipc", "heun"):
         raise ValueError(
             f"eval.sampler {e.sampler} follows the ODE of normal noise, and diffusion.noise is gamma; "
             "take ancestral or ddim"

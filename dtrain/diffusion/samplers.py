@@ -90,7 +90,8 @@ def sample(
         if isinstance(process, GammaDiffusion):
             return ancestral_gamma(denoiser, process, x_T, timesteps, step_noise, clip)
         return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
-    solver = {"dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m, "heun": solvers.heun}[sampler]
+    several = {"dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m, "unipc": solvers.unipc}
+    solver = (several | {"heun": solvers.heun})[sampler]
     return solver(denoiser, process, x_T, timesteps, clip)
 
 

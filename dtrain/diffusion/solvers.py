@@ -99,6 +99,46 @@ def dpmpp_3m(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bo
     return x
 
 
+@torch.no_grad()
+def unipc(denoiser: Denoiser, process, x_T: Tensor, timesteps: list, clip: bool = False) -> Tensor:
+    """x_0 from x_T by UniPC: one evaluation a step, third order (Zhao et al. 2023, UniPC-2 with B_2).
+
+    A step is DPM-Solver++(2M)'s. Once x̂_0 at its end is known it is taken anew from where it began, by the parabola in
+    log α/σ through that x̂_0 and the two before; the network is not asked again. Steps from pure noise and onto clean
+    data, where log α/σ is infinite, are of first order.
+    """
+    x, begun, known = x_T, None, []  # begun: state and level before the last step; known: (log α/σ, x̂_0), newest first
+    for t, p in steps(process, timesteps):
+        here, (alpha_p, sigma_p) = process.level(t), process.level(p)
+        x0, _, _ = predict(denoiser, process, x, t, clip)
+        known = [(_log_ratio(*here), x0), *known[:2]]
+        if begun is not None and math.isfinite(known[1][0]):
+            x = _corrected(*begun, here, known)
+        begun, guess = (x, here), x0
+        h = _log_ratio(alpha_p, sigma_p) - known[0][0]
+        if len(known) > 1 and math.isfinite(h):
+            guess = x0 + h / (2 * (known[0][0] - known[1][0])) * (x0 - known[1][1])
+        decay = sigma_p * here[0] / (here[1] * alpha_p)  # e^(−h), finite at both ends
+        x = sigma_p / here[1] * x + alpha_p * (1 - decay) * guess
+    return x
+
+
+def _corrected(
+    x: Tensor, begun: tuple[float, float], ended: tuple[float, float], known: list[tuple[float, Tensor]]
+) -> Tensor:
+    """The end of a step from x, between these levels (α, σ), by x̂_0 there, at its beginning and, if any, before."""
+    (end, x0_end), (start, x0), *further = known
+    h, (alpha, sigma) = end - start, ended
+    decay, slope = math.exp(-h), (x0_end - x0) / h
+    moved = sigma / begun[1] * x + alpha * (1 - decay) * x0
+    if not further or not math.isfinite(further[0][0]):
+        return moved + alpha * (1 - decay) / 2 * (x0_end - x0)
+    before, x0_before = further[0]
+    curve = (slope - (x0 - x0_before) / (start - before)) / (end - before)
+    linear = h - 1 + decay
+    return moved + alpha * (linear * (slope - h * curve) + (h**2 - 2 * linear) * curve)
+
+
 def _log_ratio(alpha: float, sigma: float) -> float:
     """log α/σ, half the log SNR."""
     if alpha == 0 or sigma == 0:

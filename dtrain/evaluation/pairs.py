@@ -30,7 +30,7 @@ from dtrain.evaluation.sample import labels_in_turn, prompts_in_turn
 from dtrain.run import RunDirectory
 
 SHARD = 1000  # samples, at least
-DETERMINISTIC = ("ddim", "dpmpp_2m", "dpmpp_3m", "heun", "euler")
+DETERMINISTIC = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "heun", "euler")
 
 
 def check(config: Config) -> None:

@@ -74,7 +74,7 @@ def test_every_prediction_gives_the_same_samples(prediction, schedule):
     torch.testing.assert_close(ddim(exact(other), other, x_T, timesteps), expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpmpp_2m", "dpmpp_3m", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpmpp_2m", "dpmpp_3m", "unipc", "heun"])
 def test_with_zero_terminal_snr_every_sampler_starts_from_pure_noise_and_reaches_the_data(sampler):
     p = GaussianDiffusion(with_zero_terminal_snr(linear(1000)), "v")
     std = affine_std(lambda x_T, noise: sample(exact(p), p, x_T, sampler, 200, step_noise=noise), 200)

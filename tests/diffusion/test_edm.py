@@ -189,7 +189,7 @@ def test_churn_of_nothing_is_heun_bit_for_bit():
     assert torch.equal(found, sample(bent, process, x_T, "heun", 6))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_3m"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc"])
 def test_samplers_reach_gaussian_data_of_any_deviation_and_the_error_falls_as_their_order(sampler):
     """N(0.3, 0.5²) where the process takes 0.7 for its deviation: x_0 is mean + deviation · place."""
     x_T = torch.tensor([-1.0, 0.0, 1.5]).double().view(3, 1, 1, 1)

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
@@ -19,7 +20,7 @@ from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gaussian import GaussianDiffusion
 from dtrain.diffusion.samplers import ancestral, ddim, encode, sample
 from dtrain.diffusion.schedule import cosine, linear, scaled_linear, subsequence, with_zero_terminal_snr
-from dtrain.diffusion.solvers import dpmpp_2m, heun, heun_flow
+from dtrain.diffusion.solvers import dpmpp_2m, heun, heun_flow, unipc
 from tests.diffusion.gaussian_data import normals
 from tests.diffusion.theirs import InFloat64, bent
 
@@ -205,6 +206,27 @@ def test_dpm_solver_is_theirs(monkeypatch, steps, prediction):
     for t in scheduler.timesteps:
         x = scheduler.step(bent(x, t.expand(2)), t, x).prev_sample
     ours = dpmpp_2m(bent, GaussianDiffusion(SCHEDULE, prediction), x_T, timesteps)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 100])
+def test_unipc_is_theirs(steps, prediction):
+    scheduler = on_our_table(
+        UniPCMultistepScheduler(
+            1000, solver_order=2, solver_type="bh2", prediction_type=THEIR_PREDICTION[prediction],
+            final_sigmas_type="zero", lower_order_final=True, timestep_spacing="trailing",
+        )
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    assert timesteps == subsequence(1000, steps, "trailing")
+    scheduler.sigmas = float64_sigmas(timesteps)
+    x = x_T = normals(*SHAPE)
+    for t in scheduler.timesteps:
+        x = scheduler.step(bent(x, t.expand(2)), t, x).prev_sample
+    ours = unipc(bent, GaussianDiffusion(SCHEDULE, prediction), x_T, timesteps)
     assert x.dtype == torch.float64
     torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-10)
 

@@ -11,7 +11,7 @@ import torch
 
 from dtrain.diffusion.prediction import to_eps, to_x0
 from dtrain.diffusion.samplers import ddim
-from dtrain.diffusion.solvers import dpmpp_2m, dpmpp_3m, euler_flow, heun, heun_flow
+from dtrain.diffusion.solvers import dpmpp_2m, dpmpp_3m, euler_flow, heun, heun_flow, unipc
 from tests.diffusion.gaussian_data import MEAN, STD
 
 
@@ -74,6 +74,10 @@ def test_heun_and_dpm_solver_are_of_second_order(solver, flow):
     assert fitted_order(solver, Interior(flow)) >= 1.8
 
 
+def test_unipc_is_of_third_order():
+    assert fitted_order(unipc, Interior(flow=False)) >= 2.8
+
+
 class Parabola(Interior):
     """x̂_0 = 0.3 + 0.2 λ − 0.1 λ² whatever x is, λ = log α/σ: the ODE is an integral that can be written out."""
 
@@ -104,6 +108,28 @@ def test_with_three_points_the_third_order_is_exact_for_a_parabola():
     found = dpmpp_3m(process.denoiser, process, x, times)
     torch.testing.assert_close(found, process.exactly(begun, times[2], process.clean), rtol=0, atol=1e-12)
     assert (found - process.exactly(x, times[0], process.clean)).abs().max() > 1e-4  # of the first two steps
+
+
+def test_a_corrected_step_of_unipc_is_exact_for_a_parabola():
+    """The first step, of two points, is not; those after it add no error to what it has left."""
+    process, x = Parabola(), torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    times = process.walk(9)
+
+    def corrected(count):
+        """The state at times[count], from where the walk then took a step of 2M, which has no corrector behind it."""
+        found = unipc(process.denoiser, _until(process, times[count + 1]), x, times[: count + 1])
+        (alpha_t, sigma_t), (alpha_p, sigma_p) = process.level(times[count]), process.level(times[count + 1])
+        start, here, there = (process.log_ratio(times[i]) for i in (count - 1, count, count + 1))
+        before, x0 = (process.denoiser(x, process.model_time(times[i], x)) for i in (count - 1, count))
+        guess = x0 + (there - here) / (2 * (here - start)) * (x0 - before)
+        decay = sigma_p * alpha_t / (sigma_t * alpha_p)
+        return (found - alpha_p * (1 - decay) * guess) * sigma_t / sigma_p
+
+    first = corrected(1)
+    for count in (2, 4, 7):
+        exactly = process.exactly(first, times[1], times[count])
+        torch.testing.assert_close(corrected(count), exactly, rtol=0, atol=1e-12)
+    assert (first - process.exactly(x, times[0], times[1])).abs().max() > 1e-4
 
 
 def _until(process, time):

@@ -24,6 +24,7 @@ WALKS = [
     (V, "ancestral", {}),
     (V, "dpmpp_2m", {}),
     (V, "dpmpp_3m", {}),
+    (V, "unipc", {}),
     (DDPM, "heun", {}),
     (FLOW, "euler", {}),
     (FLOW, "heun", {}),

@@ -158,6 +158,7 @@ def test_eta_without_noise_or_beyond_what_a_step_holds_is_refused():
         "ddim",
         "ancestral",
         "dpmpp_2m",
+        "unipc",
         "heun",
         "euler",
         "sde",

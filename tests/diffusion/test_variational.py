@@ -234,7 +234,7 @@ def test_samplers_on_gaussian_data_have_the_closed_standard_deviation(process, s
         assert found == pytest.approx(STD, abs=0.03)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m", "heun"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m", "unipc", "heun"])
 def test_samplers_of_second_order_near_the_deviation_of_the_data(sampler):
     process = CURVES["cubic"]
     alpha, sigma = process.level(1.0)
