@@ -70,7 +70,7 @@ def compare(
     from dtrain.evaluation.comparison_pictures import Asked
     from dtrain.evaluation.requirements import about_prior
     from dtrain.report import comparison as pages
-    from dtrain.tracking.tracker import ship_comparison
+    from dtrain.tracking.tracker import ship, ship_comparison
 
     asked = Asked(tuple(columns), label, prompt)
 
@@ -86,7 +86,9 @@ def compare(
         page, numbers = pages.write(whole, place)
         say(pages.in_words(whole))
         say(f"numbers: {numbers}")
-        if unsent := ship_comparison([member.run for member in members], *pages.for_mlflow(whole), [page, numbers]):
+        compared = [member.run for member in members]
+        unsent = next(filter(None, map(ship, compared)), None)  # their sweeps; one failure is told once
+        if unsent := unsent or ship_comparison(compared, *pages.for_mlflow(whole), [page, numbers]):
             say(unsent)
         say(f"open {page}")
 

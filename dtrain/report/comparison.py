@@ -85,7 +85,9 @@ def for_mlflow(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[d
             for p in run["curve"]
         ]
         runs[run["name"]] = numbers, over
-        params[f"{run['name']}.steps"], params[f"{run['name']}.checkpoint"] = own["steps"], run["step"]
+        params[f"{run['name']}.checkpoint"] = run["step"]
+        if run["walks"]:
+            params[f"{run['name']}.steps"] = own["steps"]
     return params, runs
 
 
@@ -204,7 +206,7 @@ def pictures(found: dict[str, Any]) -> str:
     others = sorted({one["steps"] for run in found["runs"] for one in run["pictures"][1:]})
     rows, size = [], found["picture"]["size"]
     for number, run in enumerate(found["runs"]):
-        by_steps = {one["steps"]: one for one in run["pictures"]}
+        by_steps = {one["steps"]: one for one in run["pictures"]} if run["walks"] else {}
         cells = [
             _picture(run, run["pictures"][0], size),
             *(_picture(run, by_steps[s], size) if s in by_steps else "–" for s in others),

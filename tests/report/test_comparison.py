@@ -110,6 +110,16 @@ def test_the_page_holds_all_and_needs_nothing_else(found, tmp_path):
     assert '"seconds": 1.5' in numbers.read_text()
 
 
+def test_a_run_without_steps_stands_in_no_column_of_steps(found):
+    found["runs"][1]["walks"] = False
+    found["runs"][1]["pictures"][0]["steps"] = found["runs"][1]["own"]["steps"] = 5  # a default that nobody uses
+    rows = cells(comparison.pictures(found))
+    assert [re.sub(r"\s+", " ", cell) for cell in rows[2]] == ["quick", "no steps 0.25 s", "–"]
+    assert rows[1][2].startswith("5 steps")
+    assert "no steps, 0.2 s a thousand" in comparison.curves(found)
+    assert "quick.steps" not in comparison.for_mlflow(found)[0]
+
+
 def test_evaluations_lie_on_logarithmic_axes(found):
     html = comparison.curves(found)
     (dots,) = re.findall(r'data-series="0".*?class="dots" d="M([\d.]+) ([\d.]+)h.01M([\d.]+) ([\d.]+)h', html)[:1]
