@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli.comparison import steps_in
+from dtrain.cli.comparison import compared_by, steps_in
+from dtrain.config import load
 from dtrain.errors import UserError
 from dtrain.evaluation.comparable import METRICS, Member, check_comparable, named
+from dtrain.evaluation.comparison import steps_of
 from dtrain.evaluation.comparison_pictures import Asked, check_asked
 from dtrain.evaluation.generate import Generator
 from dtrain.run import RunDirectory
 from tests.command_line import command, failing
-from tests.digits import tiny
+from tests.digits import CONFIG, tiny
 from tests.ranks import run_ranks, start_ranks
 
 FEW = ("train.steps=8", "train.checkpoint_every=8", "eval.batch_size=12", "eval.num_samples=48")
@@ -101,6 +103,20 @@ def test_forward_passes_are_counted_with_those_of_guidance_and_of_a_second_order
     assert chain["images"] == 8 * 24
     assert len({point["metrics"]["fd_pixels"] for point in chain["curve"] + flow["curve"]}) == 6
     assert chain["training"]["energy_watt_hours"] is None
+
+
+def test_runs_whose_steps_are_not_free_are_a_single_point():
+    """By the shipped configs; a mean flow takes any steps, its own in all columns once."""
+    of = {name: load(CONFIG.with_name(f"digits-{name}.yaml")) for name in ("flow", "meanflow", "ddgan", "vae")}
+    of["vae"] = compared_by(of["vae"], {})
+    found = {name: steps_of(config, [1, 2, 4, 1001]) for name, config in of.items()}
+    assert found["flow"] == ([50, 1, 2, 4, 1001], {})
+    assert found["meanflow"][0] == [1, 2, 4, 1001]
+    assert found["ddgan"][0] == [4]
+    assert found["vae"][0] == [50]  # that nobody uses
+    steps, refused = steps_of(load(CONFIG), [25, 1001])
+    assert steps == [50, 25]
+    assert list(refused) == [1001]
 
 
 def test_a_second_start_draws_nothing_and_another_list_of_steps_what_is_new(runs, found):
