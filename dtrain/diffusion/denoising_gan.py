@@ -6,6 +6,7 @@ In a chain of one step x_t is noise alone, and this is a generative adversarial 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,15 +35,24 @@ class DenoisingGAN(GaussianDiffusion):
         """What the model is told, float32 (N, 1 + latent), of t int64 (N,) and z (N, latent)."""
         return torch.cat([t[:, None].float(), z.float()], dim=1)
 
+    @cached_property
+    def _ahead(self) -> tuple[Tensor, Tensor]:
+        """√(1 − β_t) and √β_t, float64 (T,) each."""
+        return (1 - self.schedule.beta).sqrt(), self.schedule.beta.sqrt()
+
+    @cached_property
+    def _deviation(self) -> Tensor:
+        """√β̃_t, float64 (T,)."""
+        return self.chain.beta_tilde.sqrt()
+
     def pair(self, x0: Tensor, noise: Tensor, step_noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_{t−1}, x_t) drawn together, (N, C, H, W) each; x_{t−1} is x_0 itself at t = 0."""
         before = torch.where((t > 0).view(-1, *[1] * (x0.dim() - 1)), self.noised(x0, noise, (t - 1).clamp(min=0)), x0)
-        beta = self.schedule.beta
-        kept = self.table((1 - beta).sqrt(), t, x0)
-        return before, kept * before + self.table(beta.sqrt(), t, x0) * step_noise
+        kept, added = (self.table(values, t, x0) for values in self._ahead)
+        return before, kept * before + added * step_noise
 
     def reverse(self, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_{t−1} ~ q(x_{t−1} | x_t, x_0), (N, C, H, W), of standard normal noise; x_0 itself at t = 0."""
         chain = self.chain
         mean = self.table(chain.mean_x0, t, x_t) * x0 + self.table(chain.mean_xt, t, x_t) * x_t
-        return mean + self.table(chain.beta_tilde.sqrt(), t, x_t) * noise
+        return mean + self.table(self._deviation, t, x_t) * noise

@@ -5,8 +5,10 @@ import torch
 
 from dtrain.batch import split
 from dtrain.conditions.classes import Classes
-from dtrain.config import load
+from dtrain.config import Optim, load
+from dtrain.config.diffusion import DenoisingGAN as DenoisingGANSection
 from dtrain.config.distillation import Distillation as Section
+from dtrain.diffusion.denoising_gan import DenoisingGAN, chain_of
 from dtrain.diffusion.edm import EDM
 from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.diffusion.gamma import GammaDiffusion
@@ -18,6 +20,7 @@ from dtrain.diffusion.schedule import linear
 from dtrain.diffusion.times import LogitNormal, SecondMoment
 from dtrain.diffusion.variational import VariationalDiffusion
 from dtrain.objectives.denoising import Denoising
+from dtrain.objectives.denoising_gan import AgainstCritic
 from dtrain.objectives.distillation import Distillation
 from dtrain.objectives.gamma import GammaDenoising
 from dtrain.objectives.mean_flow import BuiltIn, MeanVelocity
@@ -38,7 +41,8 @@ SHAPES = [(0, "fp32"), (0, "bf16_autocast"), (1, "fp32"), (2, "fp32"), (2, "bf16
 def batch_on(device: torch.device, rows: int = 8) -> dict[str, torch.Tensor]:
     x = torch.zeros(rows, 1, 8, 8, device=device)
     time, whole = (torch.zeros(rows, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
-    further = dict.fromkeys(("drop", "other_time", "span"), time)
+    further = dict.fromkeys(("drop", "other_time", "span"), time) | dict.fromkeys(("step_noise", "reverse_noise"), x)
+    further["latent"] = torch.zeros(rows, 5, device=device)
     return {"k": whole, "label": whole, "x_0": x, "noise": x, "time": time, **further}
 
 
@@ -50,8 +54,9 @@ def add_up(objective: Denoising, device: torch.device) -> None:
         told = condition.dropped(condition.given(part), part)
         networks = {"backbone": lambda x, t, y: 0.5 * x, "schedule": lambda t: (t, torch.ones_like(t))}
         networks["uncertainty"] = lambda t: 0.1 * t
-        losses = objective.losses("main", networks, part, told, Position())
-        seen.add("main", part, losses)
+        networks["critic"] = lambda x, x_t, t, y: x.square().flatten(1).sum(1)
+        for turn in objective.turns:
+            seen.add(turn, part, objective.losses(turn, networks, part, told, Position()))
     seen.observe(1)
     none = dict.fromkeys(("stop", "written", "failed", "no_room"), False)
     times = {"step_seconds": 0.1, "data_seconds": 0.0}
@@ -70,7 +75,13 @@ def guided_mean_flow() -> MeanVelocity:
     return MeanVelocity(MeanFlow(), LogitNormal(), 0.25, "data", 1.0, BuiltIn(2.0, 0.5, 0, Classes(10, 0.1).null))
 
 
+def against_critic() -> AgainstCritic:
+    section = DenoisingGANSection(process="ddgan", latent=5)
+    return AgainstCritic(DenoisingGAN(chain_of(4), latent=5), section, (1, 8, 8), 10, Optim())
+
+
 OBJECTIVES = {
+    "against a critic": against_critic,
     "uniform": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0),
     "importance": lambda: Denoising(GaussianDiffusion(linear(50)), min_snr_gamma=5.0, times=SecondMoment(50)),
     "edm, uncertain": lambda: UncertainDenoising(EDM()),
