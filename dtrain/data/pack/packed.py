@@ -7,7 +7,7 @@ from pathlib import Path
 from dtrain.data.pack import left_out
 from dtrain.data.pack.left_out import LeftOut
 from dtrain.data.shards.manifest import ABSENT, load
-from dtrain.data.shards.sample_files import IMAGE_FIELDS
+from dtrain.data.shards.sample_files import IMAGE_FIELDS, LABEL_FIELD
 
 _SHOWN = 20  # classes
 
@@ -16,7 +16,8 @@ _SHOWN = 20  # classes
 class Packed:
     """What `pack` left at `destination`; prints as the line to show first.
 
-    taken: pictures by field. left_out: of the source, by name and reason. notes: lines about what was taken.
+    labelled: whether samples have class numbers; their names are known where there are `classes`. taken: pictures by
+    field. left_out: of the source, by name and reason. notes: lines about what was taken.
     """
 
     destination: Path
@@ -24,6 +25,7 @@ class Packed:
     holdout: int
     kept: bool  # was there already
     classes: list[str] | None
+    labelled: bool
     taken: dict[str, int]
     left_out: list[LeftOut]
     notes: tuple[str, ...]
@@ -38,7 +40,7 @@ class Packed:
         """What was taken, what was left out and why, and the classes with their numbers."""
         lines = [str(self), *self.notes]
         lines.append("pictures: " + ", ".join(f"{count:,} {field}" for field, count in self.taken.items()))
-        lines.append(_numbered(self.classes))
+        lines.append(_numbered(self.classes, self.labelled))
         if self.left_out:
             lines.append(f"left out {len(self.left_out):,}, each named in {self.destination / left_out.TABLE}:")
             lines += [f"  {line}" for line in left_out.summary(self.left_out)]
@@ -58,13 +60,15 @@ def packed(destination: Path, notes: tuple[str, ...], kept: bool) -> Packed:
             if field in IMAGE_FIELDS:
                 taken[field] += int((manifest.members["size"][:, column] != ABSENT).sum())
     held_out = found["holdout"].samples if "holdout" in found else 0
-    classes = found["train"].classes
+    classes, labelled = found["train"].classes, LABEL_FIELD in found["train"].fields
     skipped = left_out.read(destination)
-    return Packed(destination, found["train"].samples, held_out, kept, classes, dict(taken), skipped, notes)
+    return Packed(destination, found["train"].samples, held_out, kept, classes, labelled, dict(taken), skipped, notes)
 
 
-def _numbered(classes: list[str] | None) -> str:
+def _numbered(classes: list[str] | None, labelled: bool) -> str:
     """`classes: 0 cat, 1 dog`."""
+    if classes is None and labelled:
+        return f"classes: the numbers in .{LABEL_FIELD}, as the source had them, without names"
     if classes is None:
         return "classes: none, to be trained with model.num_classes 0"
     if classes == [str(n) for n in range(len(classes))]:

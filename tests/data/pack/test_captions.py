@@ -119,6 +119,8 @@ def test_captions_of_the_class_by_a_template(tmp_path):
     (tmp_path / "plain").mkdir()
     samples = [{"png": picture(0), "cls": b"1"}, {"png": picture(1)}, {"png": picture(2), "cls": b"0"}]
     data_set(tmp_path / "plain", samples)
+    report = pack(str(tmp_path / "plain" / "manifest.json"), tmp_path / "numbered").report
+    assert "classes: the numbers in .cls, as the source had them, without names" in report
     choice = Choice(caption_template="{class}, {class}!", class_names="a dog, a cow")
     pack(str(tmp_path / "plain" / "manifest.json"), tmp_path / "named", choice=choice)
     said = [sample["txt"].decode() for sample in sorted(samples_of(tmp_path / "named/train"), key=lambda s: s["png"])]
