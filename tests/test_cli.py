@@ -42,7 +42,7 @@ def work(digits, tmp_path, monkeypatch):
         (["train", "tiny.yaml", "run.name="], "run.name is empty on the command line"),
         (["train", "my cfg.yaml"], "my cfg.yaml would name the run after itself, and a name has letters"),
         (["train", "latin.yaml"], "cannot read the config latin.yaml: 'utf-8' codec can't decode byte 0xfc"),
-        (["plan", "tiny.yaml", "--gpu-memory", "inf"], "--gpu-memory and --peak-tflops are finite numbers"),
+        (["plan", "tiny.yaml", "--gpu-memory", "inf"], "--gpu-memory, --peak-tflops and --watts are finite numbers"),
         (["train", "tiny.yaml", "--steps", "-1"], "settings are given as key.sub=value"),
         (["train", "tiny.yaml", "train.steps=-1"], "`train.steps` on the command line is -1"),
         (["train", "tiny.yaml", "data.batch_size=25", "run.name=new"], "does not divide by 2 ranks; the nearest"),

@@ -25,23 +25,13 @@ from dtrain.objectives.objective import Held
 from dtrain.randomness import key_of
 from dtrain.training import ema, muon, zero_norm
 from dtrain.training.deepspeed_import import deepspeed
+from dtrain.training.networks import Networks
 from dtrain.training.options import NO_CLIPPING, deepspeed_options
 from dtrain.training.safety.refusal import Refusal
 from dtrain.training.zero_blocks import fetched_by_blocks
 from dtrain.training.zero_state import MOMENTS, Piece, ZeroState
 
 LARGEST = sys.float_info.max
-
-
-class Networks(nn.Module):
-    """Several networks as one module, which DeepSpeed takes for a model: forward(network, *arguments)."""
-
-    def __init__(self, networks: Mapping[str, nn.Module]):
-        super().__init__()
-        self.networks = nn.ModuleDict(networks)
-
-    def forward(self, network: str, *args, **kwargs):
-        return self.networks[network](*args, **kwargs)
 
 
 class Player:
