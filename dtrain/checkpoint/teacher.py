@@ -5,6 +5,7 @@ It is read from its source at every start. No checkpoint holds it, only its fing
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from dtrain.config import Config
 from dtrain.config.guidance import untrained_null
 from dtrain.errors import UserError
 from dtrain.objectives.objective import Frozen
+
+T = TypeVar("T")
 
 
 def reader(config: Config) -> Callable[[torch.device], Frozen] | None:
@@ -54,7 +57,8 @@ def _checked(config: Config, place: Path) -> tuple[Checkpoint, Config]:
     return checkpoint, theirs
 
 
-def _told(config: Config, function):
+def _told(config: Config, function: Callable[[], T]) -> T:
+    """What the function gives. Raises UserError that names the teacher."""
     try:
         return function()
     except (UserError, OSError) as e:

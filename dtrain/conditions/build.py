@@ -162,7 +162,4 @@ def typical_forward(model: nn.Module, config: Config, rows: int, training: bool 
     condition = build(config).typical(rows)
     draws = config.model.draws() if training else {}
     drawn = {argument: torch.zeros(rows, dtype=torch.long) for argument in draws}
-    process = config.diffusion.process
-    told = 2 if process == "meanflow" else 1 + config.diffusion.latent if process == "ddgan" else None
-    times = torch.zeros(rows) if told is None else torch.zeros(rows, told)
-    return partial(model, x, times, **condition, **drawn)
+    return partial(model, x, torch.zeros(rows, *config.diffusion.told_shape), **condition, **drawn)

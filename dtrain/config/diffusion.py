@@ -26,13 +26,18 @@ class _Process(IdentitySection):
         return []
 
     @property
+    def told_shape(self) -> tuple[int, ...]:
+        """The shape of what the network is told of a row's time; (): one number."""
+        return ()
+
+    @property
     def further_forwards(self) -> int:
         """Forwards of each row in training without a gradient."""
         return 0
 
     @property
     def file_of_weights(self) -> str | None:
-        """Of a frozen network that the loss computes with; None where it has none of the user's."""
+        """The user's file with the weights of a frozen network that the loss computes with; None: there is none."""
         return None
 
     @property
@@ -213,6 +218,10 @@ class MeanFlow(_Process):
         return [Draw("other_time", Purpose.OTHER_TIME, "uniform"), Draw("span", Purpose.SPAN, "uniform")]
 
     @property
+    def told_shape(self) -> tuple[int, ...]:
+        return (2,)
+
+    @property
     def further_forwards(self) -> int:
         own = self.along == "network" or self.guidance_mix > 0
         return 2 + own + (self.guidance != 1)
@@ -292,6 +301,10 @@ class DenoisingGAN(_Process):
         pictures = {"step_noise": Purpose.STEP_NOISE, "reverse_noise": Purpose.REVERSE_NOISE}
         found = [Draw(name, purpose, "normal", shape) for name, purpose in pictures.items()]
         return [Draw("latent", Purpose.LATENT, "normal", (self.latent,)), *found]
+
+    @property
+    def told_shape(self) -> tuple[int, ...]:
+        return (1 + self.latent,)
 
     @property
     def further_forwards(self) -> int:

@@ -82,12 +82,12 @@ class PartSection(IdentitySection):
 
     @property
     def file_of_weights(self) -> str | None:
-        """Of a frozen network that an objective computes with; None where it has none of the user's."""
+        """The user's file with the weights of a frozen network that an objective computes with; None: there is none."""
         return None
 
     @property
     def further_forwards(self) -> int:
-        """Of an objective: forwards of each row in training without a gradient, beside those of the process."""
+        """Forwards of each row without a gradient that an objective adds in training to those of the process."""
         return 0
 
     def network(self, width: int) -> Any | None:

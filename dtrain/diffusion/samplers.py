@@ -90,9 +90,9 @@ def sample(
         if isinstance(process, GammaDiffusion):
             return ancestral_gamma(denoiser, process, x_T, timesteps, step_noise, clip)
         return ancestral(denoiser, process, x_T, timesteps, step_noise, clip)
-    several = {"dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m, "unipc": solvers.unipc}
-    solver = (several | {"heun": solvers.heun})[sampler]
-    return solver(denoiser, process, x_T, timesteps, clip)
+    of_the_ode = {"heun": solvers.heun, "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m}
+    of_the_ode["unipc"] = solvers.unipc
+    return of_the_ode[sampler](denoiser, process, x_T, timesteps, clip)
 
 
 def times(process: Process, sampler: str, steps: int, spacing: str | list[int], last: int | None = None) -> list:

@@ -7,7 +7,6 @@ what is missing.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -28,7 +27,7 @@ from dtrain.evaluation.names import metric_name
 from dtrain.evaluation.opened import open_generator
 from dtrain.evaluation.reference import Reference
 from dtrain.evaluation.speed import BLOCKS, Speed, device_name, measure
-from dtrain.evaluation.sweep import sweep
+from dtrain.evaluation.sweep import append, sweep
 from dtrain.files import parse_json, read_bytes
 
 MEASURED = "measured.jsonl"
@@ -61,14 +60,7 @@ class Measured:
         return self._lines.get(key)
 
     def keep(self, key: str, found: dict[str, Any]) -> dict[str, Any]:
-        line = {"key": key, "time": time.time()} | found
-        try:
-            with open(self.path, "a+b") as f:
-                torn = f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n"
-                f.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
-        except OSError as e:
-            raise UserError(f"cannot write {self.path}: {e.strerror}; make room there") from None
-        self._lines[key] = line
+        line = self._lines[key] = append(self.path, {"key": key} | found)
         return line
 
 

@@ -65,7 +65,7 @@ def draw(
 
 
 def png(image: torch.Tensor) -> str:
-    """Of uint8 (C, H, W), in base64."""
+    """A picture, uint8 (C, H, W), as a PNG file in base64."""
     from PIL import Image
 
     pixels = image.permute(1, 2, 0).numpy()

@@ -28,7 +28,7 @@ class Speed:
 
     @property
     def seconds_per_thousand(self) -> float:
-        """Of the median block."""
+        """Seconds that a thousand samples take at the speed of the median block."""
         return 1000 * median(self.block_seconds) / self.block
 
 

@@ -102,7 +102,7 @@ def sweep(
                 "attempt": 0,
             }
             line |= {"metrics": metrics, "context": context}
-            lines[key] = distributed.on_rank_0(_append, path, line)
+            lines[key] = distributed.on_rank_0(append, path, line)
         if distributed.rank() == 0:
             scratch.remove()  # also what a job left that was killed after its line was written
         found.append(lines[key] | {"setting": setting})
@@ -224,8 +224,8 @@ def _key(checkpoint: str, e: Eval, reference: Reference) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _append(path: Path, line: dict) -> dict:
-    """Keep a line, with the time; the line."""
+def append(path: Path, line: dict) -> dict:
+    """Keep a line of JSON in a file of such, with the time; the line. Raises UserError where it cannot be written."""
     line = line | {"time": time.time()}
     try:
         with open(path, "a+b") as f:

@@ -72,10 +72,6 @@ class Distillation(Objective):
         rows = self._denoising.simple(output, target, (x_t - alpha * target) / sigma, t)
         return Losses(rows, t if t.is_floating_point() else (t.double() + 0.5) / process.last_time)
 
-    def losses_at(self, network: Network, x0: Tensor, noise: Tensor, place: Tensor, condition: Condition) -> Tensor:
-        """Those of denoising itself, of which most times are not trained."""
-        return self._denoising.losses_at(network, x0, noise, place, condition)
-
     @torch.no_grad()
     def _target(self, x_t: Tensor, t: Tensor, number: Tensor, condition: Condition) -> Tensor:
         """x̃_0 (N, C, H, W) of rows that are at these numbers of the walk."""
@@ -97,9 +93,10 @@ class Distillation(Objective):
 
 
 def _halves(levels: list[tuple[float, float]]) -> dict[str, Tensor]:
-    """Of each step of the walk, float64 (N,): α_t and σ_t, x_m = decay · x_t + gain · a, and share, w above.
+    """Five columns, float64 (N,), one value for each step of the walk.
 
-    levels: (α, σ) of t, m, s = the next t, and so on to clean data.
+    alpha, sigma: α_t and σ_t. decay, gain: x_m = decay · x_t + gain · a. share: w above. levels: (α, σ) of t, m,
+    s = the next t, and so on to clean data.
     """
     columns: dict[str, list[float]] = {name: [] for name in ("alpha", "sigma", "decay", "gain", "share")}
     for (alpha_t, sigma_t), (alpha_m, sigma_m), (alpha_s, sigma_s) in zip(

@@ -14,6 +14,7 @@ from torch import Tensor
 from dtrain.batch import Batch, Condition
 from dtrain.config.perceptual import LPIPS, EfficientNetLite0
 from dtrain.diffusion.flow import RectifiedFlow
+from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.objective import Losses, Network, Objective
 from dtrain.position import Position
 
@@ -24,7 +25,7 @@ class PerceptualOneStep(Objective):
     parts = ("mse", "perceptual")
 
     def __init__(self, process: RectifiedFlow, section: LPIPS | EfficientNetLite0):
-        self.process, self._section = process, section
+        self.process, self._section, self._denoising = process, section, Denoising(process)
         self._distance = None  # of features, once `open` has read them
 
     def open(self, device: torch.device) -> None:
@@ -41,19 +42,15 @@ class PerceptualOneStep(Objective):
     ) -> Losses:
         """batch: x_0 in [−1, 1] and the noise that it was drawn from, float32 (N, C, H, W)."""
         x0, noise = batch["x_0"], batch["noise"]
-        place = torch.ones_like(batch["time"])
-        output = self._answer(networks["backbone"], x0, noise, place, condition)
-        squared = self.process.error(output, x0, noise, place).square().flatten(1).mean(1)
-        distance = self._distance(self.process.x0(output, noise, place), x0)
+        place, process = torch.ones_like(batch["time"]), self.process
+        x_t = process.noised(x0, noise, place)
+        output = networks["backbone"](x_t, process.model_time(place, x0), **condition).to(x0.dtype)
+        squared = self._denoising.simple(output, x0, noise, place)
+        distance = self._distance(process.x0(output, noise, place), x0)
         parts = {"mse": squared.detach(), "perceptual": distance.detach()}
         rows = squared + self._section.weight * distance
         return Losses(rows, place, {n: (v.sum(), len(x0)) for n, v in parts.items()}, by_level=parts["mse"])
 
     def losses_at(self, network: Network, x0: Tensor, noise: Tensor, place: Tensor, condition: Condition) -> Tensor:
         """The squared error of the velocity alone at given places (N,) float64 in [0, 1)."""
-        output = self._answer(network, x0, noise, place, condition)
-        return self.process.error(output, x0, noise, place).square().flatten(1).mean(1)
-
-    def _answer(self, network: Network, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        x_t = self.process.noised(x0, noise, t)
-        return network(x_t, self.process.model_time(t, x0), **condition).to(x0.dtype)
+        return self._denoising.losses_at(network, x0, noise, place, condition)

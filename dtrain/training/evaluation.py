@@ -151,8 +151,8 @@ class Evaluation:
         generator = distributed.agree(generator_of, model, objective.process, config, device, self._first_stage)
         metrics, context = evaluate(generator, config, self._reference, on_progress)
         levels = {}
-        has_noise = config.is_coupled  # of its own, which held-out pictures have not
-        if config.objective.diffuses and objective.validates and not has_noise:
+        # Held-out pictures have no noise of their own, as those of a training on pairs have.
+        if config.objective.diffuses and objective.validates and not config.is_coupled:
             held_out = *self._reference.validation, config.eval.seed, self._reference.of_validation()
             levels = losses_by_level(generator, objective, *held_out)
         # Others wait for it, under an evaluation's limit of a hang and not a step's.

@@ -107,7 +107,10 @@ class ZeroState:
     @torch.no_grad()
     def write(self, value_of: Callable[[str], torch.Tensor | None]) -> None:
         """value_of(name), a whole tensor, into every piece of that parameter's weights and averages; None leaves it."""
-        parameter = lambda piece: piece.name.split(":")[0]  # noqa: E731
+
+        def parameter(piece: Piece) -> str:
+            return piece.name.split(":")[0]
+
         written = [p for p in self.pieces(whole=True, held=True) if p.name.split(":")[1] not in MOMENTS]
         for name, pieces in itertools.groupby(sorted(written, key=parameter), parameter):
             if (value := value_of(name)) is not None:
