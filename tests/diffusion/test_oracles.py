@@ -188,6 +188,20 @@ def float64_sigmas(timesteps):
     return torch.cat([sigma, torch.zeros(1).double()])
 
 
+def assert_walks_alike(scheduler, solver, prediction, steps):
+    """A multistep scheduler of diffusers and one of ours, from the same noise, in float64."""
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    assert timesteps == subsequence(1000, steps, "trailing")
+    scheduler.sigmas = float64_sigmas(timesteps)
+    x = x_T = normals(*SHAPE)
+    for t in scheduler.timesteps:
+        x = scheduler.step(bent(x, t.expand(2)), t, x).prev_sample
+    ours = solver(bent, GaussianDiffusion(SCHEDULE, prediction), x_T, timesteps)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 100])
 def test_dpm_solver_is_theirs(monkeypatch, steps, prediction):
@@ -198,16 +212,7 @@ def test_dpm_solver_is_theirs(monkeypatch, steps, prediction):
             final_sigmas_type="zero", lower_order_final=True, timestep_spacing="trailing",
         )
     )  # fmt: skip
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    assert timesteps == subsequence(1000, steps, "trailing")
-    scheduler.sigmas = float64_sigmas(timesteps)
-    x = x_T = normals(*SHAPE)
-    for t in scheduler.timesteps:
-        x = scheduler.step(bent(x, t.expand(2)), t, x).prev_sample
-    ours = dpmpp_2m(bent, GaussianDiffusion(SCHEDULE, prediction), x_T, timesteps)
-    assert x.dtype == torch.float64
-    torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-10)
+    assert_walks_alike(scheduler, dpmpp_2m, prediction, steps)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -219,16 +224,7 @@ def test_unipc_is_theirs(steps, prediction):
             final_sigmas_type="zero", lower_order_final=True, timestep_spacing="trailing",
         )
     )  # fmt: skip
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    assert timesteps == subsequence(1000, steps, "trailing")
-    scheduler.sigmas = float64_sigmas(timesteps)
-    x = x_T = normals(*SHAPE)
-    for t in scheduler.timesteps:
-        x = scheduler.step(bent(x, t.expand(2)), t, x).prev_sample
-    ours = unipc(bent, GaussianDiffusion(SCHEDULE, prediction), x_T, timesteps)
-    assert x.dtype == torch.float64
-    torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-10)
+    assert_walks_alike(scheduler, unipc, prediction, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])

@@ -9,22 +9,9 @@ from dtrain.diffusion.flow import RectifiedFlow
 from dtrain.objectives.denoising import Denoising
 from dtrain.objectives.one_step import PerceptualOneStep
 from dtrain.position import Position
-from tests.objectives.perceptual import linear, torchmetrics_own, vgg16_features
+from tests.objectives.perceptual import torchmetrics_own
 
 WEIGHT = 0.7
-
-
-@pytest.fixture(scope="module")
-def features():
-    torch.manual_seed(0)
-    return vgg16_features()
-
-
-@pytest.fixture(scope="module")
-def file(features, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lpips") / "lpips.pt"
-    torch.save({f"features.{name}": value for name, value in features.state_dict().items()} | linear(), path)
-    return path
 
 
 class Velocity(nn.Module):

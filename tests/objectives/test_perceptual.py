@@ -6,22 +6,9 @@ import torch
 from dtrain.config.perceptual import LPIPS, EfficientNetLite0
 from dtrain.errors import UserError
 from dtrain.objectives.perceptual import build
-from tests.objectives.perceptual import linear, torchmetrics_own, vgg16_features
+from tests.objectives.perceptual import torchmetrics_own
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def features():
-    torch.manual_seed(0)
-    return vgg16_features()
-
-
-@pytest.fixture(scope="module")
-def file(features, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lpips") / "lpips.pt"
-    torch.save({f"features.{name}": value for name, value in features.state_dict().items()} | linear(), path)
-    return path
 
 
 def pictures(channels=3, side=32):

@@ -12,6 +12,7 @@ from dtrain.models.step_critic import StepCritic
 from dtrain.randomness import key_of
 from dtrain.tracking.journal import read
 from tests.digits import tiny
+from tests.training.by_hand import move
 
 GAN = "diffusion={process: ddgan, latent: 7, r1: 0.5, r1_every: 2, critic: {width: 8, lr: 3.0e-4, betas: [0.5, 0.9]}}"
 SHORT = ("optim.lr=2e-4", "optim.betas=[0.5, 0.9]", "eval.steps=4", "ema.0.decay=0.5", "train.keep_last=9")
@@ -39,13 +40,6 @@ def by_hand(config, steps):
         for network in (model, critic)
     )
     data, complete, found = StepDataset(config, load_all(config.data), 0, 1, 0), Completion(config), []
-
-    def move(network, optimizer, loss, rate):
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
 
     for step in range(steps):
         batch = complete(data[step])

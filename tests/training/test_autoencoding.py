@@ -22,6 +22,7 @@ from tests.command_line import command
 from tests.digits import losses, tiny
 from tests.longer import longer
 from tests.ranks import run_ranks
+from tests.training.by_hand import move
 from tests.training.runs import train
 
 MODEL = "model={name: kl_autoencoder, width: 8, multipliers: [1, 2], res_blocks: 1, latent_channels: 2}"
@@ -44,11 +45,8 @@ def by_hand(config, steps, batch_size):
         posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
         kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
         loss = ((pixels - x).abs().flatten(1).sum(1) + 0.01 * kl).mean() / x[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
-        optimizer.param_groups[0]["lr"] = config.optim.lr * min(1, (step + 1) / config.optim.warmup_steps)
-        optimizer.step()
+        rate = config.optim.lr * min(1, (step + 1) / config.optim.warmup_steps)
+        move(model, optimizer, loss, rate, config.optim.gradient_clip)
         found.append(loss.item())
     return found
 

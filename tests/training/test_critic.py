@@ -14,6 +14,7 @@ from dtrain.models.patch_critic import PatchCritic
 from dtrain.randomness import key_of
 from tests.longer import longer, mostly_longer
 from tests.ranks import run_ranks
+from tests.training.by_hand import move
 from tests.training.critic import assert_same, metrics, series, with_critic
 from tests.training.runs import train
 
@@ -30,13 +31,6 @@ def by_hand(config, steps):
         for network, betas in ((model, config.optim.betas), (critic, section.betas))
     )
     data, complete, ratio, found = StepDataset(config, load_all(config.data), 0, 1, 0), Completion(config), 0.0, []
-
-    def move(network, optimizer, loss, rate):
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
 
     for step in range(steps):
         batch = complete(data[step])

@@ -18,6 +18,7 @@ from dtrain.training.record.throughput import training_flops
 from tests.digits import losses, tiny
 from tests.longer import mostly_longer
 from tests.ranks import run_ranks
+from tests.training.by_hand import move
 from tests.training.runs import train, trained
 
 FLOW, N = "diffusion={process: flow}", 2
@@ -56,11 +57,8 @@ def by_hand(config, teacher, steps):
                 away, own = (frozen(x, told, y=one) for one in (torch.full_like(y, 10), y))
                 x = x - h * (away + 2.0 * (own - away))
         loss = (model(x_t, 1000 * t.flatten(), y=y) - (x_t - x) * N).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
-        optimizer.param_groups[0]["lr"] = config.optim.lr * min(1, (step + 1) / config.optim.warmup_steps)
-        optimizer.step()
+        rate = config.optim.lr * min(1, (step + 1) / config.optim.warmup_steps)
+        move(model, optimizer, loss, rate, config.optim.gradient_clip)
         found.append(loss.item())
     return found
 
