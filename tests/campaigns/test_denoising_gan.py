@@ -32,7 +32,7 @@ def test_fifty_steps_equal_plain_pytorch(digits, tmp_path, expected, stage, rank
 HOW = ("train.steps=12", "train.checkpoint_every=4", "train.micro_batch=6", "train.keep_last=1", "eval.every=6")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[0, 1, 2, 3])
 def alone(request, digits, tmp_path_factory):
     shape = (*HOW, f"deepspeed.zero_stage={request.param}")
     config = against_critic(digits, tmp_path_factory.mktemp("alone"), *shape)
